@@ -1,0 +1,165 @@
+"""The judge behind every exercise: find the first difference, and say which known mistake makes exactly that difference.
+
+A check never guesses. It runs the learner's answer and the right one on the same fresh random inputs and compares what was observed, in
+order: type, shape, dtype, value. On a difference it runs the *known wrong answers* on the same inputs too; where one of them gives what
+the learner's answer gave, the learner reads that mistake's own words. Otherwise the first difference is named.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Observations = Mapping[str, Any]  # label, written for the learner -> what was observed
+
+
+class NotYet(AssertionError):
+    """The answer is not right yet; the message is written for the learner."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the message alone, since a traceback through the judge teaches nothing."""
+        return [f"Not yet: {self}"]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An observation: the call raised this type of error."""
+
+    kind: type[Exception]
+
+
+def raised(function: Callable, *args, **kwargs) -> Raised | None:
+    """The error that ``function(*args, **kwargs)`` raises, as an observation; None if it raises nothing."""
+    try:
+        function(*args, **kwargs)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return Raised(type(error))
+    return None
+
+
+def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-6) -> str | None:
+    """What differs first, in words for a learner: type, shape, dtype, then value. None if nothing does."""
+    if isinstance(expected, Raised):
+        if not isinstance(actual, Raised):
+            return f"expected a {expected.kind.__name__}, but the call was accepted"
+        return None if issubclass(actual.kind, expected.kind) else f"expected a {expected.kind.__name__}, got a {actual.kind.__name__}"
+    if isinstance(expected, Tensor):
+        return _tensor_difference(actual, expected, rtol, atol)
+    if isinstance(expected, bool) or expected is None or isinstance(expected, (str, set, frozenset)):
+        return None if type(actual) is type(expected) and actual == expected else f"expected {expected!r}, got {actual!r}"
+    if isinstance(expected, (int, float)):
+        if isinstance(actual, Tensor) and actual.numel() == 1:
+            actual = actual.item()
+        if isinstance(actual, bool) or not isinstance(actual, (int, float)):
+            return f"expected a number, got {type(actual).__name__}"
+        return None if math.isclose(actual, expected, rel_tol=rtol, abs_tol=atol) else f"expected {expected:.6g}, got {actual:.6g}"
+    if isinstance(expected, (list, tuple)):
+        if not isinstance(actual, (list, tuple)):
+            return f"expected {len(expected)} values, got {type(actual).__name__}"
+        if len(actual) != len(expected):
+            return f"expected {len(expected)} values, got {len(actual)}"
+        pairs = {f"item {i}": pair for i, pair in enumerate(zip(actual, expected, strict=True))}
+    elif isinstance(expected, Mapping):
+        if not isinstance(actual, Mapping):
+            return f"expected a dictionary, got {type(actual).__name__}"
+        if set(actual) != set(expected):
+            missing, extra = sorted(map(str, set(expected) - set(actual))), sorted(map(str, set(actual) - set(expected)))
+            return "; ".join(part for part in (f"missing: {', '.join(missing)}" * bool(missing), f"too many: {', '.join(extra)}" * bool(extra)) if part)
+        pairs = {str(key): (actual[key], expected[key]) for key in expected}
+    else:
+        raise TypeError(f"no comparison for {type(expected).__name__}: give the check a tensor, number, string, list or dictionary")
+    for label, (one, other) in pairs.items():
+        if (difference := first_difference(one, other, rtol, atol)) is not None:
+            return f"{label}: {difference}"
+    return None
+
+
+def _tensor_difference(actual: Any, expected: Tensor, rtol: float, atol: float) -> str | None:
+    if not isinstance(actual, Tensor):
+        return f"expected a tensor, got {type(actual).__name__}"
+    if actual.shape != expected.shape:
+        return f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    if actual.dtype != expected.dtype:
+        return f"expected {expected.dtype}, got {actual.dtype}"
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if not (expected.is_floating_point() or expected.is_complex()):
+        wrong = int((actual != expected).sum())
+        return None if wrong == 0 else f"{wrong} of {expected.numel()} values differ"
+    if torch.allclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True):
+        return None
+    if not torch.isfinite(actual).all() and torch.isfinite(expected).all():
+        return "the result holds NaN or infinity"
+    return f"values differ by up to {(actual.double() - expected.double()).abs().max().item():.3g}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Judges one exercise; call it with the learner's answer.
+
+    Attributes:
+        task: what was asked, in a few words; printed when the answer passes.
+        observe: ``observe(answer, seed)`` runs the answer on inputs drawn from ``seed`` and returns what was seen, labelled, in the order in
+            which a learner should hear of it (dtype before value, forward before training). It must not depend on anything but its arguments.
+        reference: the worked answer.
+        second: a right answer written differently; the test of the checks runs it.
+        misconceptions: what the learner is told -> the wrong answer that behaves so. Four or more.
+        rtol, atol: how far two right answers may differ, from the order of their sums and the dtype.
+        rounds: how many seeds.
+    """
+
+    task: str
+    observe: Callable[[Any, int], Observations]
+    reference: Any
+    second: Any
+    misconceptions: Mapping[str, Any] = field(default_factory=dict)
+    rtol: float = 1e-4
+    atol: float = 1e-6
+    rounds: int = 2
+
+    def __call__(self, answer: Any) -> None:
+        """Raise ``NotYet`` with words for the learner, or print that the answer is right."""
+        for _ in range(self.rounds):
+            self._judge(answer, seed=random.SystemRandom().randrange(2**31))  # not the learner's seed: nothing can be tuned to it
+        print(f"✓ {self.task}")
+
+    def _judge(self, answer: Any, seed: int) -> None:
+        expected = self._run(self.reference, seed)
+        try:
+            actual = self._run(answer, seed)
+        except NotImplementedError:
+            raise NotYet("nothing here yet: replace the NotImplementedError with your answer") from None
+        except NotYet:
+            raise
+        except Exception as error:
+            raise NotYet(f"your code raised {type(error).__name__}: {error}") from error
+        label_and_difference = self._first(actual, expected)
+        if label_and_difference is None:
+            return
+        for message, wrong in self.misconceptions.items():
+            try:
+                if self._first(actual, self._run(wrong, seed)) is None:
+                    raise NotYet(message)
+            except NotYet:
+                raise
+            except Exception:  # this mistake fails on these inputs, so it is not the learner's
+                continue
+        raise NotYet(f"{label_and_difference[0]}: {label_and_difference[1]}")
+
+    def _run(self, answer: Any, seed: int) -> Observations:
+        with torch.random.fork_rng():  # a check leaves the notebook's random numbers as they were
+            torch.manual_seed(seed)
+            return self.observe(answer, seed)
+
+    def _first(self, actual: Observations, expected: Observations) -> tuple[str, str] | None:
+        for label, value in expected.items():
+            if label not in actual:
+                return label, "nothing was observed"
+            if (difference := first_difference(actual[label], value, self.rtol, self.atol)) is not None:
+                return label, difference
+        return None

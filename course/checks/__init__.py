@@ -1,0 +1,1 @@
+"""One module a unit; each public ``Check`` in it judges one exercise."""

@@ -1,0 +1,75 @@
+"""Results measured on other machines: ``benchmarks/recorded/<device>/<name>.json``, each with the device, the day and the versions.
+
+A notebook calls :func:`live_or_recorded`: with a GPU the function runs there and then; without one the recorded result is shown, under a
+line that says where and when it was measured.
+"""
+
+import datetime
+import json
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from course import ROOT
+from course.lab.devices import device, device_name
+
+FOLDER = ROOT / "benchmarks" / "recorded"
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def save(name: str, result: Any, folder: Path = FOLDER, where: torch.device | None = None) -> Path:
+    """Write ``result`` (anything JSON holds) as measured on ``where`` (default: the device of this machine) today; returns the file."""
+    import transformers
+
+    entry = {
+        "name": name,
+        "device": device_name(where),
+        "day": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "result": result,
+    }
+    path = Path(folder) / slug(entry["device"]) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entry, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)  # never half a file
+    return path
+
+
+def load(name: str, device: str | None = None, folder: Path = FOLDER) -> dict:
+    """The recorded entry called ``name``: keys ``device``, ``day``, ``versions``, ``result``.
+
+    Args:
+        device: a part of the device's folder name ("h100", "cpu"); None takes the only or the newest one.
+
+    Raises:
+        FileNotFoundError: nothing is recorded under that name; the message lists what is.
+    """
+    found = [path for path in Path(folder).glob(f"*/{name}.json") if device is None or device in path.parent.name]
+    if not found:
+        known = sorted(f"{path.parent.name}/{path.stem}" for path in Path(folder).glob("*/*.json"))
+        raise FileNotFoundError(f"no recorded result {name!r} (device {device!r}); recorded are: {', '.join(known) or 'none'}")
+    return max((json.loads(path.read_text()) for path in found), key=lambda entry: entry["day"])
+
+
+def provenance(entry: dict) -> str:
+    """One line for readers: where and when."""
+    return f"Recorded on {entry['device']}, {entry['day']} (torch {entry['versions']['torch']})."
+
+
+def live_or_recorded(name: str, measure: Callable[[], Any], needs_gpu: bool = True) -> Any:
+    """Run ``measure()`` where a GPU is present (or none is needed); else return the recorded result and print where it is from."""
+    if not needs_gpu or device().type == "cuda":
+        print(f"Measured now on {device_name()}.")
+        return measure()
+    entry = load(name)
+    print(provenance(entry))
+    return entry["result"]
