@@ -1,4 +1,4 @@
-"""One look for every figure: colours that colour-blind readers can tell apart, labelled axes, a caption, and a text for those who can't see it."""
+"""One look for every figure: colours that colour-blind readers can tell apart, a caption, and a text for those who can't see it."""
 
 import io
 
