@@ -70,7 +70,9 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             return f"expected a dictionary, got {type(actual).__name__}"
         if set(actual) != set(expected):
             missing, extra = sorted(map(str, set(expected) - set(actual))), sorted(map(str, set(actual) - set(expected)))
-            return "; ".join(part for part in (f"missing: {', '.join(missing)}" * bool(missing), f"too many: {', '.join(extra)}" * bool(extra)) if part)
+            return "; ".join(
+                part for part in (f"missing: {', '.join(missing)}" * bool(missing), f"too many: {', '.join(extra)}" * bool(extra)) if part
+            )
         pairs = {str(key): (actual[key], expected[key]) for key in expected}
     else:
         raise TypeError(f"no comparison for {type(expected).__name__}: give the check a tensor, number, string, list or dictionary")
@@ -104,8 +106,8 @@ class Check:
 
     Attributes:
         task: what was asked, in a few words; printed when the answer passes.
-        observe: ``observe(answer, seed)`` runs the answer on inputs drawn from ``seed`` and returns what was seen, labelled, in the order in
-            which a learner should hear of it (dtype before value, forward before training). It must not depend on anything but its arguments.
+        observe: ``observe(answer, seed)`` runs the answer on inputs drawn from ``seed`` and returns what was seen, labelled, in the order
+            in which a learner should hear of it (forward before training). It must not depend on anything but its arguments.
         reference: the worked answer.
         second: a right answer written differently; the test of the checks runs it.
         misconceptions: what the learner is told -> the wrong answer that behaves so. Four or more.

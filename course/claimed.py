@@ -1,12 +1,13 @@
 """Numbers in prose are held by code: a claim is the name of a function that recomputes or measures it.
 
-``svd:rank_of_update`` names ``course.claims.svd.rank_of_update()``. It returns a number, which the text states, or True, where the claim is a
-sentence. Questions (YAML) put the number in by name, ``{rank:.0f}``. Pages (Markdown) state it and carry the claim behind it in a comment
-that readers don't see,
+``svd:rank_of_update`` names ``course.claims.svd.rank_of_update()``. It returns a number, which the text states, or True, where the claim is
+a sentence. Questions (YAML) put the number in by name, ``{rank:.0f}``. Pages (Markdown) state it and carry the claim behind it in a
+comment that readers don't see,
 
     it saves **0.373** <!--claim double_quantization:saved_bits .3f--> bits
 
-where the number right before the comment (bold or not, with thousands separators or not) is what ``course build`` keeps right and a test holds.
+where the number right before the comment (bold or not, with thousands separators or not) is what ``course build`` keeps right and a
+test holds.
 """
 
 import functools
@@ -16,7 +17,9 @@ from pathlib import Path
 
 from course import ROOT
 
-_IN_PAGE = re.compile(r"(?P<number>[−-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?P<between>[*%]*\s*)<!--claim (?P<name>[\w:]+) (?P<format>[^\s>]+)-->")
+_IN_PAGE = re.compile(
+    r"(?P<number>[−-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?P<between>[*%]*\s*)<!--claim (?P<name>[\w:]+) (?P<format>[^\s>]+)-->"
+)
 _ANY_CLAIM = re.compile(r"<!--claim\b")
 
 
