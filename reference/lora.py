@@ -1,7 +1,11 @@
 """LoRA in a whole model: wrap the chosen layers, freeze the rest, train, merge.
 
-The layers themselves, with the formula W' = W + (α/r)·B·A, are in :mod:`reference.lora_layers`; this module finds the layers that are to be
-adapted in any tree of modules and puts the adapted ones in their place.
+The update itself, W' = W + (α/r)·B·A, is in :mod:`reference.lora_linear`, its convolution and embedding in
+:mod:`reference.lora_conv_embedding`. This module finds the layers to adapt in any tree of modules and puts adapted ones in their place.
+
+    names = inject_lora(model, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    ...                                   # train the parameters that require a gradient: only A and B do
+    merge_lora(model)                     # the plain model again, with W' for W
 """
 
 import re
@@ -9,18 +13,21 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from reference.lora_layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear, is_linear
+from reference.lora_conv_embedding import LoRAConv2d, LoRAEmbedding
+from reference.lora_linear import LoRALayer, LoRALinear, is_linear
 
 __all__ = [
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "find_targets",
     "inject_lora",
     "lora_layers",
     "lora_state_dict",
     "merge_lora",
     "trainable_parameters",
+    "wrapper_of",
 ]
 
 
@@ -33,51 +40,58 @@ def inject_lora(
     use_rslora: bool = False,
     init: str = "kaiming",
 ) -> list[str]:
-    """Wrap the chosen layers of ``model`` in place and freeze everything else.
+    """Wrap the chosen layers of ``model`` in place and freeze everything else but factors that are there already.
 
     Args:
         model: any tree of modules; the layers to adapt lie inside it.
         target_modules: which layers, by peft's rules. A list: full names ("encoder.0.query") or ends of names after a dot ("query"). One
-            string: a regular expression that must match the full name. "all-linear": every linear layer except the output head that the
-            model names through ``get_output_embeddings``.
-        r, lora_alpha, lora_dropout, use_rslora, init: see :class:`LoRALinear`.
+            string: a regular expression that must match the full name. "all-linear": every linear layer except the output head that a model
+            names in ``get_output_embeddings()``.
+        r, lora_alpha, lora_dropout, use_rslora, init: see :class:`LoRALayer`.
 
     Returns:
-        The names of the wrapped layers, in the order of ``model.named_modules()``. A layer reached by two names is wrapped once, under the
-        first.
+        The names of the wrapped layers, in the order of ``model.named_modules()``. A layer with two names is wrapped once, for both, and
+        returned under the first.
 
     Raises:
-        ValueError: nothing matches, a match is wrapped already or is no linear layer, convolution or embedding, or ``model`` itself is the
-            layer to wrap. The model is unchanged then.
+        ValueError: nothing matches; a match is wrapped already or can't be; ``model`` itself is the layer to wrap; an argument is out of
+            range.
+        TypeError: PiSSA on a packed weight, or an argument of the wrong type. In every case the model is left as it was.
     """
-    targets = _find_targets(model, target_modules)
-    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wrapped = {}
-    try:
-        for name, layer in targets.items():
-            try:
-                wrapped[layer] = _wrapper_class(layer)(layer, r, lora_alpha, lora_dropout, use_rslora, init)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-    except (TypeError, ValueError):
-        for parameter, trainable in was_trainable:
-            parameter.requires_grad_(trainable)
-        raise
-    for parameter, _ in was_trainable:
-        parameter.requires_grad_(False)
-    _replace(model, wrapped)
+    targets = find_targets(model, target_modules)
+    for name, layer in targets.items():
+        try:
+            wrapper_of(layer).check(layer, r, lora_alpha, lora_dropout, init)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    adapted = {layer: wrapper_of(layer)(layer, r, lora_alpha, lora_dropout, use_rslora, init) for layer in targets.values()}
+    factors = {id(factor) for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
+    _replace(model, adapted)
     return list(targets)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Merge every adapted layer of ``model`` and put the plain layers back, in place; returns ``model``, now without a trace of LoRA.
+    """Merge every adapted layer and put the plain layers back, in place; returns ``model``, which holds no trace of LoRA any more.
+
+    A weight shared with a layer that is not adapted (an output head tied to the embedding) is shared no longer: each keeps its own values.
 
     Raises:
-        ValueError: ``model`` holds no adapted layer.
+        ValueError: ``model`` holds no adapted layer, is one itself, or a merged weight would hold NaN or infinity.
+        TypeError: a weight is packed and its layer has no ``merge_delta``. In every case the model is left as it was.
     """
     layers = dict(lora_layers(model))
     if not layers:
-        raise ValueError("model holds no LoRA layer: nothing to merge")
+        raise ValueError("model holds no LoRA layer: there is nothing to merge")
+    if model in layers.values():
+        raise ValueError("model is itself a LoRA layer and can't be replaced in place: call its merge() and take its base")
+    for name, layer in layers.items():
+        try:
+            if not layer.merged:
+                layer.check_merge()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     for layer in layers.values():
         if not layer.merged:
             layer.merge()
@@ -91,68 +105,82 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The factors alone, detached: "<layer>.lora_A", "<layer>.lora_B"; ``model.load_state_dict(factors, strict=False)`` takes them back."""
-    return {
-        f"{name}.{factor}" if name else factor: getattr(layer, factor).detach()
-        for name, layer in lora_layers(model)
-        for factor in ("lora_A", "lora_B")
-    }
+    """The factors alone, detached, not copied: "<layer>.lora_A" and "<layer>.lora_B", as in ``model.state_dict()``."""
+    factors = ("lora_A", "lora_B")
+    return {f"{name}.{key}".lstrip("."): getattr(layer, key).detach() for name, layer in lora_layers(model) for key in factors}
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) numbers of parameters; a shared one counts once, a packed weight by its stored elements."""
+    """``(trainable, all)`` numbers of parameters. A shared one counts once; a packed weight counts the elements that it stores."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
-    """First name -> layer, for every layer that ``target_modules`` chooses."""
-    if not isinstance(target_modules, str):
-        target_modules = list(target_modules)
-    inside = {id(part) for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    first_name, chosen = {}, set()
+def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
+    """First name -> layer, for every layer that ``target_modules`` chooses; arguments and errors as in :func:`inject_lora`."""
+    matches = _matcher(model, target_modules)
+    inside = {part for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
+    bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    first_names, chosen = {}, set()
     for name, module in model.named_modules(remove_duplicate=False):
-        first_name.setdefault(module, name)
-        if id(module) in inside:
-            continue
-        if target_modules == "all-linear":
-            match = is_linear(module) and module is not head
-        elif isinstance(target_modules, str):
-            match = re.fullmatch(target_modules, name) is not None
-        else:
-            match = any(name == target or name.endswith(f".{target}") for target in target_modules)
-        if match:
+        first_names.setdefault(module, name)
+        if module not in inside and matches(name, module) and not (module in bypassed and target_modules == "all-linear"):
             chosen.add(module)
-    targets = {name: module for module, name in first_name.items() if module in chosen}
+    targets = {name: module for module, name in first_names.items() if module in chosen}
     if not targets:
-        known = [name for module, name in first_name.items() if name and _wrapper_class(module) is not None]
+        known = [name for module, name in first_names.items() if name and wrapper_of(module) and module not in inside]
         raise ValueError(
             f"target_modules={target_modules!r} matches no layer; layers that can be adapted: {', '.join(known[:8]) or 'none'}"
         )
     for name, module in targets.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name or 'model'} is wrapped already: merge_lora(model) first, or choose other target_modules")
-        if _wrapper_class(module) is None:
+        if wrapper_of(module) is None:
             raise ValueError(
                 f"{name or 'model'} is a {type(module).__name__}: only linear layers, nn.Conv2d and nn.Embedding can be adapted"
             )
         if not name:
-            raise ValueError(f"model itself is the layer to adapt: wrap it, {_wrapper_class(module).__name__}(model, r, lora_alpha)")
+            raise ValueError(f"model itself is the layer to adapt: wrap it, {wrapper_of(module).__name__}(model, r, lora_alpha)")
+        if module in bypassed:
+            raise ValueError(
+                f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update would not be seen"
+            )
     return targets
 
 
-def _wrapper_class(module: nn.Module) -> type[LoRALayer] | None:
-    if isinstance(module, nn.Conv2d):
+def wrapper_of(layer: nn.Module) -> type[LoRALayer] | None:
+    """The class that adapts ``layer``; None if none does."""
+    if isinstance(layer, nn.Conv2d):
         return LoRAConv2d
-    if isinstance(module, nn.Embedding):
+    if isinstance(layer, nn.Embedding):
         return LoRAEmbedding
-    return LoRALinear if is_linear(module) else None
+    return LoRALinear if is_linear(layer) else None
+
+
+def _matcher(model: nn.Module, target_modules: str | Iterable[str]):
+    """``target_modules`` as a function of name and module."""
+    if not isinstance(target_modules, str):
+        targets = tuple(target_modules)
+        return lambda name, module: name in targets or name.endswith(tuple(f".{target}" for target in targets))
+    if target_modules.lower() == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return lambda name, module: is_linear(module) and module is not head
+    try:
+        pattern = re.compile(target_modules)
+    except re.error as error:
+        raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from None
+    return lambda name, module: pattern.fullmatch(name) is not None
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put ``new[old]`` wherever ``old`` is registered as a child."""
+    """Put ``new[old]`` wherever ``old`` is a child."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # not named_children(), which hides a second name of the same child
+        for name, child in parent._modules.items():  # not named_children(), which hides the second name of a child
             if child in new:
                 parent._modules[name] = new[child]
+                if isinstance(parent, nn.TransformerEncoderLayer):  # in eval mode it reads its layers' weights, unless one has a hook
+                    new[child].register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: tuple) -> None:
+    """A hook whose presence is all it is for."""

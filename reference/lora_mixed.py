@@ -1,0 +1,64 @@
+"""The float32 update of a half-precision layer, with half the memory and fewer passes over it.
+
+A bfloat16 layer with float32 factors is the usual case of LoRA on a large model. Written plainly,
+
+    y' = bfloat16( y + s · B·(A·float32(x)) ),
+
+autograd keeps float32(x) for A's gradient: a copy, twice as large as x, for every adapted layer, even where several layers (query, key and
+value) read the same x. This module computes the same numbers, but keeps x itself and widens it again in the backward; and the sum goes to
+bfloat16 in one pass, without a float32 sum on the way.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """y + s·B·A·x in the dtype of ``y``, computed in the dtype of the factors.
+
+    Args:
+        y: output of the frozen layer, (..., out).
+        x: its input, (..., in), of a dtype narrower than the factors'.
+        lora_A, lora_B: (r, in) and (out, r).
+
+    Differentiable once, in y, x and both factors.
+    """
+    return _AddUpdate.apply(y, x, lora_A, lora_B, scaling)[0]
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        thin, wide = _split(s)
+        h = F.linear(x.to(A.dtype), A).mul_(thin)  # (..., r)
+        update = F.linear(h, B).mul_(wide) if wide != 1 else F.linear(h, B)  # (..., out)
+        return torch.add(y, update, out=torch.empty_like(y)), h
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        _, x, A, B, ctx.s = inputs
+        h = output[1]
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(x, h, A, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B = ctx.saved_tensors
+        thin, wide = _split(ctx.s)
+        g = grad.to(A.dtype)  # (..., out)
+        g = g * wide if wide != 1 else g
+        grad_h = (g @ B).mul_(thin)  # (..., r)
+        grad_x = (grad_h @ A).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grad_A = grad_h.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype)
+        grad_B = g.flatten(0, -2).T @ h.flatten(0, -2)
+        return grad, grad_x, grad_A, grad_B, None
+
+
+def _split(s: float) -> tuple[float, float]:
+    """The factors for the thin (..., r) and the wide (..., out) tensor. A power of two rounds nothing, so it goes where it costs little."""
+    return (s, 1) if math.frexp(s)[0] == 0.5 else (1, s)
