@@ -4,7 +4,7 @@ From each state the source emits one word and moves to one next state. No two tr
 say which state the source is in (such a source is called *unifilar*), the exact probability of the next word can be read off, and the
 entropy of a text follows from the states alone, without sampling:
 
-    H(T words) = Σ_t Σ_s P(state_t = s) · h(s),        h(s) = −Σ_w p(w|s) log p(w|s)
+    H(T words) = Σ_t Σ_s P(state before word t = s) · h(s),        h(s) = −Σ_w p(w|s) log p(w|s)
 
 (Shannon 1948, section 7.)
 """
@@ -64,6 +64,7 @@ class Source:
         self.start = start
         self.transitions = functools.cache(transitions)
         self._table = functools.cache(self._make_table)
+        self._sentence = functools.cache(self._walk_sentence)
 
     def _make_table(self, state: State) -> tuple[list[str], list[float], list[State]]:
         moves = self.transitions(state)
@@ -105,16 +106,33 @@ class Source:
         return {word: probability for word, (probability, _) in self.transitions(state).items()}
 
     def entropy(self, length: int) -> float:
-        """Entropy (nats) of the first ``length`` words: exact, by carrying the distribution over states forward."""
-        reached, total = {self.start: 1.0}, 0.0
-        for _ in range(length):
+        """Entropy (nats) of the first ``length`` words: exact.
+
+        Sentences are independent, so one walk through the states of a sentence is enough: it gives the entropy h_k of a sentence's k-th
+        word (0 where it has ended) and the probability f_k that it has k words. A sentence begins at word t with probability
+        u_t = Σ_k f_k·u_{t−k}, u_0 = 1, and adds what of it fits.
+        """
+        by_word, ends = self._sentence()
+        within = list(itertools.accumulate(by_word[:length], initial=0.0))  # entropy of a sentence's first k words
+        within += [within[-1]] * (length + 1 - len(within))
+        begins = [1.0]
+        for t in range(1, length):
+            begins.append(sum(ends.get(k, 0.0) * begins[t - k] for k in range(1, t + 1)))
+        return sum(begins[t] * within[length - t] for t in range(length))
+
+    def _walk_sentence(self) -> tuple[list[float], dict[int, float]]:
+        reached, by_word, ends = {self.start: 1.0}, [], {}
+        while reached:
             following: defaultdict[State, float] = defaultdict(float)
+            by_word.append(0.0)
             for state, mass in reached.items():
                 for probability, then in self.transitions(state).values():
-                    total -= mass * probability * math.log(probability)
+                    by_word[-1] -= mass * probability * math.log(probability)
                     following[then] += mass * probability
-            reached = following
-        return total
+            ends[len(by_word)] = following.pop(self.start, 0.0)
+            # A list can go on for ever with vanishing probability; what is cut here is below one part in 10¹².
+            reached = following if sum(following.values()) > 1e-12 else {}
+        return by_word, ends
 
     def words(self) -> list[str]:
         """Every word the source can emit, in the order in which they are met."""

@@ -1,8 +1,8 @@
 """The small world: forty people, the places they live in, and four kinds of text about them, with every probability known.
 
 The **general** domain is what the tiny model is pre-trained on: facts about people and places, said and asked for; agreement of verbs with
-their subjects across a distracting noun; sums and differences; and what kind of thing each technical word is. **clinic**, **legal** and
-**sql** are downstream domains: their words are known from the general domain, their sentences and rules are new. Each domain is a
+their subjects across a distracting noun; sums and differences; and technical words, explained, listed and repeated. **clinic**, **legal**
+and **sql** are downstream domains: their words are known from the general domain, their sentences and rules are new. Each domain is a
 :class:`course.lab.grammar.Source`, so the entropy of its texts, the loss that no model can beat, is exact.
 """
 
@@ -61,6 +61,11 @@ OPERATORS = {"above": ">", "below": "<", "exactly": "="}
 VALUES = "5 15 25 50 100 500".split()
 DOSES = [dose for _, _, dose, _ in DISEASES.values()]
 TERMS = {"5": 1, "10": 2, "30": 3}  # days -> weight
+FRAMES = {  # the words between the technical ones
+    "clinic": "patient reports and for days : likely give mg once twice thrice daily ;".split(),
+    "contract": "under clause shall may must not within after notice to of without consent ,".split(),
+    "query": "show every with select from".split(),
+}
 SPECIAL = ["<pad>", "<bos>", "<unk>"]
 
 
@@ -95,12 +100,14 @@ class World:
         match at, *memory:
             case ("start",):
                 return mixture(
-                    (0.20, uniform(NAMES, lambda name: go("person", name))),
-                    (0.25, weighted({"where": 1, "what": 2}, lambda word: go(word))),
-                    (0.08, uniform(CITIES, lambda city: go("say", "lies", "in", CITIES[city], "."))),
-                    (0.25, emit("the", go("subject"))),
-                    (0.14, uniform(map(str, range(10)), lambda a: go("operator", a))),
-                    (0.08, uniform(self.kinds(), lambda word: go("say", "means", self.kinds()[word], "."))),
+                    (0.18, uniform(NAMES, lambda name: go("person", name))),
+                    (0.24, weighted({"where": 1, "what": 2}, lambda word: go(word))),
+                    (0.06, uniform(CITIES, lambda city: go("say", "lies", "in", CITIES[city], "."))),
+                    (0.20, emit("the", go("subject"))),
+                    (0.12, uniform(map(str, range(10)), lambda a: go("operator", a))),
+                    (0.06, uniform(self.kinds(), lambda word: go("say", "means", self.kinds()[word], "."))),
+                    (0.05, emit("list", go("first item"))),
+                    (0.09, emit("repeat", go("first word"))),
                 )
             case ("person", name):
                 rest = {"lives": ("in", self.city[name]), "works": ("as", "a", self.job[name]), "owns": ("a", self.pet[name])}
@@ -137,6 +144,19 @@ class World:
                 return uniform(map(str, range(10)), lambda b: go("say", "is", str(int(a) + int(b)), "."))
             case ("operand", a, "minus"):
                 return uniform(map(str, range(int(a) + 1)), lambda b: go("say", "is", str(int(a) - int(b)), "."))
+            case ("first item",):
+                return mixture(
+                    *((1 / 3, uniform(words, lambda _, field=field: go("item", field))) for field, words in self.fields().items())
+                )
+            case ("item", field):
+                return mixture((0.25, emit(".", ("general",))), (0.75, uniform(self.fields()[field], lambda _: go("item", field))))
+            case ("first word",):
+                fields = self.fields().items()
+                return mixture(
+                    *((1 / 3, uniform(words, lambda one, field=field: go("second word", field, one))) for field, words in fields)
+                )
+            case ("second word", field, one):
+                return uniform(self.fields()[field], lambda two: go("say", ":", one, two, "."))
         raise ValueError(f"no such state: {at!r} {memory!r}")
 
     @staticmethod
@@ -159,7 +179,7 @@ class World:
     @staticmethod
     @functools.cache
     def kinds() -> dict[str, str]:
-        """Each word that the downstream domains need, and what kind of word it is. The general domain says so: none is new to the model."""
+        """Each word that a downstream domain brings, and what kind of word it is. The general domain says so: none is new to the model."""
         found = {}
         for disease, (symptoms, drug, _, _) in DISEASES.items():
             found |= {disease: "disease", drug: "drug"} | dict.fromkeys(symptoms.split(), "symptom")
@@ -169,9 +189,16 @@ class World:
             found |= {table: "table"} | dict.fromkeys(columns.split(), "column")
         found |= dict.fromkeys(OPERATORS, "relation") | dict.fromkeys(OPERATORS.values(), "sign")
         found |= dict.fromkeys([number for number in (*VALUES, *DOSES, *TERMS) if int(number) > 18], "value")  # sums know the smaller ones
-        found |= dict.fromkeys("patient reports and for days : likely give mg once twice thrice daily ;".split(), "clinic")
-        found |= dict.fromkeys("under clause shall may must not within after notice to of without consent ,".split(), "contract")
-        return found | dict.fromkeys("show every with select from".split(), "query")
+        return found | {word: field for field, words in FRAMES.items() for word in words}
+
+    @classmethod
+    @functools.cache
+    def fields(cls) -> dict[str, list[str]]:
+        """The technical words by field: clinic, contract, query. The general domain lists and repeats them, a field at a time, so that the
+        model can say each of them and expects it among its own kind."""
+        field = {"disease": "clinic", "drug": "clinic", "symptom": "clinic", "party": "contract", "duty": "contract", "thing": "contract"}
+        field |= dict.fromkeys(("table", "column", "relation", "sign", "value"), "query") | {name: name for name in FRAMES}
+        return {name: [word for word, kind in cls.kinds().items() if field[kind] == name] for name in FRAMES}
 
     def _clinic(self, at: str = "start", *memory: str) -> Transitions:
         def go(place: str, *remember: str) -> State:
