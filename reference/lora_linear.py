@@ -72,7 +72,8 @@ class LoRALayer(nn.Module):
         if isinstance(r, bool) or not isinstance(r, int):
             raise TypeError(f"r must be an integer, got {r!r}")
         shape_A, shape_B = cls.factor_shapes(base, max(r, 1))
-        if not 1 <= r <= (largest := min(math.prod(shape_A[1:]), shape_B[0])):
+        largest = min(math.prod(shape_A[1:]), shape_B[0])
+        if not 1 <= r <= largest:
             raise ValueError(f"r must be from 1 to {largest}, the smaller side of the weight of {describe(base)}; got {r}")
         if not isinstance(lora_alpha, Real) or not (math.isfinite(lora_alpha) and lora_alpha > 0):
             raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")

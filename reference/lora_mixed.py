@@ -54,9 +54,13 @@ class _AddUpdate(torch.autograd.Function):
         g = g * wide if wide != 1 else g
         grad_h = (g @ B).mul_(thin)  # (..., r)
         grad_x = (grad_h @ A).to(x.dtype) if ctx.needs_input_grad[1] else None
-        grad_A = grad_h.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype)
-        grad_B = g.flatten(0, -2).T @ h.flatten(0, -2)
+        grad_A = _rows(grad_h).T @ _rows(x).to(A.dtype)
+        grad_B = _rows(g).T @ _rows(h)
         return grad, grad_x, grad_A, grad_B, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _split(s: float) -> tuple[float, float]:
