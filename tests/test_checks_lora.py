@@ -1,0 +1,177 @@
+"""Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from course.checking import NotYet
+from course.checks import lora as check
+from reference.lora import LoRALinear, inject_lora
+
+
+def made(**replaced):
+    """``check.PlainLoRA`` with methods replaced."""
+    return type("Answer", (check.PlainLoRA,), replaced)
+
+
+def small_a(layer):
+    nn.init.normal_(layer.lora_A, std=1e-12)
+    nn.init.zeros_(layer.lora_B)
+
+
+def seeded_a(layer):
+    layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=torch.Generator().manual_seed(0)))
+    nn.init.zeros_(layer.lora_B)
+
+
+def gaussian_a(layer):
+    nn.init.normal_(layer.lora_A, std=1 / layer.r)
+    nn.init.zeros_(layer.lora_B)
+
+
+def merges_in_forward(layer, x):
+    layer.base.weight.data += layer.scale() * layer.lora_B.data @ layer.lora_A.data
+    return layer.base(x)
+
+
+def factors_as_modules(base, r, alpha, dropout=0.0):
+    layer = made()(base, r, alpha, dropout)
+    del layer.lora_A, layer.lora_B
+    layer.lora_A, layer.lora_B = nn.Linear(base.in_features, r, bias=False), nn.Linear(r, base.out_features, bias=False)
+    return layer
+
+
+def factors_as_tensors(base, r, alpha, dropout=0.0):
+    layer = made()(base, r, alpha, dropout)
+    a, b = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
+    del layer.lora_A, layer.lora_B
+    layer.lora_A, layer.lora_B = a, b
+    return layer
+
+
+SLY_LAYERS = {
+    "A so small that nothing can grow": (made(start=small_a), "it learns"),
+    "every layer starts with the same A": (made(start=seeded_a), "two layers start alike"),
+    "no gradient passes": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B.data)), "gradient"),
+    "no gradient reaches A": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B)), "gradient of lora_A"),
+    "no gradient reaches the input": (made(path=lambda s, x: F.linear(F.linear(x.detach(), s.lora_A), s.lora_B)), "gradient of the input"),
+    "merged at every call": (made(forward=merges_in_forward), "gradient of lora_A"),
+    "factors as modules": (factors_as_modules, "expected 'Parameter', got 'Linear'"),
+    "factors that no optimizer sees": (factors_as_tensors, "expected 'Parameter', got 'Tensor'"),
+    "adapter only in training": (made(path=lambda s, x: check.PlainLoRA.path(s, x) * s.training), "in eval mode"),
+    "dropout without rescaling": (made(drop=lambda s, x: x * (torch.rand_like(x) > s.p) if s.training else x), "in training"),
+    "a no-op": (made(path=lambda s, x: 0 * check.PlainLoRA.path(s, x)), "values differ"),
+    "a no-op without graph": (made(forward=lambda s, x: s.base(x)), "values differ"),
+}
+
+
+@pytest.mark.parametrize("name", SLY_LAYERS)
+def test_sly_layers_are_refused(name):
+    answer, words = SLY_LAYERS[name]
+    with pytest.raises(NotYet, match=words):
+        check.forward(answer)
+
+
+def test_both_factors_zero_is_refused_in_its_own_words():
+    with pytest.raises(NotYet, match=r"both zero: .* can never learn"):
+        check.forward(check.BothZero)
+
+
+@pytest.mark.parametrize("right", [made(start=gaussian_a), LoRALinear])
+def test_other_right_layers_pass(right):
+    for _ in range(3):
+        check.forward(right)
+
+
+def merging(**replaced):
+    return type("Answer", (check.Mergeable,), replaced)
+
+
+def stays_float32(layer):
+    layer.original = layer.base.weight.detach().clone()
+    layer.base.weight = nn.Parameter(layer.base.weight.float() + layer.delta(), requires_grad=False)
+
+
+def becomes_trainable(layer):
+    check.Mergeable.put(layer)
+    layer.base.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (merging(put=stays_float32), "dtype"),
+        (merging(put=becomes_trainable), "needs no gradient"),
+        (merging(merge=lambda s: None), "after merge"),
+        (merging(unmerge=lambda s: None), "after unmerge"),
+        (LoRALinear, "subtracts the update"),  # as PEFT does: right in float32 up to rounding, not bit for bit
+    ],
+)
+def test_sly_merges_are_refused(answer, words):
+    with pytest.raises(NotYet, match=words):
+        check.merge(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda shapes, r, targets: 0,
+        lambda shapes, r, targets: sum(r * sum(shape) for name, shape in shapes.items() if name.rsplit(".", 2)[-1] in targets),
+        lambda shapes, r, targets: check.parameter_count.reference(shapes, 8, targets),
+        lambda shapes, r, targets: str(check.parameter_count.reference(shapes, r, targets)),
+    ],
+)
+def test_sly_counts_are_refused(answer):
+    with pytest.raises(NotYet):
+        check.parameter_count(answer)
+
+
+def wraps_everything_twice(model, targets, r, alpha):
+    names = inject_lora(model, r, alpha, targets)
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.base = LoRALinear(layer.base, r, alpha)
+    return names
+
+
+def returns_names_only(model, targets, r, alpha):
+    return inject_lora(check.ToyModel(), r, alpha, targets)
+
+
+@pytest.mark.parametrize("answer", [wraps_everything_twice, returns_names_only])
+def test_sly_injections_are_refused(answer):
+    with pytest.raises(NotYet, match="wrapped"):
+        check.inject(answer)
+
+
+def full_fine_tuning(model, x, y, steps, lr):
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def random_factors_and_no_training(model, x, y, steps, lr):
+    inject_lora(model, 2, 6)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    return model
+
+
+@pytest.mark.parametrize("answer, words", [(full_fine_tuning, "no adapter"), (random_factors_and_no_training, "did not halve")])
+def test_sly_runs_are_refused(answer, words):
+    with pytest.raises(NotYet, match=words):
+        check.repair(answer)
+
+
+def test_nearest_is_strict():
+    exact = torch.randn(200, dtype=torch.float64)
+    rounded = exact.to(torch.bfloat16)
+    assert check.nearest(rounded, exact)
+    assert not check.nearest(torch.nextafter(rounded, torch.full_like(rounded, math.inf)), exact)
