@@ -734,7 +734,7 @@ inject = Check(
         "lm_head is skipped even when it is named: only 'all-linear' leaves it out": injector(
             match=lambda name, targets: name != "lm_head" and suffix_match(name, targets)
         ),
-        "only the wrapped layers were frozen: embeddings, norms and other layers still train; freeze the whole model first": freeze_wrapped_only,
+        "only the wrapped layers were frozen: all other parameters still train; freeze the whole model first": freeze_wrapped_only,
         "everything was frozen after wrapping, the adapters too: nothing trains; freeze first, then wrap": injector(freeze="after"),
         "layers were wrapped but never put into the model: setattr(parent, last word of the name, wrapped layer)": wrap_without_setting,
         "only the model's direct children were looked at: walk with named_modules()": injector(
