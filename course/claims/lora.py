@@ -1,0 +1,268 @@
+"""What unit 02 states: counts from the shapes of named models, identities checked on small tensors, and what the sweeps measured."""
+
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from course.lab import recorded
+from reference.lora import LoRAConv2d, LoRALinear
+from reference.model_shapes import GEMMA_3_270M, GPT_3, LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
+
+QV = ("q_proj", "v_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# Counting
+
+
+def _share(shape: ModelShape, r: int, targets="all-linear") -> float:
+    """Trained parameters in percent of the model's."""
+    return 100 * shape.adapter_parameters(r, targets) / shape.parameters
+
+
+def square_layer_parameters() -> int:
+    """r = 16 on a 4096 × 4096 layer."""
+    return 16 * (4096 + 4096)
+
+
+def square_layer_share() -> float:
+    """The same in percent of the layer's weight."""
+    return 100 * square_layer_parameters() / 4096**2
+
+
+def gpt3_billions() -> float:
+    return GPT_3.parameters / 1e9
+
+
+def gpt3_r4_qv_millions() -> float:
+    return GPT_3.adapter_parameters(4, QV) / 1e6
+
+
+def gpt3_r4_qv_megabytes() -> float:
+    """In 16 bits, 1 MB = 1e6 bytes."""
+    return 2 * GPT_3.adapter_parameters(4, QV) / 1e6
+
+
+def gpt3_r4_qv_mebibytes() -> float:
+    """The same in units of 2**20 bytes."""
+    return 2 * GPT_3.adapter_parameters(4, QV) / 2**20
+
+
+def gpt3_r4_qv_fewer() -> float:
+    """How many times fewer parameters train."""
+    return GPT_3.parameters / GPT_3.adapter_parameters(4, QV)
+
+
+def gpt3_r2_qv_millions() -> float:
+    """The "10 M of 175 B" that is often quoted."""
+    return GPT_3.adapter_parameters(2, QV) / 1e6
+
+
+def gpt3_r16_all_linear_millions() -> float:
+    return GPT_3.adapter_parameters(16) / 1e6
+
+
+def gpt3_r16_all_linear_fewer() -> float:
+    return GPT_3.parameters / GPT_3.adapter_parameters(16)
+
+
+def llama7b_r8_qv_millions() -> float:
+    return LLAMA_2_7B.adapter_parameters(8, QV) / 1e6
+
+
+def llama7b_r8_qv_share() -> float:
+    return _share(LLAMA_2_7B, 8, QV)
+
+
+def llama7b_r16_qv_millions() -> float:
+    return LLAMA_2_7B.adapter_parameters(16, QV) / 1e6
+
+
+def llama7b_r16_qv_share() -> float:
+    return _share(LLAMA_2_7B, 16, QV)
+
+
+def llama7b_r16_qv_fewer() -> float:
+    return LLAMA_2_7B.parameters / LLAMA_2_7B.adapter_parameters(16, QV)
+
+
+def llama7b_r16_all_millions() -> float:
+    return LLAMA_2_7B.adapter_parameters(16) / 1e6
+
+
+def llama7b_r16_all_share() -> float:
+    return _share(LLAMA_2_7B, 16)
+
+
+def llama7b_r16_all_fewer() -> float:
+    return LLAMA_2_7B.parameters / LLAMA_2_7B.adapter_parameters(16)
+
+
+def llama7b_r64_all_share() -> float:
+    return _share(LLAMA_2_7B, 64)
+
+
+def llama7b_r4_million_rank() -> int:
+    """The rank on q and v that gives the "4 M parameters" of a 7B model."""
+    return min(range(1, 65), key=lambda r: abs(LLAMA_2_7B.adapter_parameters(r, QV) - 4e6))
+
+
+def llama8b_r16_all_millions() -> float:
+    return LLAMA_3_8B.adapter_parameters(16) / 1e6
+
+
+def llama8b_r16_all_megabytes() -> float:
+    """In 16 bits."""
+    return 2 * LLAMA_3_8B.adapter_parameters(16) / 1e6
+
+
+def llama70b_r16_all_megabytes() -> float:
+    return 2 * LLAMA_3_70B.adapter_parameters(16) / 1e6
+
+
+def gemma_r16_qv_share() -> float:
+    return _share(GEMMA_3_270M, 16, QV)
+
+
+def gemma_r16_all_share() -> float:
+    return _share(GEMMA_3_270M, 16)
+
+
+def llama7b_full_state_gigabytes() -> float:
+    """Gradients, float32 master weights and Adam's two moments of full fine-tuning: 14 bytes a parameter."""
+    return 14 * LLAMA_2_7B.parameters / 1e9
+
+
+def llama7b_lora_state_gigabytes() -> float:
+    """Of LoRA, r = 16 on all linears: float32 factors, gradients and moments, 16 bytes a trained parameter."""
+    return 16 * LLAMA_2_7B.adapter_parameters(16) / 1e9
+
+
+def llama7b_weights_gigabytes() -> float:
+    return 2 * LLAMA_2_7B.parameters / 1e9
+
+
+def llama7b_total_ratio() -> float:
+    """Full over LoRA, everything but activations: weights, gradients, states."""
+    full = llama7b_weights_gigabytes() + llama7b_full_state_gigabytes()
+    return full / (llama7b_weights_gigabytes() + llama7b_lora_state_gigabytes())
+
+
+def flops_share_r16_4096() -> float:
+    """Extra multiplications of an unmerged adapter, r = 16 on 4096 × 4096, in percent of the layer's."""
+    return 100 * 16 * (4096 + 4096) / 4096**2
+
+
+# Identities
+
+
+def _layer(
+    seed: int = 0, n: int = 24, r: int = 3, alpha: float = 7.0, dtype: torch.dtype = torch.float64
+) -> tuple[LoRALinear, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    base = nn.Linear(n, n).to(dtype)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(n))
+    layer = LoRALinear(base, r, alpha)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=g) / math.sqrt(n))
+    return layer, torch.randn(64, n, generator=g, dtype=torch.float64).to(dtype)
+
+
+def zero_b_leaves_the_output() -> bool:
+    layer, x = _layer()
+    return torch.equal(layer(x), layer.base(x))
+
+
+def both_zero_has_no_gradient() -> bool:
+    """A = B = 0: both gradients are exactly zero."""
+    layer, x = _layer()
+    nn.init.zeros_(layer.lora_A)
+    gradients = torch.autograd.grad(layer(x).square().sum(), (layer.lora_A, layer.lora_B))
+    return not any(gradient.any() for gradient in gradients)
+
+
+def zero_b_gives_b_a_gradient() -> bool:
+    """B = 0, A random: B has a gradient, A has none in the first step."""
+    layer, x = _layer()
+    to_a, to_b = torch.autograd.grad(layer(x).square().sum(), (layer.lora_A, layer.lora_B))
+    return bool(to_b.any()) and not bool(to_a.any())
+
+
+def letters_swapped_is_the_same() -> bool:
+    """A (d × r) · B (r × d), as some texts write it for row vectors, is B·A transposed: the same layer."""
+    layer, x = _layer()
+    nn.init.normal_(layer.lora_B)
+    a, b = layer.lora_A.T, layer.lora_B.T  # now A is (in, r), random; B is (r, out)
+    return torch.allclose(layer(x), layer.base(x) + layer.scaling * (x @ a @ b))
+
+
+def _train(scaling: float, kind: type[torch.optim.Optimizer], rate_a: float, rate_b: float, steps: int = 25, **options) -> torch.Tensor:
+    """The update s·B·A after some steps on a regression, A and B each with its own learning rate."""
+    layer, x = _layer()
+    layer.scaling = scaling
+    target = x @ torch.randn(24, 24, generator=torch.Generator().manual_seed(5), dtype=x.dtype) / 5
+    optimizer = kind([{"params": [layer.lora_A], "lr": rate_a}, {"params": [layer.lora_B], "lr": rate_b}], **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(layer(x), target).backward()
+        optimizer.step()
+    return layer.delta_weight().detach()
+
+
+def sgd_scale_is_a_rate_squared() -> bool:
+    """SGD: scale s is scale 1 with B's learning rate times s², exactly."""
+    with_scale, with_rate = _train(4.0, torch.optim.SGD, 0.5, 0.5), _train(1.0, torch.optim.SGD, 0.5, 16 * 0.5)
+    return with_rate.norm() > 0.1 and torch.allclose(with_scale, with_rate, rtol=1e-9, atol=1e-12)
+
+
+def adam_scale_is_a_rate() -> bool:
+    """Adam: scale s is scale 1 with B's learning rate times s; exact but for Adam's epsilon."""
+    with_scale = _train(4.0, torch.optim.Adam, 0.01, 0.01, eps=1e-14)
+    with_rate = _train(1.0, torch.optim.Adam, 0.01, 4 * 0.01, eps=1e-14)
+    return with_rate.norm() > 0.1 and torch.allclose(with_scale, with_rate, rtol=1e-6, atol=1e-9)
+
+
+def merged_twice_error() -> float:
+    """Relative error of the output of a layer that was merged twice, in multiples of the update's own size."""
+    layer, x = _layer()
+    nn.init.normal_(layer.lora_B)
+    right, base = layer(x), layer.base(x)
+    layer.merge()
+    layer.merged = False  # the guard circumvented
+    layer.merge()
+    return ((layer(x) - right).norm() / (right - base).norm()).item()
+
+
+def bf16_unmerge_restores() -> float:
+    """Share of weights, in percent, that come back exactly when a bfloat16 merge is undone by subtracting."""
+    layer, _ = _layer(n=256, r=8, alpha=16)
+    layer.base.to(torch.bfloat16)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) / 50)
+    before = layer.base.weight.clone()
+    layer.merge()
+    layer.unmerge()
+    return 100 * (layer.base.weight == before).double().mean().item()
+
+
+def conv_is_one_convolution() -> bool:
+    """A k×k convolution to r channels and a 1×1 one after it are one convolution with the weight that ``delta_weight`` gives."""
+    torch.manual_seed(0)
+    layer = LoRAConv2d(nn.Conv2d(4, 6, 3, padding=1).double(), 2, 7)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    merged = F.conv2d(x, layer.base.weight + layer.delta_weight(), layer.base.bias, padding=1)
+    return torch.allclose(layer(x), merged)
+
+
+# Measured
+
+
+@functools.cache
+def _sweeps() -> dict:
+    return recorded.load("lora_sweeps", device="cpu")["result"]
