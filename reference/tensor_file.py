@@ -64,7 +64,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         header = json.loads(data[8 : 8 + length])
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+        spans = sorted((start, stop, name) for name, entry in entries.items() for start, stop in [entry["data_offsets"]])
         expected = {name: math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize for name, entry in entries.items()}
         valid = all(type(size) is int and size >= 0 for entry in entries.values() for size in (*entry["shape"], *entry["data_offsets"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
