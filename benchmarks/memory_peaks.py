@@ -1,0 +1,304 @@
+"""Peak memory of real training steps against ``reference.memory``'s prediction, configuration by configuration.
+
+    python benchmarks/memory_peaks.py            all of them, on a CUDA device; saves the recorded result "memory_peaks"
+    python benchmarks/memory_peaks.py lora 7b    those whose name holds every word
+
+Models have the shape of Llama-3.2-1B and Llama-2-7B and random weights: memory does not depend on the values. Each configuration starts
+from an emptied allocator and takes three steps; the last one counts (Adam's moments exist by then). "Measured" is the highest number of
+bytes that the allocator had handed out (``torch.cuda.max_memory_allocated``), less the workspaces of the matrix library, which are
+measured first: they belong to the process, not to the recipe.
+"""
+
+import gc
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from course.lab import recorded
+from reference.lora import inject_lora
+from reference.memory import Recipe, training_memory
+from reference.model_shapes import LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
+from reference.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, LORA_PEFT, QLORA
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Configuration:
+    shape: ModelShape
+    recipe: Recipe
+    batch: int
+    sequence: int
+    checkpointing: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    rank: int = 16
+
+    @property
+    def name(self) -> str:
+        targets = "" if self.recipe.trains_base else " all-linear" if self.targets == "all-linear" else " q,v"
+        return f"{self.shape.name} {self.recipe.name}{targets} {self.batch}×{self.sequence}{' checkpointing' * self.checkpointing}"
+
+    @property
+    def attention(self) -> str:
+        """torch has no fused kernel for grouped queries in float32: it falls back to the one that stores the scores."""
+        return "math" if self.recipe.weight_bytes == 4 and self.shape.heads != self.shape.kv_heads else "fused"
+
+
+QV = ("q_proj", "v_proj")
+CONFIGURATIONS = [
+    Configuration(LLAMA_3_2_1B, FULL_FP32, 1, 512),
+    Configuration(LLAMA_3_2_1B, FULL_MIXED, 1, 512),
+    Configuration(LLAMA_3_2_1B, FULL_MIXED, 4, 2048),
+    Configuration(LLAMA_3_2_1B, FULL_MIXED, 4, 2048, checkpointing=True),
+    Configuration(LLAMA_3_2_1B, FULL_BF16, 1, 512),
+    Configuration(LLAMA_3_2_1B, ADAM_8BIT, 1, 512),
+    Configuration(LLAMA_3_2_1B, ADAM_8BIT, 4, 2048),
+    Configuration(LLAMA_3_2_1B, LORA, 1, 512, targets=QV),
+    Configuration(LLAMA_3_2_1B, LORA, 1, 512),
+    Configuration(LLAMA_3_2_1B, LORA, 4, 2048, targets=QV),
+    Configuration(LLAMA_3_2_1B, LORA, 4, 2048),
+    Configuration(LLAMA_3_2_1B, LORA_PEFT, 4, 2048),
+    Configuration(LLAMA_3_2_1B, LORA, 4, 2048, checkpointing=True),
+    Configuration(LLAMA_3_2_1B, QLORA, 1, 512),
+    Configuration(LLAMA_3_2_1B, QLORA, 4, 2048),
+    Configuration(LLAMA_3_2_1B, QLORA, 4, 2048, checkpointing=True),
+    Configuration(LLAMA_2_7B, ADAM_8BIT, 1, 512, checkpointing=True),
+    Configuration(LLAMA_2_7B, LORA, 1, 512, checkpointing=True),
+    Configuration(LLAMA_2_7B, LORA, 1, 2048),
+    Configuration(LLAMA_2_7B, LORA, 4, 2048, checkpointing=True),
+    Configuration(LLAMA_2_7B, QLORA, 1, 512, checkpointing=True),
+    Configuration(LLAMA_2_7B, QLORA, 1, 2048),
+    Configuration(LLAMA_2_7B, QLORA, 4, 2048, checkpointing=True),
+]
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW of a bf16 model with float32 master weights and moments: the 16 bytes a parameter of mixed precision, in plain sight.
+
+    It walks over the tensors one by one, so that its own temporaries are two float32 copies of one tensor and not of the whole model.
+    """
+
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, master=parameter.float(), m=torch.zeros_like(parameter, dtype=torch.float32))
+                    state["v"] = torch.zeros_like(state["m"])
+                state["step"] += 1
+                gradient = parameter.grad.float()
+                state["m"].lerp_(gradient, 1 - beta1)
+                state["v"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                denominator = (state["v"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                state["master"].mul_(1 - lr * group["weight_decay"])
+                state["master"].addcdiv_(state["m"], denominator, value=-lr / (1 - beta1 ** state["step"]))
+                parameter.copy_(state["master"])
+                del gradient, denominator  # before the next tensor's are made
+
+
+def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model with random weights, made on ``device``, and its optimizer."""
+    shape, recipe = configuration.shape, configuration.recipe
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if recipe.weight_bytes == 4 else torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    if recipe.quantized:
+        quantize(model)
+    if recipe.input_copies:
+        import peft
+
+        targets = configuration.targets if configuration.targets == "all-linear" else list(configuration.targets)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=configuration.rank, lora_alpha=32, target_modules=targets))
+    elif not recipe.trains_base:
+        inject_lora(model, configuration.rank, 32, configuration.targets)
+    if configuration.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model, optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+
+
+def quantize(model: nn.Module) -> None:
+    """Every linear of the decoder layers as bitsandbytes' NF4 with double quantization; one by one, so that copies don't pile up."""
+    import bitsandbytes as bnb
+
+    for decoder_layer in model.model.layers:
+        for parent in (decoder_layer.self_attn, decoder_layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    packed = bnb.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=linear.weight.dtype,
+                        quant_type="nf4",
+                        compress_statistics=True,
+                        device="meta",
+                    )
+                    packed.weight = bnb.nn.Params4bit(
+                        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
+                    ).to(linear.weight.device)  # quantizes
+                    setattr(parent, name, packed)
+
+
+def optimizer(recipe: Recipe, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The one that the recipe describes."""
+    if recipe.master_bytes:
+        return MasterAdamW(trained)
+    if recipe.moment_bytes == 1:
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(trained, lr=1e-4)
+    return torch.optim.AdamW(trained, lr=1e-4, foreach=True)  # what a GPU takes by default
+
+
+def steps(configuration: Configuration, device: torch.device, note=lambda moment: None, count: int = STEPS) -> None:
+    """Build and train; ``note(moment)`` is called as each moment of each step ends."""
+    model, adam = build(configuration, device)
+    ids = torch.randint(configuration.shape.vocab, (configuration.batch, configuration.sequence), device=device)
+    note("built")
+    for _ in range(count):
+        note("held")
+        loss = model(input_ids=ids, labels=ids).loss
+        note("forward")
+        loss.backward()
+        del loss
+        note("backward")
+        adam.step()
+        note("step")
+        adam.zero_grad(set_to_none=True)
+
+
+def measure_one(configuration: Configuration, workspaces: int) -> dict:
+    """One row of the result, in bytes; ``workspaces`` is what the process holds without any model."""
+    seen = {}
+
+    def note(moment: str) -> None:
+        torch.cuda.synchronize()
+        seen[moment] = {"now": torch.cuda.memory_allocated() - workspaces, "peak": torch.cuda.max_memory_allocated() - workspaces}
+        torch.cuda.reset_peak_memory_stats()
+
+    began = time.perf_counter()
+    steps(configuration, torch.device("cuda"), note)
+    expected = training_memory(
+        configuration.shape,
+        configuration.recipe,
+        configuration.batch,
+        configuration.sequence,
+        configuration.rank,
+        configuration.targets,
+        configuration.checkpointing,
+        configuration.attention,
+    )
+    measured = max(seen[moment]["peak"] for moment in ("forward", "backward", "step"))
+    by_token = ("activations", "recomputed layer", "log-probabilities", "loss gradients", "temporaries")
+    return {
+        "name": configuration.name,
+        "shape": configuration.shape.name,
+        "recipe": configuration.recipe.name,
+        "targets": None if configuration.recipe.trains_base else configuration.targets,
+        "batch": configuration.batch,
+        "sequence": configuration.sequence,
+        "checkpointing": configuration.checkpointing,
+        "predicted": expected.peak,
+        "measured": measured,
+        "ratio": expected.peak / measured,
+        "activation_share": sum(expected.moments[expected.moment].get(kind, 0) for kind in by_token) / expected.peak,
+        "predicted_moment": expected.moment,
+        "predicted_moments": {moment: sum(there.values()) for moment, there in expected.moments.items()},
+        "predicted_lines": {kind: line.bytes for kind, line in expected.lines.items()},
+        "measured_held": seen["held"]["now"],
+        "measured_after_forward": seen["forward"]["now"],
+        "measured_peaks": {moment: seen[moment]["peak"] for moment in ("forward", "backward", "step")},
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def held_by_libraries() -> int:
+    """Bytes that matrix products leave allocated, forward and backward thread, in both dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 64, 256, device="cuda", dtype=dtype, requires_grad=True)
+        weight = torch.randn(128, 256, device="cuda", dtype=dtype, requires_grad=True)
+        nn.functional.linear(x, weight).float().sum().backward()
+    x = weight = None
+    free()
+    return torch.cuda.memory_allocated()
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measure(words: tuple[str, ...] = ()) -> dict:
+    """Every configuration whose name holds all ``words``; one that fails is reported and does not stop the others."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("peaks are measured on a CUDA device, and this machine has none; see benchmarks/recorded")
+    torch.manual_seed(0)
+    workspaces, rows, failed = held_by_libraries(), [], []
+    print(
+        f"{'configuration':58s} {'predicted':>10s} {'measured':>10s} {'ratio':>7s}   held, after forward, peaks of forward, backward, step (GB)"
+    )
+    for configuration in CONFIGURATIONS:
+        if not all(word.lower() in configuration.name.lower() for word in words):
+            continue
+        try:
+            row = measure_one(configuration, workspaces)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            failed.append({"name": configuration.name, "error": message})
+            print(f"{configuration.name:58s} FAILED {message}")
+        else:
+            rows.append(row)
+            gigabytes = [row["measured_held"], row["measured_after_forward"], *row["measured_peaks"].values()]
+            print(
+                f"{row['name']:58s} {row['predicted'] / 1e9:10.3f} {row['measured'] / 1e9:10.3f} {row['ratio']:7.3f}   "
+                + " ".join(f"{count / 1e9:.3f}" for count in gigabytes)
+                + f"   {row['predicted_moment']}, {row['seconds']:.1f} s"
+            )
+        free()
+        if (left := torch.cuda.memory_allocated() - workspaces) > 1e6:
+            print(f"  note: {left / 1e6:.1f} MB stayed allocated after {configuration.name}")
+            workspaces += left
+    return {"workspaces": workspaces, "rows": rows, "failed": failed}
+
+
+def main() -> None:
+    words = tuple(sys.argv[1:])
+    result = measure(words)
+    if result["rows"]:
+        ratios = [row["ratio"] for row in result["rows"]]
+        quiet = [row["ratio"] for row in result["rows"] if row["activation_share"] < 0.5]
+        print(f"{len(ratios)} configurations, {len(result['failed'])} failed; ratio {min(ratios):.3f} to {max(ratios):.3f}", end="")
+        print(f", where activations are under half: {min(quiet):.3f} to {max(quiet):.3f}" if quiet else "")
+    if result["rows"] and not words:
+        print(f"saved to {recorded.save('memory_peaks', result).name}")
+
+
+if __name__ == "__main__":
+    main()
