@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # package -> its modules; "" holds single files
 _TRAIN = {
@@ -151,6 +152,15 @@ def code_corpus(tokenizer: PreTrainedTokenizerBase, length: int, split: str = "t
 def prose_corpus(tokenizer: PreTrainedTokenizerBase, length: int, name: str = "passages", rows: int | None = None) -> Tensor:
     """Prose packed into rows (rows, length); see :func:`prose_documents` and :func:`code_corpus`."""
     return _spread(pack(tokenizer, prose_documents(name), length), rows)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for every byte, and <bos>, <eos>, <pad>: reads any text without having been trained. For tests and dry runs."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable stand-in for each of the 256 bytes
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<pad>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def _spread(corpus: Tensor, rows: int | None) -> Tensor:
