@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model_name_or_pat
         "inference_mode": True,
         "init_lora_weights": True if first.init == "kaiming" else first.init,
         "lora_alpha": first.lora_alpha,
-        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
+        "lora_dropout": first.lora_dropout.p,
         "peft_type": "LORA",
         "r": first.r,
         "target_modules": _name_targets(model, layers),

@@ -1,7 +1,16 @@
-"""LoRA in a whole model: wrap the chosen layers, freeze the rest, train, merge.
+"""LoRA: fine-tune a model through low-rank updates of some of its weights.
 
-The update itself, W' = W + (α/r)·B·A, is in :mod:`reference.lora_linear`, its convolution and embedding in
-:mod:`reference.lora_conv_embedding`. This module finds the layers to adapt in any tree of modules and puts adapted ones in their place.
+Fine-tuning changes a weight W by some ΔW. LoRA keeps W as it is and writes the change as a product of two thin matrices, which are all
+that is trained:
+
+    W' = W + ΔW,    ΔW = s · B · A,    s = α/r        A: (r × in), random    B: (out × r), zero
+
+B = 0 makes ΔW = 0, so training begins at the pretrained model; A ≠ 0 gives B a gradient from the first step. With r far below in and
+out the factors hold r·(in + out) numbers instead of in·out. (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+rsLoRA, s = α/√r: Kalajdzievski 2023. PiSSA, the factors taken from the top of W itself: Meng et al. 2024.)
+
+The layers that do this are in :mod:`reference.lora_layers`. This module finds the layers to adapt in any tree of modules and puts
+adapted ones in their place:
 
     names = inject_lora(model, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     ...                                   # train the parameters that require a gradient: only A and B do
@@ -13,8 +22,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from reference.lora_conv_embedding import LoRAConv2d, LoRAEmbedding
-from reference.lora_linear import LoRALayer, LoRALinear, is_linear
+from reference.lora_base import LoRALayer
+from reference.lora_layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_linear
 
 __all__ = [
     "LoRAConv2d",
@@ -75,7 +84,8 @@ def inject_lora(
 def merge_lora(model: nn.Module) -> nn.Module:
     """Merge every adapted layer and put the plain layers back, in place; returns ``model``, which holds no trace of LoRA any more.
 
-    A weight shared with a layer that is not adapted (an output head tied to the embedding) is shared no longer: each keeps its own values.
+    A weight shared with a layer that is not adapted (an output head tied to the embedding) is shared no longer: each keeps its own
+    values. All parameters stay frozen; ``model.requires_grad_(True)`` thaws them.
 
     Raises:
         ValueError: ``model`` holds no adapted layer, is one itself, or a merged weight would hold NaN or infinity.
@@ -120,11 +130,11 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
     """First name -> layer, for every layer that ``target_modules`` chooses; arguments and errors as in :func:`inject_lora`."""
     matches = _matcher(model, target_modules)
     inside = {part for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
-    bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    never_called = _never_called(model)
     first_names, chosen = {}, set()
     for name, module in model.named_modules(remove_duplicate=False):
         first_names.setdefault(module, name)
-        if module not in inside and matches(name, module) and not (module in bypassed and target_modules == "all-linear"):
+        if module not in inside and matches(name, module):
             chosen.add(module)
     targets = {name: module for module, name in first_names.items() if module in chosen}
     if not targets:
@@ -141,10 +151,8 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             )
         if not name:
             raise ValueError(f"model itself is the layer to adapt: wrap it, {wrapper_of(module).__name__}(model, r, lora_alpha)")
-        if module in bypassed:
-            raise ValueError(
-                f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update would not be seen"
-            )
+        if module in never_called:
+            raise ValueError(f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it: choose others")
     return targets
 
 
@@ -164,12 +172,18 @@ def _matcher(model: nn.Module, target_modules: str | Iterable[str]):
         return lambda name, module: name in targets or name.endswith(tuple(f".{target}" for target in targets))
     if target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return lambda name, module: is_linear(module) and module is not head
+        skipped = {head} | _never_called(model)
+        return lambda name, module: is_linear(module) and module not in skipped
     try:
         pattern = re.compile(target_modules)
     except re.error as error:
         raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from None
     return lambda name, module: pattern.fullmatch(name) is not None
+
+
+def _never_called(model: nn.Module) -> set[nn.Module]:
+    """``nn.MultiheadAttention`` reads the weight of its output projection and never calls it: an update there would not be seen."""
+    return {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

@@ -53,9 +53,10 @@ class _AddUpdate(torch.autograd.Function):
         g = grad.to(A.dtype)  # (..., out)
         g = g * wide if wide != 1 else g
         grad_h = (g @ B).mul_(thin)  # (..., r)
-        grad_x = (grad_h @ A).to(x.dtype) if ctx.needs_input_grad[1] else None
-        grad_A = _rows(grad_h).T @ _rows(x).to(A.dtype)
-        grad_B = _rows(g).T @ _rows(h)
+        _, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
+        grad_x = (grad_h @ A).to(x.dtype) if needs_x else None  # (..., in)
+        grad_A = _rows(grad_h).T @ _rows(x).to(A.dtype) if needs_A else None  # (r, in)
+        grad_B = _rows(g).T @ _rows(h) if needs_B else None  # (out, r)
         return grad, grad_x, grad_A, grad_B, None
 
 

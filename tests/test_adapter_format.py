@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reference.adapter_format import READ, SILENT, load_adapter, save_adapter
-from reference.lora import inject_lora, lora_layers, lora_state_dict, merge_lora
-from reference.lora_linear import LoRALinear
+from reference.lora import LoRALinear, inject_lora, lora_layers, lora_state_dict, merge_lora
 
 IDS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
 
