@@ -1,6 +1,7 @@
 """What every adapted layer shares: a frozen base, two thin factors, a scale, merging. The layers are in :mod:`reference.lora_layers`."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from numbers import Real
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 INITS = ("kaiming", "gaussian", "pissa")
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """A frozen layer with weight W and the update ΔW = s·B·A beside it. Attributes of the base are read through it.
 
     Args:
@@ -52,18 +53,18 @@ class LoRALayer(nn.Module):
     # ---- what a kind of layer defines
 
     @staticmethod
+    @abstractmethod
     def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of ``lora_A`` and ``lora_B``."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def check_base(cls, base: nn.Module, r: int, init: str) -> None:
         """Raise what is wrong with ``base`` for this kind of layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta_weight(self) -> Tensor:
         """ΔW = s·B·A, in the shape of the base's weight and the dtype of the factors."""
-        raise NotImplementedError
 
     def _start(self) -> None:
         """The first values of the factors, which are zero before."""
