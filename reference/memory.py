@@ -151,6 +151,6 @@ def _moments(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: bool, f
         "first layer back": {name: first[name] + of_layers * (shape.layers - 1) // shape.layers, "activations": one_layer} | inner,
         "optimizer's step": {name: full[name], "step buffer": full["step buffer"]},
     }
-    if run.trained and shape.tied:  # the embedding's gradient is made whole, then added to the head's
-        moments["embedding back"] = {name: full[name], "temporaries": recipe.gradient_bytes * shape.embedding}
+    if run.trained and shape.tied:  # three at once: the head's gradient, the embedding's, and their sum, which autograd makes anew
+        moments["embedding back"] = {name: full[name], "temporaries": 2 * recipe.gradient_bytes * shape.embedding}
     return {moment: held | passing_now for moment, passing_now in moments.items()}
