@@ -72,9 +72,9 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 class ProbeResult:
     """The candidates' scores of every question; the right candidate of each comes first.
 
-    Two ways to choose. By the *sum* of the log-probabilities of a candidate's tokens (``accuracy``): the probability of the text itself, which
-    favours short candidates where lengths differ. By the sum *per character* (``accuracy_per_character``), which doesn't depend on how a
-    tokenizer cuts words. A tie counts as wrong, so that a model that tells nothing apart gets 0, not 1.
+    Two ways to choose. By the *sum* of the log-probabilities of a candidate's tokens (``accuracy``): the probability of the text itself,
+    which favours short candidates where lengths differ. By the sum *per character* (``accuracy_per_character``), which doesn't depend on
+    how a tokenizer cuts words. A tie counts as wrong, so that a model that tells nothing apart gets 0, not 1.
     """
 
     categories: tuple[str, ...]
@@ -194,9 +194,10 @@ def continuations_log_prob(
 ) -> list[list[Scored]]:
     """log p(continuation | prompt) of several continuations of each prompt, batched with padding on the right.
 
-    Prompt and continuation are cut into tokens *together*, since that is what the model saw in training. Where a tokenizer joins the end of a
-    prompt to a continuation, all continuations of that prompt are scored from the first token that differs from the prompt's own, so that
-    they remain comparable. The tokenizer's <bos> is put in front, where it has one; without it, the first token of an empty prompt is given.
+    Prompt and continuation are cut into tokens *together*, since that is what the model saw in training. Where a tokenizer joins the end of
+    a prompt to a continuation, all continuations of that prompt are scored from the first token that differs from the prompt's own, so
+    that they remain comparable. The tokenizer's <bos> is put in front, where it has one; without it, the first token of an empty prompt is
+    given.
 
     Raises:
         ValueError: a continuation adds no token to its prompt, the lists have different lengths, or the model returns NaN.

@@ -1,8 +1,8 @@
 """Real text that is there on any machine, offline: Python's own library to fine-tune on, English prose to see what was forgotten.
 
-- **Code**: sources of the standard library, as this Python installed them. The splits share no package, so a test module is by other authors
-  and about other things than the modules trained on. The lists hold modules that Pythons 3.11 to 3.14 all have; their contents differ a
-  little from one Python to the next, so a figure states which one it is from (:func:`origin`).
+- **Code**: sources of the standard library, as this Python installed them. The splits share no package, so no test module is part of a
+  larger piece that was trained on. The lists hold modules that Pythons 3.11 to 3.14 all have; their contents differ a little from one
+  Python to the next, so a figure states which one it is from (:func:`origin`).
 - **Passages**: fourteen short texts of many kinds, written for this course. The same on every machine, and new to every model.
 - **Manual**: chapters of Python's reference manual, as ``help()`` shows them: English, but about the subject of the code.
 
@@ -117,8 +117,8 @@ def origin() -> str:
 def pack(tokenizer: PreTrainedTokenizerBase, documents: Mapping[str, str], length: int) -> Tensor:
     """All documents in one stream of tokens, cut into rows: (rows, length), without padding; what is left at the end is dropped.
 
-    Every row starts with the tokenizer's <bos>, where it has one, since that is how pre-training showed every text; a document starts after a
-    blank line, wherever in a row that is.
+    Every row starts with the tokenizer's <bos>, where it has one, since that is how pre-training showed every text; a document starts after
+    a blank line, wherever in a row that is.
 
     Raises:
         ValueError: ``length`` is below 2, the text fills no row, or the tokenizer doesn't know this kind of text.
