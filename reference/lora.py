@@ -18,7 +18,7 @@ adapted ones in their place:
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -128,6 +128,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """First name -> layer, for every layer that ``target_modules`` chooses; arguments and errors as in :func:`inject_lora`."""
+    target_modules = target_modules if isinstance(target_modules, str) else sorted(set(target_modules))
     matches = _matcher(model, target_modules)
     inside = {part for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
     never_called = _never_called(model)
@@ -138,7 +139,11 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             chosen.add(module)
     targets = {name: module for module, name in first_names.items() if module in chosen}
     if not targets:
-        known = [name for module, name in first_names.items() if name and wrapper_of(module) and module not in inside]
+        known = [
+            name
+            for module, name in first_names.items()
+            if name and wrapper_of(module) and not isinstance(module, LoRALayer) and module not in inside
+        ]
         raise ValueError(
             f"target_modules={target_modules!r} matches no layer; layers that can be adapted: {', '.join(known[:8]) or 'none'}"
         )
@@ -165,11 +170,11 @@ def wrapper_of(layer: nn.Module) -> type[LoRALayer] | None:
     return LoRALinear if is_linear(layer) else None
 
 
-def _matcher(model: nn.Module, target_modules: str | Iterable[str]):
+def _matcher(model: nn.Module, target_modules: str | list[str]) -> Callable[[str, nn.Module], bool]:
     """``target_modules`` as a function of name and module."""
     if not isinstance(target_modules, str):
-        targets = tuple(target_modules)
-        return lambda name, module: name in targets or name.endswith(tuple(f".{target}" for target in targets))
+        ends = tuple(f".{target}" for target in target_modules)
+        return lambda name, module: name in target_modules or name.endswith(ends)
     if target_modules.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         skipped = {head} | _never_called(model)

@@ -27,16 +27,21 @@ def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
     Differentiable once, in y, x and both factors.
     """
-    return _AddUpdate.apply(y, x, lora_A, lora_B, scaling)[0]
+    compute = _AddUpdate.apply if torch.is_grad_enabled() else _compute
+    return compute(y, x, lora_A, lora_B, scaling)[0]
+
+
+def _compute(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """The sum, and h = A·x with its share of the scale, which the gradient of B needs."""
+    thin, wide = _split(s)
+    h = F.linear(x.to(A.dtype), A).mul_(thin)  # (..., r)
+    update = F.linear(h, B)  # (..., out)
+    update = update.mul_(wide) if wide != 1 else update
+    return torch.add(y, update, out=torch.empty_like(y)), h  # rounded to y's dtype as it is stored
 
 
 class _AddUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        thin, wide = _split(s)
-        h = F.linear(x.to(A.dtype), A).mul_(thin)  # (..., r)
-        update = F.linear(h, B).mul_(wide) if wide != 1 else F.linear(h, B)  # (..., out)
-        return torch.add(y, update, out=torch.empty_like(y)), h
+    forward = staticmethod(_compute)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
