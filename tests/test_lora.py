@@ -3,17 +3,20 @@
 import copy
 import math
 import pickle
+import runpy
 import warnings
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_helpers import ULP, assert_same, tiny_bert, tiny_llama
 from torch import nn
 
+from course import ROOT
 from reference.lora import (
     LoRAConv2d,
     LoRAEmbedding,
@@ -356,6 +359,25 @@ def test_a_packed_base_may_merge_in_its_own_way():
     assert isinstance(merge_lora(model)[0], Mergeable)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_four_bit_layer_of_bitsandbytes_is_a_base(dtype):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=dtype, quant_type="nf4")
+    base.load_state_dict(nn.Linear(128, 64).state_dict())
+    base, x = base.to("cpu"), torch.randn(4, 128, dtype=dtype)
+    base(x)  # quantizes
+    ours = fill(LoRALinear(copy.deepcopy(base), 4, 6))
+    theirs, factors = peft_layer(base, ours)
+    assert_same(ours(x), theirs(x))
+    ours(x).sum().backward()
+    theirs(x).sum().backward()
+    assert_same(ours.lora_A.grad, factors[0].grad)
+    assert_same(ours.lora_B.grad, factors[1].grad)
+    with pytest.raises(TypeError, match="dequantize it first"):
+        ours.merge()
+
+
 def test_merging_does_not_reach_a_weight_that_another_layer_shares():
     torch.manual_seed(0)
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
@@ -584,6 +606,18 @@ def test_torch_compile_traces_the_layer_in_one_graph(dtype):
     assert layer.lora_A.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient(dtype):
+    torch.manual_seed(0)
+    layer, x = fill(LoRALinear(nn.Linear(6, 5).to(dtype), 2, 3)), torch.randn(4, 6, dtype=dtype)
+    gradients = []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        layer.zero_grad()
+        run(x).sum().backward()
+        gradients.append([layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_per_example_gradients_work():
     """torch.func over the layer, as exact Fisher information needs it."""
     layer = fill(LoRALinear(nn.Linear(6, 5), 2, 3))
@@ -692,6 +726,15 @@ def test_targets_that_cannot_be():
         merge_lora(MLP())
     with pytest.raises(ValueError, match="take its base"):
         merge_lora(LoRALinear(nn.Linear(4, 4), 2, 3))
+
+
+def test_the_benchmark_runs_at_a_small_size():
+    result = runpy.run_path(str(ROOT / "benchmarks" / "lora_layer.py"))["measure"](small=True)
+    for row in result["training"].values():
+        assert set(row["milliseconds"]) == {"ours", "peft", "frozen layer", "full training"} and row["ratio"] > 0
+    kept = result["training"]["float32 factors, α/r = 2"]["kept_bytes"]
+    assert kept["ours"] == 32 * 16 * 4  # A·x; peft keeps a float32 copy of x (32 × 64) as well
+    assert kept["peft"] == 32 * 16 * 4 + 32 * 64 * 4
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------------------
