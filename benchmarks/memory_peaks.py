@@ -262,7 +262,7 @@ def measure(words: tuple[str, ...] = ()) -> dict:
     torch.manual_seed(0)
     workspaces, rows, failed = held_by_libraries(), [], []
     print(
-        f"{'configuration':58s} {'predicted':>10s} {'measured':>10s} {'ratio':>7s}   held, after forward, peaks of forward, backward, step (GB)"
+        f"{'configuration':58s} {'predicted':>10s} {'measured':>10s} {'ratio':>7s}   held, after forward, peak in forward, backward, step"
     )
     for configuration in CONFIGURATIONS:
         if not all(word.lower() in configuration.name.lower() for word in words):
