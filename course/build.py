@@ -1,4 +1,4 @@
-"""Write what is derived: ``exercises/`` from ``solutions/``, and the claimed numbers in the README and the lessons.
+"""Write what is derived: ``exercises/`` from ``solutions/``, claimed numbers in the README and the lessons, and tidy notebooks.
 
 An exercise is the solution after nbgrader's own steps for a release, without its database, so that ``nbgrader generate_assignment`` gives
 the same cells. Before these steps, cells tagged ``solution-only`` (the discussions) are left out.
@@ -116,6 +116,12 @@ def _exercise_file(unit: Unit) -> Derived:
     if not unit.exercise.exists():
         return Derived(unit.exercise, None, right)
     return Derived(unit.exercise, unit.exercise.read_text(encoding="utf-8"), right, worked_in(unit.exercise))
+
+
+def notebooks(root: Path = ROOT) -> list[Derived]:
+    """The notebooks and solutions, each without what differs between two equal runs."""
+    paths = [path for unit in units(root) for path in (unit.notebook, unit.solution) if path.exists()]
+    return [Derived(path, path.read_text(encoding="utf-8"), as_text(tidy(read(path)))) for path in paths]
 
 
 def pages(paths: list[Path] | None = None) -> list[Derived]:

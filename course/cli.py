@@ -47,9 +47,8 @@ def run(
 ) -> None:
     """Run notebooks from top to bottom, each in a kernel of its own, and make pages of them."""
     from course import notebooks, running, site
-    from course.units import units
 
-    chosen = [unit for unit in select(names) if unit.notebook.exists()]
+    chosen = [unit for unit in select(names, ROOT) if unit.notebook.exists()]
     if not chosen:
         raise CourseError("there is no notebook to run")
     limits, executed, results = running.Limits(cell_seconds=cell_seconds), {}, {}
@@ -69,7 +68,7 @@ def run(
                 unit.notebook.write_text(notebooks.as_text(notebooks.tidy(notebook)), encoding="utf-8")
         task = progress.add_task("pages", total=None)
         summary = {unit.number: f"{_verdict(result)}, {result.seconds:.0f} s" for unit, result in results.items()}
-        index = site.write(executed=executed, summary=summary if len(chosen) == len(units()) else None)
+        index = site.write(ROOT, executed=executed, summary=summary)
         progress.update(task, total=1, completed=1)
     for unit, result in results.items():
         for trouble in result.troubles:
@@ -130,7 +129,7 @@ def check(
     """Judge your answers: what passed, what did not and why, and the score."""
     from course import grading, running
 
-    chosen = find(unit)
+    chosen = find(unit, ROOT)
     path = notebook or chosen.exercise
     limits = running.Limits(cell_seconds, total_seconds, int(memory_gb * 1e9) or None)
     with _progress(transient=True) as progress:
@@ -160,10 +159,10 @@ def build(
     check_only: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file is out of date.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace exercises that somebody has worked in.")] = False,
 ) -> None:
-    """For authors: write the exercises from the solutions, and the claimed numbers into the pages."""
+    """For authors: exercises from solutions, claimed numbers into the pages, notebooks without times of day."""
     from course import build as building
 
-    derived = [*building.exercises(), *building.pages()]
+    derived = [*building.notebooks(ROOT), *building.exercises(ROOT), *building.pages()]
     stale = [each for each in derived if not each.fresh]
     if check_only:
         for each in stale:
@@ -183,7 +182,7 @@ def site() -> None:
 
     with _progress(transient=True) as progress:
         task = progress.add_task("pages", total=None)
-        index = pages.write(before_page=lambda path: progress.update(task, description=path.name))
+        index = pages.write(ROOT, before_page=lambda path: progress.update(task, description=path.name))
     console.print(f"Pages: {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
 
 
@@ -219,7 +218,7 @@ def interview(
 
     from course.interview import questions
 
-    asked = questions(find(unit).number if unit else None)
+    asked = questions(find(unit, ROOT).number if unit else None)
     if not asked:
         raise CourseError("there are no questions for this unit yet" if unit else "there are no questions yet")
     waits = not answers and sys.stdin.isatty()

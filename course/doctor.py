@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -185,6 +186,7 @@ def tiny_model(where: str) -> Finding:
 def four_bits(where: str) -> Finding:
     """bitsandbytes, by quantizing random weights to NF4 and back."""
     what = f"bitsandbytes, {where}"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises kernels that nothing here needs
     try:
         import bitsandbytes
         import torch
@@ -209,7 +211,7 @@ def real_model() -> Finding:
 def hub(ask: bool) -> Finding:
     """Whether models can be fetched. Asks the network only when told to."""
     if not ask:
-        return Finding("Hugging Face hub", "not asked: course doctor --hub asks it")
+        return Finding("Hugging Face hub", "not asked", NOTE, "course doctor --hub asks it")
     from course.lab.models import SUGGESTED
 
     try:

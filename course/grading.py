@@ -178,7 +178,8 @@ def _outcome(name: str, place: _Place, notebook: NotebookNode, troubles: dict[in
     elif own is not None:
         why = own.message if own.kind == "NotYet" else str(own)
         if own.kind == "NameError":
-            why += ". A cell that defines it is missing, failed, or stands below"
+            failed = [trouble for index, trouble in sorted(troubles.items()) if index < place.check and not marks(notebook.cells[index])]
+            why += f". An earlier cell failed: {failed[0]}" if failed else ". The cell that defines it is missing or stands below"
     elif place.check > reached:
         why = "not run: the notebook ended before it"
     return Outcome(name, place.title, place.points, why)

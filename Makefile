@@ -1,0 +1,67 @@
+# The two commands are `make course` and `make test`. The first run makes an environment in .venv; after that no network is needed.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+COURSE := $(VENV)/bin/python -m course
+# Two processes on two cores; a notebook stays whole in one of them. Threads of torch would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=15
+
+.DEFAULT_GOAL := help
+.PHONY: help setup course lab test test-gpu lint site build doctor demo clean
+
+help:
+	@echo "make course    set up, run every notebook, make the pages"
+	@echo "make lab       set up, open JupyterLab at the first notebook"
+	@echo "make test      set up, run the tests"
+	@echo "make doctor    what this machine can do, and how to mend what is missing"
+	@echo "make demo      the course in under a minute"
+	@echo "make site      pages from the saved outputs, without running anything"
+	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make build     for authors: exercises from solutions, claimed numbers into pages"
+	@echo "make clean     remove pages and caches; your work and .venv stay"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$$($(PYTHON) --version 2>&1) is too old: the course needs Python 3.11 or newer. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "This Python has no venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+course: $(INSTALLED)
+	$(COURSE) run
+
+lab: $(INSTALLED)
+	$(VENV)/bin/python -m jupyter lab $(firstword $(wildcard notebooks/00_*.ipynb))
+
+test: $(INSTALLED) lint
+	$(PYTEST) -n auto --maxprocesses 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests notebooks
+
+lint: $(INSTALLED)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+test-gpu: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m gpu --durations=15 tests
+
+site: $(INSTALLED)
+	$(COURSE) site
+
+build: $(INSTALLED)
+	$(COURSE) build
+
+doctor: $(INSTALLED)
+	$(COURSE) doctor
+
+demo: $(INSTALLED)
+	$(COURSE) demo
+
+clean:
+	rm -rf site build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,226 @@
+"""The judge's core: what it compares, in which order, and which words a learner reads."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+
+from course.checking import Check, NotYet, Raised, first_difference, raised
+
+
+@pytest.mark.parametrize(
+    "actual, expected",
+    [
+        (torch.ones(2, 3), torch.ones(2, 3)),
+        (torch.ones(2) + 1e-8, torch.ones(2)),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0])),
+        (torch.tensor([float("inf")]), torch.tensor([float("inf")])),
+        (torch.tensor([1, 2]), torch.tensor([1, 2])),
+        (torch.tensor([True]), torch.tensor([True])),
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 2j])),
+        (torch.ones(2, requires_grad=True), torch.ones(2)),
+        (3, 3),
+        (3, 3.0),
+        (torch.tensor([3.0]), 3.0),
+        (float("inf"), float("inf")),
+        ("a", "a"),
+        (True, True),
+        (None, None),
+        ({"a", "b"}, {"b", "a"}),
+        ([1, 2.0], (1, 2.0)),
+        ({"w": [torch.zeros(2)]}, {"w": [torch.zeros(2)]}),
+        (Raised(ValueError), Raised(ValueError)),
+        (Raised(UnicodeError), Raised(ValueError)),  # a ValueError of a narrower kind
+    ],
+)
+def test_equal_observations_have_no_difference(actual, expected):
+    assert first_difference(actual, expected) is None
+
+
+@pytest.mark.parametrize(
+    "actual, expected, words",
+    [
+        (3, torch.ones(2), "expected a tensor, got int"),
+        (None, torch.ones(2), "expected a tensor, got NoneType"),
+        (torch.ones(2, 3), torch.ones(3, 2), "expected shape (3, 2), got (2, 3)"),
+        (torch.ones(2).half(), torch.ones(2), "expected torch.float32, got torch.float16"),
+        (torch.ones(3).half(), torch.ones(2), "expected shape (2,), got (3,)"),  # shape comes before dtype
+        (torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]), "1 of 3 values differ"),
+        (torch.tensor([1.0, float("nan")]), torch.ones(2), "the result holds NaN or infinity"),
+        (torch.tensor([1.0, float("inf")]), torch.ones(2), "the result holds NaN or infinity"),
+        (torch.tensor([1.0, 1.5]), torch.ones(2), "values differ by up to 0.5"),
+        (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf"),
+        (2.5, 3, "expected 3, got 2.5"),
+        ("3", 3, "expected a number, got str"),
+        (True, 1, "expected a number, got bool"),
+        (1, True, "expected True, got 1"),
+        (torch.ones(2), 1.0, "expected a number, got Tensor"),
+        (float("nan"), 1.0, "expected 1, got nan"),
+        ("a", "b", "expected 'b', got 'a'"),
+        (0, None, "expected None, got 0"),
+        (["a"], {"a"}, "expected {'a'}, got ['a']"),
+        (5, [1, 2], "expected 2 values, got int"),
+        ([1], [1, 2], "expected 2 values, got 1"),
+        ([1, 5], [1, 2], "item 1: expected 2, got 5"),
+        (5, {"w": 1}, "expected a dictionary, got int"),
+        ({"v": 1}, {"w": 1}, "missing: w; too many: v"),
+        ({}, {"w": 1}, "missing: w"),
+        ({"w": 1, "v": 1}, {"w": 1}, "too many: v"),
+        ({"w": [1, torch.zeros(2)]}, {"w": [1, torch.zeros(3)]}, "w: item 1: expected shape (3,), got (2,)"),
+        (7, Raised(ValueError), "expected a ValueError, but the call was accepted"),
+        (None, Raised(ValueError), "expected a ValueError, but the call was accepted"),
+        (Raised(TypeError), Raised(ValueError), "expected a ValueError, got a TypeError"),
+    ],
+)
+def test_the_first_difference_is_named(actual, expected, words):
+    assert first_difference(actual, expected) == words
+
+
+def test_tolerances_are_what_they_say():
+    assert first_difference(1.009, 1.0, rtol=0.01, atol=0.0) is None
+    assert first_difference(1.011, 1.0, rtol=0.01, atol=0.0) is not None
+    assert first_difference(torch.tensor([0.009]), torch.tensor([0.0]), rtol=0.0, atol=0.01) is None
+    assert first_difference(torch.tensor([0.011]), torch.tensor([0.0]), rtol=0.0, atol=0.01) is not None
+
+
+def test_a_check_that_observes_what_cannot_be_compared_is_the_authors_mistake():
+    with pytest.raises(TypeError, match="no comparison for object"):
+        first_difference(1, object())
+
+
+def test_raised_observes_an_error_and_lets_the_stub_through():
+    def fail(error):
+        raise error
+
+    assert raised(fail, ValueError("x")) == Raised(ValueError)
+    assert raised(lambda: 3) is None
+    with pytest.raises(NotImplementedError):
+        raised(fail, NotImplementedError())
+
+
+# one small exercise, to judge with: scale a tensor by 3
+
+
+def scale(x):
+    return 3 * x
+
+
+def added(x):
+    return 3 + x
+
+
+def in_half(x):
+    return (3 * x).half()
+
+
+def fails(x):
+    raise RuntimeError("this mistake doesn't run on these inputs")
+
+
+def observe(answer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, generator=generator)
+    return {"the result": answer(x), "for zeros": answer(torch.zeros(2))}
+
+
+ADDED, HALF = "you added 3: multiply by it", "your result is float16: keep the dtype"
+CHECK = Check("scale by 3", observe, scale, lambda x: x + x + x, {"never drawn": fails, ADDED: added, HALF: in_half})
+
+
+def refusal(answer, check=CHECK) -> str:
+    with pytest.raises(NotYet) as caught:
+        check(answer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("right", [CHECK.reference, CHECK.second])
+def test_right_answers_pass_and_say_what_was_right(right, capsys):
+    CHECK(right)
+    assert capsys.readouterr().out == "✓ scale by 3\n"
+
+
+def test_misconceptions_are_named_in_their_own_words():
+    assert refusal(lambda x: x + 3) == ADDED
+    assert refusal(lambda x: (x + x + x).half()) == HALF
+
+
+def test_another_wrong_answer_hears_the_first_difference():
+    assert refusal(lambda x: 3 * x + 1).startswith("the result: values differ by up to 1")
+    assert refusal(lambda x: (3 * x)[:1]) == "the result: expected shape (4,), got (1,)"
+    assert refusal(lambda x: None) == "the result: expected a tensor, got NoneType"
+    assert refusal(lambda x: 3 * x if x.any() else x + 1) == "for zeros: values differ by up to 1"
+
+
+def test_the_stub_and_a_failing_answer_are_refused_politely():
+    def stub(x):
+        raise NotImplementedError()
+
+    def broken(x):
+        return x / torch.ones(5)
+
+    assert refusal(stub) == "nothing here yet: replace the NotImplementedError with your answer"
+    assert refusal(broken).startswith("your code raised RuntimeError: The size of tensor a")
+    assert refusal(None).startswith("your code raised TypeError")
+
+
+def test_an_observation_may_refuse_in_its_own_words():
+    def strict(answer, seed):
+        if answer(torch.ones(1)).item() != 3:
+            raise NotYet("three times one is three")
+        return {}
+
+    assert refusal(added, Check("strict", strict, scale, scale)) == "three times one is three"
+
+
+def test_what_was_not_observed_is_named():
+    def partly(answer, seed):
+        return {"first": 1, "second": 2} if answer is scale else {"first": 1}
+
+    assert refusal(added, Check("partly", partly, scale, scale)) == "second: nothing was observed"
+
+
+def test_every_round_has_its_own_seed_and_leaves_the_learners_random_numbers_alone():
+    seeds = []
+
+    def remember(answer, seed):
+        torch.rand(7)
+        seeds.append(seed)
+        return {"drawn": torch.rand(1)}
+
+    check = Check("remember", remember, scale, scale, rounds=3)
+    torch.manual_seed(5)
+    random.seed(5)
+    before = (torch.rand(1), random.random())
+    torch.manual_seed(5)
+    random.seed(5)
+    check(scale)
+    assert (torch.rand(1), random.random()) == before
+    assert len(set(seeds)) == 3 and len(seeds) == 6  # the answer and the reference see the same seed
+
+
+def test_answer_and_reference_see_the_same_random_numbers():
+    def noise(answer, seed):
+        return {"noise": answer(torch.rand(3))}
+
+    Check("noise", noise, scale, scale)(scale)
+
+
+def test_a_wrong_answer_in_any_round_is_refused():
+    calls = []
+
+    def sometimes(x):
+        calls.append(x)
+        return 3 * x if len(calls) <= 2 else x  # right in the first round (two calls each)
+
+    assert "values differ" in refusal(sometimes)
+
+
+def test_the_judge_shows_no_traceback_in_jupyter():
+    assert NotYet("do this")._render_traceback_() == ["Not yet: do this"]
+
+
+def test_the_cause_of_a_failing_answer_is_kept():
+    with pytest.raises(NotYet) as caught:
+        CHECK(partial(torch.reshape, shape=(-2, 0)))
+    assert isinstance(caught.value.__cause__, Exception)

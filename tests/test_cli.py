@@ -1,0 +1,328 @@
+"""The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+from rich.console import Console
+
+from course import ROOT, build, cli, doctor, interview
+from course.notebooks import marks, read
+from course.units import Unit
+
+
+@pytest.fixture
+def course(small_course: Unit, monkeypatch, capsys):
+    """Run the command on the small course; returns (exit status, what it printed)."""
+    root = small_course.root
+    monkeypatch.setattr(cli, "ROOT", root)
+    monkeypatch.setattr("course.claimed.pages", lambda: [root / "README.md"])
+    monkeypatch.chdir(root)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["course", *words])
+        monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out + printed.err
+
+    run.unit = small_course
+    return run
+
+
+def test_help_is_there_for_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys\nimport course.cli\n"
+        "heavy = {'torch', 'transformers', 'nbclient', 'nbconvert', 'nbgrader', 'matplotlib', 'IPython'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_the_commands(course):
+    status, printed = course("--help")
+    assert status == 0
+    for command in ("run", "check", "build", "site", "doctor", "interview", "demo", "train-tiny", "bench"):
+        assert f" {command} " in printed
+        assert course(command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("check", "7"), ("run", "7"), ("run", "00", "seven"), ("interview", "7"), ("bench", "7")],
+)
+def test_a_name_that_does_not_exist_lists_those_that_do(course, words):
+    status, printed = course(*words)
+    assert status == 2 and "Traceback" not in printed
+    assert "there is no" in printed and ("00 (squares), 01 (cubes)" in printed or "There are: none yet" in printed)
+
+
+def test_run_makes_pages_and_a_table_and_leaves_the_notebook(course):
+    before = course.unit.notebook.read_text()
+    status, printed = course("run")
+    assert status == 0
+    assert "00_squares: passed" in printed
+    for words in ("notebook", "seconds", "peak memory", "result", "GB", "Pages: site/index.html"):
+        assert words in printed
+    page = course.unit.root / "site" / "notebooks" / "00_squares.html"
+    assert "drawn" in page.read_text()
+    assert "passed" in (course.unit.root / "site" / "index.html").read_text()
+    assert course.unit.notebook.read_text() == before
+
+
+def test_run_says_which_cell_failed_and_saves_only_what_passed(course):
+    notebook = read(course.unit.notebook)
+    notebook.cells[1].source = "a = 1\nb = a / 0\nc = 2"
+    miniature.save(notebook, course.unit.notebook)
+    before = course.unit.notebook.read_text()
+    status, printed = course("run", "0", "--save")
+    assert status == 1
+    assert "failed in cell 2" in printed and "ZeroDivisionError: division by zero" in printed and "b = a / 0" in printed
+    assert course.unit.notebook.read_text() == before
+
+
+def test_run_saves_when_asked(course):
+    status, _ = course("run", "squares", "--save")
+    saved = read(course.unit.notebook)
+    assert status == 0 and saved.cells[1].execution_count == 1 and "execution" not in saved.cells[1].metadata
+    assert saved.cells[2].outputs[0].text == "drawn\n"
+
+
+def test_a_slow_or_large_notebook_is_pointed_out(course, monkeypatch):
+    monkeypatch.setattr(cli, "SECONDS", 0)
+    monkeypatch.setattr(cli, "BYTES", 1e6)
+    status, printed = course("run")
+    assert status == 0 and "passed, but over 0 s and over 0 GB" in printed
+
+
+def test_run_with_nothing_to_run(course):
+    assert course("run", "01") == (2, "course: there is no notebook to run\n")
+
+
+def test_check_prints_the_score_and_why(course):
+    build.write(build.exercises(course.unit.root))
+    status, printed = course("check", "squares")
+    assert status == 1
+    assert "0 of 3 points" in printed and printed.count("nothing here yet") == 2 and "1. Square" in printed
+    status, printed = course("check", "0", str(course.unit.solution))
+    assert status == 0 and "3 of 3 points" in printed and printed.count("right") == 2
+
+
+def test_check_stops_at_its_limits(course):
+    build.write(build.exercises(course.unit.root))
+    work = read(course.unit.exercise)
+    for cell in work.cells:
+        if marks(cell).get("grade_id") == "square":
+            cell.source = "def square(x):\n    while True: pass"
+    path = miniature.save(work, course.unit.root / "mine.ipynb")
+    status, printed = course("check", "0", str(path), "--cell-seconds", "1")
+    assert status == 1 and "stopped after 1 s: is there an endless loop?" in printed
+
+
+def test_check_without_a_notebook_says_so(course):
+    status, printed = course("check", "0", "nowhere.ipynb")
+    assert status == 2 and "there is no file nowhere.ipynb" in printed
+
+
+def test_build_writes_and_checks(course):
+    assert not course.unit.exercise.exists()
+    status, printed = course("build", "--check")
+    assert status == 2 and "exercises/00_squares.ipynb is out of date" in printed and "run `course build`" in printed
+    assert not course.unit.exercise.exists()
+    status, printed = course("build")
+    assert status == 0 and "wrote exercises/00_squares.ipynb" in printed
+    assert course("build", "--check")[0] == 0
+
+
+def test_site_makes_pages_without_running(course):
+    status, printed = course("site")
+    assert status == 0 and "Pages: site/index.html" in printed
+    assert (course.unit.root / "site" / "lessons" / "01_cubes.html").exists()
+
+
+QUESTION = interview.Question(
+    "x", "Why **two**?", 2, 1, "00", ("S1.2",), "Short.", "Deep.", ("And three? (No.)",), "One.", "It is two.", {}
+)
+
+
+def test_interview_asks_and_answers(course, monkeypatch):
+    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,) * 2 if unit in (None, "00") else ())
+    status, printed = course("interview", "squares", "--answers")
+    assert status == 0
+    for words in ("Why two?", "1 of 2", "●●○○○", "Short.", "Deep.", "And three? (No.)", "One.", "It is two."):
+        assert words in printed
+    status, printed = course("interview", "cubes")
+    assert status == 2 and "no questions for this unit yet" in printed
+
+
+@pytest.mark.parametrize("typed, answers", [("", 2), ("q", 0)])
+def test_interview_waits_for_enter(course, monkeypatch, typed, answers):
+    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,) * 2)
+    monkeypatch.setattr("builtins.input", lambda prompt: typed)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    assert course("interview")[1].count("Short.") == answers
+
+
+def test_interview_without_a_terminal_gives_nothing_away(course, monkeypatch):
+    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,))
+    monkeypatch.setattr(sys, "stdin", type("Pipe", (), {"isatty": lambda self: False})())
+    status, printed = course("interview")
+    assert status == 0 and "Why two?" in printed and "Short." not in printed
+
+
+def test_bench_lists_and_runs(course):
+    folder = course.unit.root / "benchmarks"
+    folder.mkdir()
+    (folder / "counting.py").write_text('"""How fast one counts.\n\nMore."""\n\n\ndef main():\n    print("counted")\n')
+    assert course("bench") == (0, "counting  How fast one counts.\n")
+    assert course("bench", "counting") == (0, "counted\n")
+    status, printed = course("bench", "other")
+    assert status == 2 and "there is no measurement 'other'. There are: counting" in printed
+
+
+def test_lead_commands_are_wired():
+    import inspect
+
+    from course.demo import main as play
+    from course.lab.pretrain import main as train
+
+    inspect.signature(play).bind(Path("figure.png"))
+    inspect.signature(train).bind()
+
+
+# doctor
+
+
+def found(findings: list[doctor.Finding], what: str) -> doctor.Finding:
+    (finding,) = [finding for finding in findings if finding.what == what]
+    return finding
+
+
+def test_doctor_examines_this_machine_for_real(course):
+    status, printed = course("doctor")
+    assert status == 0, printed
+    assert "The course runs here." in printed
+    for words in (
+        "Python",
+        "Packages",
+        "CPU",
+        "Memory",
+        "Disk",
+        "GPU",
+        "Training step, cpu",
+        "Tiny model, cpu",
+        "bitsandbytes, cpu",
+        "not asked",
+    ):
+        assert words in printed
+
+
+def test_doctor_exits_with_1_only_if_something_needed_is_broken(course, monkeypatch):
+    note, broken = (
+        doctor.Finding("GPU", "none", doctor.NOTE, "not needed"),
+        doctor.Finding("Packages", "torch is missing", doctor.BROKEN, "make setup"),
+    )
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: [note])
+    assert course("doctor")[0] == 0
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: [note, broken])
+    status, printed = course("doctor")
+    assert status == 1 and "make setup" in printed and "broken" in printed
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """What is installed, as far as the doctor sees."""
+    from importlib import metadata
+
+    real, changed = metadata.version, {}
+
+    def version(name: str) -> str:
+        answer = changed.get(name) or real(name)
+        if answer == "missing":
+            raise metadata.PackageNotFoundError(name)
+        return answer
+
+    monkeypatch.setattr(metadata, "version", version)
+    return changed
+
+
+@pytest.mark.parametrize(
+    "name, version, state, words",
+    [
+        ("scipy", "missing", doctor.BROKEN, "scipy is missing"),
+        ("torch", "2.0.1", doctor.BROKEN, "torch 2.0.1, needed >=2.11"),
+        ("scipy", "99.1", doctor.NOTE, "1 of "),
+    ],
+)
+def test_packages_are_held_against_both_lists(versions, name, version, state, words):
+    versions[name] = version
+    finding = doctor.packages()
+    assert finding.state == state and words in finding.found and finding.mend
+
+
+def test_a_local_build_of_the_tested_version_is_as_tested(versions):
+    versions["torch"] = doctor.tested_versions()["torch"] + "+cu130"
+    assert "torch" not in doctor.packages().found
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    import torch
+
+    assert doctor.step("cpu").state == doctor.OK
+    right = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: right(self, x) + 0.1 * (self.weight.sum() - self.weight.sum().detach()))
+    finding = doctor.step("cpu")
+    assert finding.state == doctor.BROKEN and "wrong by" in finding.found
+
+
+def test_a_missing_tiny_model_says_how_to_make_it(monkeypatch, tmp_path):
+    from course.lab import models
+
+    monkeypatch.setattr(models, "TINY", tmp_path / "absent")
+    finding = doctor.tiny_model("cpu")
+    assert finding.state == doctor.BROKEN and "course train-tiny" in finding.mend
+
+
+def test_bitsandbytes_that_fails_is_a_note(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    finding = doctor.four_bits("cpu")
+    assert finding.state == doctor.NOTE and "ModuleNotFoundError" in finding.found
+
+
+def test_little_memory_and_little_disk_are_notes(monkeypatch):
+    monkeypatch.setattr(doctor, "MEMORY_BYTES", 1e18)
+    monkeypatch.setattr(doctor, "DISK_BYTES", 1e18)
+    assert (doctor.memory().state, doctor.disk().state) == (doctor.NOTE, doctor.NOTE)
+
+
+def test_the_hub_is_asked_only_when_told(monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        def model_info(self, name, timeout):
+            raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert doctor.hub(ask=False).found == "not asked"
+    assert doctor.hub(ask=True).found == "not reached (TimeoutError)"
+    Hub.model_info = lambda self, name, timeout: None
+    assert doctor.hub(ask=True).found == "reached"
+
+
+def test_a_probe_that_fails_otherwise_is_a_finding_too(monkeypatch):
+    monkeypatch.setattr(doctor, "cpu", lambda: 1 / 0)
+    monkeypatch.setattr(doctor, "tiny_model", lambda where: doctor.Finding(f"Tiny model, {where}", "skipped here"))
+    finding = found(doctor.examine(), "CPU")
+    assert finding.state == doctor.BROKEN and "ZeroDivisionError" in finding.found
+
+
+@pytest.mark.gpu
+def test_doctor_examines_the_gpu():
+    findings = doctor.examine()
+    assert found(findings, "GPU").state == doctor.OK
+    for what in ("Training step, cuda", "Tiny model, cuda"):
+        assert found(findings, what).state == doctor.OK

@@ -1,0 +1,444 @@
+"""Exercises are made from solutions, judged in a process of their own, and work in nbgrader."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+from nbformat import from_dict, v4
+from traitlets.config import Config
+
+from course import ROOT, build, grading
+from course.notebooks import as_text, is_check, marks, read, tidy
+from course.running import Limits
+from course.units import CourseError, Unit, find, select, units
+
+SOLVED = [unit for unit in units() if unit.solution.exists()]
+every_unit = pytest.mark.parametrize("unit", SOLVED, ids=lambda unit: unit.stem)
+
+
+@pytest.fixture
+def unit(small_course: Unit) -> Unit:
+    """The small course's first unit, with its exercise generated."""
+    build.write(build.exercises(small_course.root))
+    return small_course
+
+
+# the exercises of this course
+
+
+def test_exercises_are_fresh():
+    """Generated from solutions/ as they are now. A learner's own work in an exercise is not held against it."""
+    stale = [derived.path.name for derived in build.exercises() if not derived.fresh and not (derived.worked_in and _started_from(derived))]
+    assert stale == [], "run `course build`"
+
+
+def _started_from(derived: build.Derived) -> bool:
+    if derived.now is None or derived.right is None:
+        return False
+    now, right = json.loads(derived.now), json.loads(derived.right)
+    return now["metadata"].get("course", {}).get("content") == right["metadata"]["course"]["content"] and _changed_here(derived.path)
+
+
+def _changed_here(path: Path) -> bool:
+    """Whether git sees a change that is not committed: committed exercises must be generated ones."""
+    answer = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "--", str(path)], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and answer.stdout.strip() != ""
+
+
+@every_unit
+def test_no_answer_is_left_in_an_exercise(unit: Unit):
+    made = build.exercise(read(unit.solution))
+    text = as_text(made)
+    assert "BEGIN SOLUTION" not in text and "solution-only" not in text
+    for cell in made.cells:
+        if marks(cell).get("solution"):
+            assert "raise NotImplementedError()" in cell.source
+            compile(cell.source, marks(cell)["grade_id"], "exec")
+        assert not cell.get("outputs")
+
+
+# how an exercise is made
+
+
+def test_an_exercise_holds_the_stub_and_not_the_answer(unit: Unit):
+    made = read(unit.exercise)
+    sources = [cell.source for cell in made.cells]
+    assert "def square(x):\n    # your answer here\n    raise NotImplementedError()" in sources
+    assert "check(square, 9)" in sources
+    assert not any("Discussion" in source or "x * x" in source for source in sources)
+    checks = [cell for cell in made.cells if is_check(cell)]
+    assert all(cell.metadata.editable is False and cell.metadata.deletable is False for cell in checks)
+    assert [marks(cell)["points"] for cell in checks] == [1, 2]
+    assert set(made.metadata) == {"kernelspec", "language_info", "course"}
+
+
+def test_making_it_twice_gives_the_same_file_also_when_ids_and_times_differ(unit: Unit):
+    text = unit.exercise.read_text()
+    solution = read(unit.solution)
+    for number, cell in enumerate(solution.cells):
+        cell.id = f"other-{number}"
+        cell.metadata["execution"] = {"iopub.status.busy": f"2030-01-01T00:00:{number:02}"}
+    solution.metadata["language_info"] = {"name": "python", "version": "3.99"}
+    solution.cells[1].outputs = [v4.new_output("stream", text="left over")]
+    assert as_text(build.exercise(solution)) == text
+
+
+def test_equal_cells_get_different_ids():
+    twice = v4.new_notebook(cells=[v4.new_markdown_cell("same"), v4.new_markdown_cell("same")])
+    ids = [cell.id for cell in build.exercise(twice).cells]
+    assert len(set(ids)) == 2 and ids[1] == f"{ids[0]}-2"
+
+
+def test_making_leaves_the_solution_as_it_was(unit: Unit):
+    solution = read(unit.solution)
+    before = as_text(solution)
+    build.exercise(solution)
+    assert as_text(solution) == before
+
+
+def test_a_change_in_the_solution_makes_the_exercise_stale_and_writing_mends_it(unit: Unit):
+    assert all(derived.fresh for derived in build.exercises(unit.root))
+    solution = read(unit.solution)
+    solution.cells[2].source += "\n\nA new hint."
+    miniature.save(solution, unit.solution)
+    (derived,) = build.exercises(unit.root)
+    assert not derived.fresh and not derived.worked_in
+    assert build.write([derived]) == [unit.exercise]
+    assert "A new hint." in unit.exercise.read_text()
+    assert build.write(build.exercises(unit.root)) == []
+
+
+def test_an_exercise_without_a_solution_is_stale_and_removed(unit: Unit):
+    left = unit.exercise.with_name("07_gone.ipynb")
+    left.write_text(unit.exercise.read_text())
+    (stale,) = [derived for derived in build.exercises(unit.root) if not derived.fresh]
+    assert stale.path == left
+    assert build.write([stale]) == [left] and not left.exists()
+
+
+def test_a_learners_work_is_never_overwritten(unit: Unit):
+    work = read(unit.exercise)
+    work.cells[3].source = "def square(x):\n    return x ** 2"
+    miniature.save(work, unit.exercise)  # as Jupyter would: its own metadata
+    text = unit.exercise.read_text()
+    (derived,) = build.exercises(unit.root)
+    assert derived.worked_in and not derived.fresh
+    with pytest.raises(CourseError, match=r"somebody has worked in 00_squares\.ipynb: keep the work under another name"):
+        build.write([derived])
+    assert unit.exercise.read_text() == text
+    build.write([derived], overwrite=True)
+    assert "x ** 2" not in unit.exercise.read_text()
+
+
+def test_running_an_exercise_is_not_working_in_it(unit: Unit):
+    ran = read(unit.exercise)
+    for cell in ran.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [v4.new_output("stream", text="ran")], 7
+    unit.exercise.write_text(as_text(ran))
+    assert not build.worked_in(unit.exercise)
+
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (lambda nb: nb.cells[3].update(source="### BEGIN SOLUTION\n1"), "no end solution"),
+        (lambda nb: nb.cells[3].metadata.pop("nbgrader"), "Solution region detected in a non-solution cell"),
+        (lambda nb: nb.cells[4].metadata["nbgrader"].pop("points"), "refuses"),
+    ],
+)
+def test_a_solution_that_breaks_nbgraders_rules_is_named(unit: Unit, break_it, words):
+    solution = read(unit.solution)
+    break_it(solution)
+    miniature.save(solution, unit.solution)
+    with pytest.raises(CourseError, match=words) as caught:
+        build.exercises(unit.root)
+    assert str(caught.value).startswith(str(Path("solutions", "00_squares.ipynb")))
+
+
+def test_pages_with_claims_are_brought_up_to_date(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("course.claimed.value", lambda name: 2.5)
+    page = tmp_path / "page.md"
+    page.write_text("It saves **0.1** <!--claim x:y .2f--> bits.\n")
+    (derived,) = build.pages([page, tmp_path / "absent.md"])
+    assert not derived.fresh
+    build.write([derived])
+    assert page.read_text() == "It saves **2.50** <!--claim x:y .2f--> bits.\n"
+    page.write_text("A claim <!--claim x:y .2f--> without a number.\n")
+    with pytest.raises(CourseError, match=r"page\.md: a claim comment must follow a number"):
+        build.pages([page])
+
+
+def test_saved_notebooks_are_tidied(unit: Unit):
+    messy = read(unit.notebook)
+    messy.metadata["jupytext"] = {"formats": "py"}
+    messy.cells[1].metadata["execution"] = {"iopub.status.busy": "2030"}
+    unit.notebook.write_text(as_text(messy))
+    stale = [derived for derived in build.notebooks(unit.root) if not derived.fresh]
+    assert [derived.path for derived in stale] == [unit.notebook]
+    build.write(stale)
+    assert as_text(tidy(messy)) == unit.notebook.read_text()
+    assert read(unit.notebook).cells[2].outputs, "outputs stay"
+
+
+# judging
+
+
+ANSWERS = {"square": "def square(x):\n    return x * x", "double": "def double(x):\n    return 2 * x"}
+
+
+def hand_in(unit: Unit, **answers: str) -> Path:
+    """The exercise with these answer cells, in a file of its own."""
+    work = read(unit.exercise)
+    for cell in work.cells:
+        name = marks(cell).get("grade_id")
+        if name in answers:
+            cell.source = answers[name]
+    return miniature.save(work, unit.root / "mine.ipynb")
+
+
+def judge(unit: Unit, **answers: str) -> grading.Report:
+    return grading.grade(hand_in(unit, **answers), unit, Limits(cell_seconds=2, total_seconds=60, memory_bytes=400_000_000))
+
+
+def test_full_score_for_right_answers_and_none_for_the_stub(unit: Unit):
+    right = judge(unit, **ANSWERS)
+    assert (right.score, right.total, right.full, right.notes) == (3, 3, True, [])
+    assert [outcome.exercise for outcome in right.outcomes] == ["1. Square", "2. Double"]
+    stub = judge(unit)
+    assert (stub.score, stub.full) == (0, False)
+    assert [outcome.why for outcome in stub.outcomes] == ["nothing here yet"] * 2
+
+
+def test_each_exercise_counts_by_itself_and_says_why(unit: Unit):
+    report = judge(unit, square="def square(x):\n    return x + x", double=ANSWERS["double"])
+    assert [outcome.why for outcome in report.outcomes] == ["expected 9, got 6", None]
+    assert report.score == 2
+
+
+@pytest.mark.parametrize(
+    "answer, why",
+    [
+        ("def square(x:\n    return", "the answer's own cell failed: SyntaxError: "),
+        ("1 / 0", "the answer's own cell failed: ZeroDivisionError: division by zero (line 1)"),
+        ("def other(x):\n    return 9", "NameError: name 'square' is not defined. The cell that defines it is missing or stands below"),
+        ("def square(x):\n    return x[0]", "TypeError: 'int' object is not subscriptable"),
+        ("def square(x):\n    while True:\n        pass", "stopped after 2 s: is there an endless loop?"),
+        ("while True:\n    pass", "the answer's own cell failed: stopped after 2 s: is there an endless loop?"),
+        ("def square(x):\n    import os\n    os._exit(1)", "the kernel ended with exit status 1"),
+        ("import ctypes\nctypes.string_at(0)", "the answer's own cell failed: the kernel was ended by SIGSEGV"),
+        (
+            "def square(x):\n    held = []\n    while True:\n        held.append(b'x' * 50_000_000)",
+            "stopped: it used more than 0.4 GB of memory",
+        ),
+        ("def square(x):\n    raise SystemExit", "SystemExit"),
+    ],
+)
+def test_what_goes_wrong_costs_its_own_points_only(unit: Unit, answer, why):
+    report = judge(unit, square=answer, double=ANSWERS["double"])
+    first, second = report.outcomes
+    assert first.why.startswith(why), first.why
+    assert second.why is None and report.score == 2
+
+
+def test_a_notebook_that_keeps_crashing_comes_to_an_end(unit: Unit, monkeypatch):
+    monkeypatch.setattr(grading, "RESTARTS", 1)
+    crash = "import os\nos._exit(1)"
+    report = judge(unit, square=crash, double=crash)
+    assert report.score == 0 and not report.full
+    assert "exit status 1" in report.outcomes[0].why
+
+
+def test_what_was_not_reached_is_said(unit: Unit, monkeypatch):
+    monkeypatch.setattr(grading, "RESTARTS", 0)
+    report = judge(unit, square="import os\nos._exit(1)", double=ANSWERS["double"])
+    assert report.outcomes[1].why == "not run: the notebook ended before it"
+
+
+def test_the_time_for_the_whole_notebook_includes_restarts(unit: Unit):
+    work = hand_in(unit, square="import time\ntime.sleep(30)", double=ANSWERS["double"])
+    report = grading.grade(work, unit, Limits(cell_seconds=None, total_seconds=3))
+    assert report.seconds < 15 and report.score == 0
+    assert "the time for the whole notebook, 3 s, was over" in report.outcomes[0].why
+
+
+def change(unit: Unit, edit) -> grading.Report:
+    work = read(hand_in(unit, **ANSWERS))
+    edit(work.cells)
+    return grading.grade(miniature.save(work, unit.root / "mine.ipynb"), unit)
+
+
+def test_changed_and_deleted_cells_are_put_back(unit: Unit):
+    def cheat(cells):
+        cells[1].source = "def check(answer, expected):\n    print('right')"  # the locked cell
+        cells[3].source = "def square(x):\n    return 0"
+        cells[4].source = "print('passed')"
+        del cells[7]  # the check of double
+
+    report = change(unit, cheat)
+    assert [outcome.why for outcome in report.outcomes] == ["expected 9, got 0", None]
+    assert report.notes == [
+        "the cell 'setup' had been changed: the original was used",
+        "the cell 'check-square' had been changed: the original was used",
+        "the cell 'check-double' was missing: the original was put back",
+    ]
+
+
+def test_an_earlier_cell_that_failed_is_named(unit: Unit):
+    def edit(cells):
+        cells[3].source = "def square(x):\n    return helper(x)"
+        cells.insert(3, v4.new_code_cell("import nowhere as helper"))
+
+    report = change(unit, edit)
+    words = "NameError: name 'helper' is not defined. An earlier cell failed: ModuleNotFoundError: No module named 'nowhere'"
+    assert report.outcomes[0].why == words
+
+
+def test_points_cannot_be_changed(unit: Unit):
+    report = change(unit, lambda cells: cells[4].metadata["nbgrader"].update(points=100))
+    assert report.total == 3
+
+
+def test_a_missing_answer_cell_is_named(unit: Unit):
+    report = change(unit, lambda cells: cells.pop(3))
+    assert report.outcomes[0].why == "the answer cell 'square' is missing: copy it from a fresh exercise"
+    assert report.notes == ["the answer cell 'square' is missing"]
+    assert report.outcomes[1].why is None
+
+
+def test_of_cells_that_are_there_twice_the_last_counts(unit: Unit):
+    def copy(cells):
+        old = from_dict(cells[3])
+        old.source, old.id = "def square(x):\n    return 'first try'", "copied"
+        cells.insert(3, old)
+
+    report = change(unit, copy)
+    assert report.full
+    assert report.notes == ["the cell 'square' is there more than once: the last one counts"]
+
+
+def test_the_learners_file_is_not_changed(unit: Unit):
+    work = hand_in(unit, **ANSWERS)
+    text = work.read_text()
+    grading.grade(work, unit)
+    assert work.read_text() == text
+
+
+def test_another_notebook_no_notebook_and_no_exercise(unit: Unit, tmp_path: Path):
+    other = miniature.save(miniature.notebook(), tmp_path / "other.ipynb")
+    with pytest.raises(CourseError, match="none of the exercise's cells"):
+        grading.grade(other, unit)
+    with pytest.raises(CourseError, match="there is no file"):
+        grading.grade(tmp_path / "absent.ipynb", unit)
+    for text in ("not json", "[]", "{}", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', '{"worksheets": []}'):
+        other.write_text(text)
+        with pytest.raises(CourseError, match="is not a notebook"):
+            grading.grade(other, unit)
+    with pytest.raises(CourseError, match="unit 01 has no exercises"):
+        grading.grade(other, find("cubes", unit.root))
+
+
+# units by name
+
+
+def test_units_are_found_by_number_and_by_topic(unit: Unit):
+    assert [each.stem for each in units(unit.root)] == ["00_squares", "01_cubes"]
+    for name in ("00", "0", "squares", "00_squares"):
+        assert find(name, unit.root) == unit
+    assert [each.number for each in select(["cubes", "0", "00"], unit.root)] == ["00", "01"]
+    assert select(None, unit.root) == select([], unit.root) == units(unit.root)
+    with pytest.raises(CourseError, match=r"there is no unit '7'\. Units: 00 \(squares\), 01 \(cubes\)"):
+        find("7", unit.root)
+    with pytest.raises(CourseError, match="none yet"):
+        find("7", unit.root / "lessons")
+
+
+# nbgrader
+
+
+@pytest.fixture
+def classroom(tmp_path: Path, monkeypatch):
+    """nbgrader's commands, as a function of the unit, in a folder laid out by the course."""
+    from nbgrader.apps import NbGraderAPI
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # nbgrader calls alembic by name
+
+    def lay_out(root: Path) -> tuple[NbGraderAPI, Path]:
+        folder = tmp_path / "classroom"
+        build.lay_out_classroom(folder, root)
+        config = Config()
+        config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "small"
+        config.ClearSolutions.code_stub = {"python": build.STUB}
+        config.Exchange.root = str(tmp_path)
+        config.Execute.timeout = 300
+        return NbGraderAPI(config=config), folder
+
+    return lay_out
+
+
+def graded_by_nbgrader(classroom, unit: Unit, submissions: dict[str, Path]) -> dict[str, tuple[float, float]]:
+    """Student -> (score, most possible), through generate_assignment and autograde."""
+    api, folder = classroom(unit.root)
+    result = api.generate_assignment(unit.stem, force=True)
+    assert result["success"], result.get("log", "") + result.get("error", "")
+    released = read(folder / "release" / unit.stem / f"{unit.stem}.ipynb")
+    ours = build.exercise(read(unit.solution))
+    assert [(cell.cell_type, cell.source, marks(cell)) for cell in released.cells] == [
+        (c.cell_type, c.source, marks(c)) for c in ours.cells
+    ]
+    scores = {}
+    for student, path in submissions.items():
+        work = folder / "submitted" / student / unit.stem / f"{unit.stem}.ipynb"
+        work.parent.mkdir(parents=True)
+        work.write_text(path.read_text())
+        result = api.autograde(unit.stem, student, force=True)
+        assert result["success"], result.get("log", "") + result.get("error", "")
+        with api.gradebook as book:
+            submission = book.find_submission(unit.stem, student)
+            scores[student] = (submission.score, submission.max_score)
+    export(folder)
+    return scores
+
+
+def export(folder: Path) -> None:
+    from nbgrader.apps import ExportApp
+
+    config = Config()
+    config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "small"
+    app = ExportApp(config=config)
+    app.initialize([f"--CsvExportPlugin.to={folder / 'grades.csv'}"])
+    app.start()
+    assert len((folder / "grades.csv").read_text().splitlines()) > 1
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+def test_nbgrader_gives_the_same_release_and_the_same_scores(unit: Unit, classroom):
+    partly = hand_in(unit, double=ANSWERS["double"]).rename(unit.root / "partly.ipynb")
+    submissions = {"ada": hand_in(unit, **ANSWERS), "bo": partly, "cy": unit.exercise}
+    assert graded_by_nbgrader(classroom, unit, submissions) == {"ada": (3, 3), "bo": (2, 3), "cy": (0, 3)}
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+def test_nbgrader_grades_a_real_unit(classroom, tmp_path: Path):
+    """The course's first unit with exercises: full score for the worked solution, none for the untouched exercise."""
+    if not SOLVED:
+        pytest.skip("no unit has exercises yet")
+    unit = SOLVED[0]
+    untouched = tmp_path / "untouched.ipynb"
+    untouched.write_text(as_text(build.exercise(read(unit.solution))))
+    scores = graded_by_nbgrader(classroom, unit, {"solved": unit.solution, "untouched": untouched})
+    score, most = scores["solved"]
+    assert score == most > 0
+    assert scores["untouched"] == (0, most)
+
+
+def test_the_courses_own_nbgrader_config_names_what_the_build_uses(monkeypatch, tmp_path: Path):
+    config = Config()
+    monkeypatch.setattr(build, "lay_out_classroom", lambda folder: None)
+    exec(compile((ROOT / "nbgrader_config.py").read_text(), "nbgrader_config.py", "exec"), {"get_config": lambda: config})
+    assert config.ClearSolutions.code_stub == {"python": build.STUB}
+    assert config.CourseDirectory.root == str(ROOT / "classroom")
