@@ -4,7 +4,8 @@ nbgrader generate_assignment 02_lora
 nbgrader autograde 02_lora
 nbgrader export
 
-Submissions go to classroom/submitted/STUDENT/02_lora/02_lora.ipynb. The layout that nbgrader needs is written from solutions/ each time.
+Submissions go to classroom/submitted/STUDENT/02_lora/02_lora.ipynb. The layout that nbgrader needs is written from solutions/ by each
+command.
 """
 
 import os
@@ -15,7 +16,8 @@ from course import ROOT, build
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
 c = get_config()  # noqa: F821 (nbgrader provides it)
-build.lay_out_classroom(ROOT / "classroom")
+if "nbgrader" in sys.argv[0]:  # JupyterLab reads this file too, for learners
+    build.lay_out_classroom(ROOT / "classroom")
 c.CourseDirectory.root = str(ROOT / "classroom")
 c.CourseDirectory.course_id = "peft-course"
 c.ClearSolutions.code_stub = {"python": build.STUB}

@@ -153,11 +153,10 @@ def write(
         made[path].parent.mkdir(parents=True, exist_ok=True)
         made[path].write_text(_page(f"{unit.number} {unit.title}", body, _links(unit, found, made, made[path], folder)), encoding="utf-8")
     index = folder / "index.html"
-    body = _overview(found, made, folder, summary or {})
-    if readme.exists():
-        body += _relink(markdown(readme.read_text(encoding="utf-8")), readme, root, folder, made)
+    overview = f"<h2>{'This run' if summary else 'All pages'}</h2>\n{_overview(found, made, folder, summary or {})}"
+    welcome = _relink(markdown(readme.read_text(encoding="utf-8")), readme, root, folder, made) if readme.exists() else ""
     folder.mkdir(parents=True, exist_ok=True)
-    index.write_text(_page("The course", body, {}), encoding="utf-8")
+    index.write_text(_page("The course", overview + welcome if summary else welcome + overview, {}), encoding="utf-8")
     return index
 
 

@@ -369,6 +369,8 @@ def classroom(tmp_path: Path, monkeypatch):
 
     def lay_out(root: Path) -> tuple[NbGraderAPI, Path]:
         folder = tmp_path / "classroom"
+        folder.mkdir()
+        monkeypatch.chdir(folder)  # nbgrader would read the configuration of the folder it is called in
         build.lay_out_classroom(folder, root)
         config = Config()
         config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "small"
@@ -436,9 +438,13 @@ def test_nbgrader_grades_a_real_unit(classroom, tmp_path: Path):
     assert scores["untouched"] == (0, most)
 
 
-def test_the_courses_own_nbgrader_config_names_what_the_build_uses(monkeypatch, tmp_path: Path):
-    config = Config()
-    monkeypatch.setattr(build, "lay_out_classroom", lambda folder: None)
+@pytest.mark.parametrize("program, laid_out", [("/usr/bin/nbgrader", True), ("/usr/bin/jupyter-lab", False)])
+def test_the_courses_own_nbgrader_config_names_what_the_build_uses(monkeypatch, program, laid_out):
+    config, asked = Config(), []
+    monkeypatch.setattr(build, "lay_out_classroom", asked.append)
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # put back afterwards
     exec(compile((ROOT / "nbgrader_config.py").read_text(), "nbgrader_config.py", "exec"), {"get_config": lambda: config})
+    assert asked == [ROOT / "classroom"] * laid_out
     assert config.ClearSolutions.code_stub == {"python": build.STUB}
     assert config.CourseDirectory.root == str(ROOT / "classroom")
