@@ -2,6 +2,7 @@
 
 import functools
 import math
+import statistics
 
 import torch
 from torch import nn
@@ -216,14 +217,14 @@ def _train(scaling: float, kind: type[torch.optim.Optimizer], rate_a: float, rat
 def sgd_scale_is_a_rate_squared() -> bool:
     """SGD: scale s is scale 1 with B's learning rate times s², exactly."""
     with_scale, with_rate = _train(4.0, torch.optim.SGD, 0.5, 0.5), _train(1.0, torch.optim.SGD, 0.5, 16 * 0.5)
-    return with_rate.norm() > 0.1 and torch.allclose(with_scale, with_rate, rtol=1e-9, atol=1e-12)
+    return bool(with_rate.norm() > 0.1) and torch.allclose(with_scale, with_rate, rtol=1e-9, atol=1e-12)
 
 
 def adam_scale_is_a_rate() -> bool:
     """Adam: scale s is scale 1 with B's learning rate times s; exact but for Adam's epsilon."""
     with_scale = _train(4.0, torch.optim.Adam, 0.01, 0.01, eps=1e-14)
     with_rate = _train(1.0, torch.optim.Adam, 0.01, 4 * 0.01, eps=1e-14)
-    return with_rate.norm() > 0.1 and torch.allclose(with_scale, with_rate, rtol=1e-6, atol=1e-9)
+    return bool(with_rate.norm() > 0.1) and torch.allclose(with_scale, with_rate, rtol=1e-6, atol=1e-9)
 
 
 def merged_twice_error() -> float:
@@ -266,3 +267,108 @@ def conv_is_one_convolution() -> bool:
 @functools.cache
 def _sweeps() -> dict:
     return recorded.load("lora_sweeps", device="cpu")["result"]
+
+
+def _rank(rule: str, r: int) -> float:
+    """Mean over seeds, nats above the floor."""
+    (scores,) = [scores for name, scores in _sweeps()["rank_sweep"].items() if name.startswith(rule)]
+    return statistics.fmean(scores[str(r)])
+
+
+def fixed_alpha_r1() -> float:
+    return _rank("α fixed", 1)
+
+
+def fixed_alpha_r64() -> float:
+    return _rank("α fixed", 64)
+
+
+def rslora_r1() -> float:
+    return _rank("rsLoRA", 1)
+
+
+def rslora_r64() -> float:
+    return _rank("rsLoRA", 64)
+
+
+def fixed_scale_r1() -> float:
+    return _rank("α = 2r", 1)
+
+
+def fixed_scale_r64() -> float:
+    return _rank("α = 2r", 64)
+
+
+def all_rules_r8() -> float:
+    """Where the three rules agree."""
+    return _rank("α fixed", 8)
+
+
+def _best_rate(scale: float) -> float:
+    grid = _sweeps()["alpha_and_rate"]
+    scores = grid["scores"][grid["scales"].index(scale)]
+    return grid["rates"][scores.index(min(scores))]
+
+
+def best_rate_at_scale_half() -> float:
+    return _best_rate(0.5)
+
+
+def best_rate_at_scale_eight() -> float:
+    return _best_rate(8.0)
+
+
+def _targets(name: str) -> float:
+    """Mean over seeds at the larger budget."""
+    return statistics.fmean(_sweeps()["target_sweep"][name][-1]["scores"])
+
+
+def targets_qv_large() -> float:
+    return _targets("q, v")
+
+
+def targets_all_large() -> float:
+    return _targets("all linears")
+
+
+def all_linears_beat_qv_at_equal_parameters() -> bool:
+    """At both budgets, in every seed."""
+    sweep = _sweeps()["target_sweep"]
+    return all(max(spread["scores"]) < min(narrow["scores"]) for spread, narrow in zip(sweep["all linears"], sweep["q, v"], strict=True))
+
+
+def _small(label: str, text: str) -> list[float]:
+    """Mean curve over seeds."""
+    return [statistics.fmean(values) for values in zip(*_sweeps()["small_set"][label][text], strict=True)]
+
+
+def small_r64_trained() -> float:
+    """How far below the floor."""
+    return -_small("LoRA, r = 64", "trained on")[-1]
+
+
+def small_r64_fresh_best() -> float:
+    return min(_small("LoRA, r = 64", "fresh"))
+
+
+def small_r64_fresh_last() -> float:
+    return _small("LoRA, r = 64", "fresh")[-1]
+
+
+def small_r1_fresh_best() -> float:
+    return min(_small("LoRA, r = 1", "fresh"))
+
+
+def small_r1_fresh_last() -> float:
+    return _small("LoRA, r = 1", "fresh")[-1]
+
+
+def higher_rank_helps_under_every_rule() -> bool:
+    """Means over seeds: r = 64 below r = 8 below r = 1, for every scaling rule."""
+    ranks = ("1", "8", "64")
+    means = [[statistics.fmean(scores[r]) for r in ranks] for scores in _sweeps()["rank_sweep"].values()]
+    return all(low > middle > high for low, middle, high in means)
+
+
+def merging_twice_is_one_update_off() -> bool:
+    return math.isclose(merged_twice_error(), 1.0, rel_tol=1e-9)
