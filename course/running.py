@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def execute(
     )
     result, began = Execution(), time.monotonic()
     try:
-        client.execute()
+        _outside_main_thread(client)
     except CellExecutionError:
         pass  # the cell's own output tells
     except DeadKernelError:
@@ -236,6 +237,18 @@ def execute(
             line = _LINE.search(_ANSI.sub("", "\n".join(error.traceback)))
             result.troubles.append(Trouble(index, error.ename, error.evalue, int(line[1]) if line else None))
     return result
+
+
+def _outside_main_thread(client: _Client) -> None:
+    """Run the client in a thread, where it installs no signal handlers: Ctrl-C ends the kernel and stays a KeyboardInterrupt."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.execute)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            if client.watch is not None:
+                client.watch.kill_group()
+            raise
 
 
 def _cause_of_death(status: int | None) -> str:

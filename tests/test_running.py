@@ -1,6 +1,8 @@
 """Notebooks in kernels of their own: what is measured, what is reported, and how what never ends is ended."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,8 +28,6 @@ def texts(cell) -> str:
 
 
 def test_a_notebook_runs_top_to_bottom_in_its_folder_and_in_this_environment(tmp_path: Path):
-    import sys
-
     (tmp_path / "here.txt").write_text("found")
     made, seen = notebook("x = open('here.txt').read()", "import sys; print(x, sys.executable)", "x"), []
     made.cells.insert(1, v4.new_markdown_cell("not run"))
@@ -138,6 +138,25 @@ def test_old_outputs_and_tagged_cells_are_not_mistaken_for_new_ones(tmp_path: Pa
     made.cells[1].metadata["tags"] = ["skip-execution"]
     assert execute(made, tmp_path).troubles == []
     assert made.cells[1].outputs == []
+
+
+def test_ctrl_c_ends_the_kernel_too(tmp_path: Path):
+    """As in a terminal: the interrupt goes to the command, which ends at once and leaves no kernel behind."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom nbformat import v4\nfrom course import running\n"
+        "made = v4.new_notebook(cells=[v4.new_code_cell(\"import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)\")])\n"
+        "try:\n    running.execute(made, Path(sys.argv[1]))\nexcept KeyboardInterrupt:\n    sys.exit(130)"
+    )
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # also where these tests run in the background
+    command = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, **heeds)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    command.send_signal(signal.SIGINT)
+    _, printed = command.communicate(timeout=30)
+    assert (command.returncode, printed) == (130, "")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_signals_are_named():
