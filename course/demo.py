@@ -125,8 +125,8 @@ def in_terminal(image: Tensor, width: int = 34) -> Text:
 
 def draw(pictures, curves, counts, lost) -> plt.Figure:
     """The whole demo as one figure."""
-    figure = plt.figure(figsize=(10, 7.4))
-    rows = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    figure = plt.figure(figsize=(10.5, 6.2))
+    rows = figure.subfigures(2, 1, height_ratios=(1, 1.65))
     for axes, (title, image) in zip(rows[0].subplots(1, len(pictures)), pictures.items(), strict=True):
         axes.imshow(image, cmap="gray", vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
@@ -137,8 +137,10 @@ def draw(pictures, curves, counts, lost) -> plt.Figure:
     left.set(title="A LoRA layer learns a change of rank 8", xlabel="step", ylabel="squared error, share of the start", ylim=(0, 1.05))
     left.legend()
     names = [label.replace(", ", ",\n") for label, _, _ in counts]
-    middle.barh(names, [count for _, count, _ in counts], color=plotting.COLOURS[:3])
-    middle.set(title="Trainable parameters", xlabel="parameters (log scale)", xscale="log")
+    bars = middle.barh(names, [count for _, count, _ in counts], color=plotting.COLOURS[:3])
+    middle.bar_label(bars, [f"{count:,}" for _, count, _ in counts], padding=3)
+    middle.set(title="Trainable parameters", xlabel="million parameters", xlim=(0, 1.45 * counts[0][1]))
+    middle.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     middle.invert_yaxis()
     methods = list(lost)
     for offset, (domain, colour) in enumerate((("clinic", plotting.BLUE), ("general", plotting.ORANGE))):
@@ -149,7 +151,8 @@ def draw(pictures, curves, counts, lost) -> plt.Figure:
         right.bar(np.arange(len(methods)) + 0.38 * offset - 0.19, means, 0.36, yerr=ends, capsize=3, color=colour, label=label)
     right.set_xticks(range(len(methods)), [method.replace(" ", "\n", 1) for method in methods])
     right.set(title="Learning one thing, forgetting another", ylabel="loss above the floor, nats per token")
-    right.legend(fontsize=8)
+    right.set_ylim(top=1.3 * right.get_ylim()[1])  # room for the legend above the bars
+    right.legend(fontsize=8, loc="upper right")
     return figure
 
 
