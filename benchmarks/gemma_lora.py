@@ -1,6 +1,8 @@
 """LoRA and full fine-tuning of a real language model on Python code: what is learned, what is forgotten, and what the update looks like.
 
-    python benchmarks/gemma_lora.py --model gemma-3-270m            # one GPU, about eight minutes after loading
+    python benchmarks/gemma_lora.py --model gemma-3-270m            # one GPU, at most 7.5 minutes after loading
+    python benchmarks/gemma_lora.py --resume result.json --only attention mlp        # what a result still lacks of some configurations
+    python benchmarks/gemma_lora.py --merge one.json other.json                      # results of several resumed parts as one
     python benchmarks/gemma_lora.py --quick --out /tmp/dry-run      # a tiny random model on a CPU: every path, no meaning
 
 Records "gemma_lora" (every run, with its learning curve and its measures) and "gemma_spectra" (singular values of weights and updates).
@@ -25,6 +27,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import json
 import statistics
 import sys
 import tempfile
@@ -34,7 +37,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from course.lab import models, probes, recorded, seed_everything, text
 from course.lab.devices import device
@@ -63,16 +66,17 @@ class Settings:
     equal_to: int = 4  # other targets get as many parameters as all-linear with this rank
     shown: int = 16  # rank whose samples are kept
     seeds: tuple[int, ...] = (0, 1, 2)
-    validation_rows: int = 24
+    validation_rows: int = 16
     test_rows: int = 64
     manual_rows: int = 12
     probe_step: int = 1  # every how many questions are asked
     batch_tokens: int = 8192
     sample_tokens: int = 80
     depths: int = 5  # layers whose spectra are kept
+    reserve: float = 60.0  # seconds kept for the spectra
 
 
-QUICK = Settings(32, 2, 4, 2, 2, (1, 4), 4, 4, (0, 1, 2), 2, 2, 2, 40, 512, 8, 4)
+QUICK = Settings(32, 2, 4, 2, 2, (1, 4), 4, 4, (0, 1, 2), 2, 2, 2, 40, 512, 8, 4, 0.0)
 
 
 class OutOfTime(Exception):
@@ -96,10 +100,10 @@ class InBfloat16(nn.Module):
 
 
 class Benchmark:
-    def __init__(self, model: nn.Module, tokenizer, settings: Settings, minutes: float):
+    def __init__(self, model: nn.Module, tokenizer, settings: Settings, minutes: float, resumed: dict | None = None):
         self.base, self.tokenizer, self.settings = model.eval().requires_grad_(False), tokenizer, settings
         self.where = next(model.parameters()).device
-        self.deadline, self.longest_run = time.monotonic() + 60 * minutes, 0.0
+        self.deadline, self.longest_run = time.monotonic() + 60 * minutes - settings.reserve, 0.0
         s = settings
         self.train_rows = text.code_corpus(tokenizer, s.length, "train")
         self.validation = text.code_corpus(tokenizer, s.length, "validation", s.validation_rows)
@@ -107,22 +111,45 @@ class Benchmark:
         self.manual = text.prose_corpus(tokenizer, s.length, "manual", s.manual_rows)
         self.passages = list(text.prose_documents("passages").values())[:: s.probe_step]
         self.facts, self.pairs = probes.cloze_facts()[:: s.probe_step], probes.minimal_pairs()[:: s.probe_step]
-        self.runs: list[dict] = []
+        self.runs: list[dict] = list(resumed["runs"]) if resumed else []
         self.samples: dict[tuple[str, float], dict[str, str]] = {}
+        for config, key in ((FULL, "full"), (self.lora_shown, "lora")):
+            if resumed and config in resumed["chosen_lr"]:
+                self.samples[config, resumed["chosen_lr"][config]] = {name: s[key] for name, s in resumed["samples"].items()}
         self.best_full: tuple[float, dict[str, Tensor]] = (float("inf"), {})  # validation loss, weights
-        self.warm_up()
+        self.step_seconds = self.time_a_step()
         self.base_measures = self.measure(self.base)
         self.base_samples = self.sample(self.base)
 
-    def warm_up(self) -> None:
-        """Two steps that nobody counts, so that the first run's time does not hold the loading of kernels."""
-        model = copy.deepcopy(self.base).requires_grad_(True)
-        train(InBfloat16(model), lambda step: self.train_rows[: self.settings.rows], 2, 0.0, progress=False)
+    def time_a_step(self) -> float:
+        """Seconds of a step with adapters, after steps that nobody counts: the first runs of a process load its kernels."""
+        model, s = copy.deepcopy(self.base), self.settings
+        inject_lora(model, s.shown, 2 * s.shown)
+        steps = [train(InBfloat16(model), lambda step: self.train_rows[: s.rows], 3, 0.0, progress=False).seconds / 3 for _ in range(3)]
+        return min(steps)
+
+    def fit_steps(self) -> None:
+        """Shorten all runs alike, if need be, so that all of them end before the deadline; the recorded settings say how many steps."""
+
+        def seconds(work: Callable[[], object]) -> float:
+            started = time.monotonic()
+            work()
+            return time.monotonic() - started
+
+        s = self.settings
+        validation = seconds(lambda: self.loss(self.base, self.validation))
+        besides = seconds(lambda: self.measure(self.base)) + (s.steps // s.every + 1) * validation + 0.5  # and copying the base
+        runs = len(self.configurations()) * (3.5 + len(s.seeds) - 1) + 2 * (len(s.seeds) - 1)
+        fitting = int(((self.deadline - time.monotonic()) / runs - besides) / self.step_seconds)
+        steps = max(2 * s.every, min(s.steps, fitting // s.every * s.every))
+        self.settings = dataclasses.replace(s, steps=steps)
+        minutes = runs * (steps * self.step_seconds + besides) / 60
+        print(f"{1e3 * self.step_seconds:.0f} ms a step; about {runs:.0f} runs of {steps} steps in {minutes:.1f} minutes", flush=True)
 
     # What is measured
 
     def loss(self, model: nn.Module, rows: Tensor) -> float:
-        return cross_entropy(model, rows, rows_at_once=4)  # few rows: 262,144 words make 2 GB of float32 logits of four
+        return cross_entropy(model, rows, rows_at_once=8)  # few rows: with 262,144 words the logits of eight take 4 GB
 
     def measure(self, model: nn.Module) -> dict:
         """Everything that is compared, in float32; ``lost`` and ``gained`` count questions against the base."""
@@ -159,6 +186,8 @@ class Benchmark:
 
     def run(self, config: str, lr: float, seed: int, adapt: Callable[[nn.Module], None] | None, details: dict) -> dict:
         """Train a copy of the base and measure it; ``adapt`` injects adapters, None trains everything. The run is kept and returned."""
+        if known := next((r for r in self.runs if (r["config"], r["lr"], r["seed"]) == (config, lr, seed)), None):
+            return known
         if time.monotonic() + 1.2 * self.longest_run > self.deadline:
             raise OutOfTime
         started, s = time.monotonic(), self.settings
@@ -170,7 +199,7 @@ class Benchmark:
             return self.train_rows[order[chosen]]
 
         gc.collect()
-        run = {"config": config, "lr": lr, "seed": seed, **details}
+        run = {"config": config, "lr": lr, "seed": seed, **details} | ({"shared": True} if self.shared else {})
         with peak_memory(self.where) as peak:
             model = copy.deepcopy(self.base).requires_grad_(True)
             if adapt:
@@ -236,7 +265,7 @@ class Benchmark:
         for name, targets in (("q,v", ("q_proj", "v_proj")), ("attention", ATTENTION), ("mlp", MLP)):
             r = round(budget / per_rank(targets))
             found[f"{name} r={r}"] = lora(list(targets), r)
-        return found
+        return {name: how for name, how in found.items() if not self.only or name.startswith(self.only)}
 
     def execute(self) -> dict[str, float]:
         """All runs, the most telling first; returns the learning rate chosen for each configuration."""
@@ -254,8 +283,10 @@ class Benchmark:
             for seed in others:
                 for config, (adapt, details) in plan.items():
                     self.run(config, chosen[config], seed, adapt, details)
-            at = FULL_LRS.index(chosen[FULL])
-            for lr in FULL_LRS[max(0, at - 1) : at] + FULL_LRS[at + 1 : at + 2]:  # how far the choice of the rate decides the comparison
+            at = FULL_LRS.index(chosen[FULL]) if FULL in chosen else 0
+            for lr in (
+                () if FULL not in chosen else FULL_LRS[max(0, at - 1) : at] + FULL_LRS[at + 1 : at + 2]
+            ):  # how far the choice of the rate decides the comparison
                 for seed in others:
                     self.run(FULL, lr, seed, *plan[FULL])
         except OutOfTime:
@@ -264,10 +295,12 @@ class Benchmark:
         return chosen
 
     stopped_early = False
+    shared = False  # whether other processes use the GPU at the same time, so that seconds say little
+    only: tuple[str, ...] = ()  # beginnings of the names of the configurations to run; all if empty
 
     def result(self, name: str, chosen: dict[str, float]) -> dict:
         s = self.settings
-        lora = next((c for c in chosen if c == f"all-linear r={s.shown}"), None)
+        lora = self.lora_shown if self.lora_shown in chosen else None
         return {
             "model": name,
             "model_parameters": trainable_parameters(self.base)[1],
@@ -287,7 +320,7 @@ class Benchmark:
                 "questions": {"cloze": len(self.facts), "pairs": len(self.pairs)},
             },
             "chosen_lr": chosen,
-            "summary": self.summary(chosen),
+            "summary": summary(self.runs, chosen, self.base_measures, s.steps),
             "samples": {
                 name: {
                     "prompt": prompt,
@@ -305,26 +338,9 @@ class Benchmark:
         facts, tokens = self.facts, self.settings.batch_tokens
         return probes.cloze_accuracy(self.base, self.tokenizer, facts, with_prompt=False, batch_tokens=tokens).accuracy
 
-    def summary(self, chosen: dict[str, float]) -> list[dict]:
-        """Mean, lowest and highest over seeds of every measure: each configuration at its chosen rate, and at others with several.
-
-        ``learned`` is the base's loss on test code less the run's, ``forgotten`` the run's loss on the passages less the base's.
-        """
-        rows = []
-        finished = [run for run in self.runs if "measures" in run]
-        for config, lr in dict.fromkeys((run["config"], run["lr"]) for run in finished):
-            runs = [run for run in finished if (run["config"], run["lr"]) == (config, lr)]
-            if config not in chosen or (len(runs) == 1 and lr != chosen[config]):
-                continue
-            values = {name: [run["measures"][name] for run in runs] for name in runs[0]["measures"]}
-            values["learned"] = [self.base_measures["code"] - v for v in values["code"]]
-            values["forgotten"] = [v - self.base_measures["passages"] for v in values["passages"]]
-            values["ms_per_step"] = [1e3 * run["seconds"] / self.settings.steps for run in runs]
-            values["peak_bytes"] = [run["peak_bytes"] for run in runs]
-            spread = {name: rounded([statistics.fmean(v), min(v), max(v)]) for name, v in values.items()}
-            about = {"config": config, "lr": lr, "chosen": lr == chosen[config], "seeds": len(runs), "parameters": runs[0]["parameters"]}
-            rows.append(about | spread)
-        return rows
+    @property
+    def lora_shown(self) -> str:
+        return f"all-linear r={self.settings.shown}"
 
     # Spectra
 
@@ -369,6 +385,44 @@ class Benchmark:
         return probes.perplexity(model, self.tokenizer, self.passages, batch_tokens=self.settings.batch_tokens).nats_per_token
 
 
+def summary(all_runs: list[dict], chosen: dict[str, float], base: dict, steps: int) -> list[dict]:
+    """Mean, lowest and highest over seeds of every measure: each configuration at its chosen rate, and at others with several.
+
+    ``learned`` is the base's loss on test code less the run's, ``forgotten`` the run's loss on the passages less the base's. Times are of
+    the runs that had the GPU for themselves.
+    """
+    rows = []
+    finished = [run for run in all_runs if "measures" in run]
+    for config, lr in dict.fromkeys((run["config"], run["lr"]) for run in finished):
+        runs = [run for run in finished if (run["config"], run["lr"]) == (config, lr)]
+        if config not in chosen or (len(runs) == 1 and lr != chosen[config]):
+            continue
+        values = {name: [run["measures"][name] for run in runs] for name in runs[0]["measures"]}
+        values["learned"] = [base["code"] - v for v in values["code"]]
+        values["forgotten"] = [v - base["passages"] for v in values["passages"]]
+        values["ms_per_step"] = [1e3 * run["seconds"] / steps for run in runs if not run.get("shared")]
+        values["peak_bytes"] = [run["peak_bytes"] for run in runs]
+        spread = {name: rounded([statistics.fmean(v), min(v), max(v)]) if v else None for name, v in values.items()}
+        about = {"config": config, "lr": lr, "chosen": lr == chosen[config], "seeds": len(runs), "parameters": runs[0]["parameters"]}
+        rows.append(about | spread)
+    return rows
+
+
+def merged(results: list[dict]) -> dict:
+    """Results of the same settings as one: every run once, everything else anew from the runs; samples from the first."""
+    first = results[0]
+    if any(other[same] != first[same] for other in results for same in ("model", "settings", "text")):
+        raise ValueError("only results of the same model, settings and text can be merged")
+    runs = list({(run["config"], run["lr"], run["seed"]): run for result in results for run in result["runs"]}.values())
+    chosen = {config: lr for result in results for config, lr in result["chosen_lr"].items()}
+    return first | {
+        "runs": runs,
+        "chosen_lr": chosen,
+        "summary": summary(runs, chosen, first["base"], first["settings"]["steps"]),
+        "stopped_early": any(result["stopped_early"] for result in results),
+    }
+
+
 def downhill(grid: tuple[float, ...], loss: Callable[[float], float]) -> float:
     """The value of ``grid`` with the lowest loss, found from the middle: walk until both neighbours of the best are measured and worse."""
     found = {len(grid) // 2: loss(grid[len(grid) // 2])}
@@ -390,13 +444,13 @@ def principal(update: Tensor) -> Tensor:
     """
     d = update.double()
     gram = d @ d.T if d.shape[0] <= d.shape[1] else d.T @ d
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1)
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1).to(update.dtype)
 
 
 def truncated(update: Tensor, directions: Tensor, rank: int) -> Tensor:
     """The best approximation of ``update`` of that rank (Eckart and Young), given its principal directions."""
-    u, d = directions[:, :rank], update.double()
-    return (u @ (u.T @ d) if d.shape[0] <= d.shape[1] else (d @ u) @ u.T).to(update.dtype)
+    u = directions[:, :rank]
+    return u @ (u.T @ update) if update.shape[0] <= update.shape[1] else (update @ u) @ u.T
 
 
 def evenly(count: int, at_most: int = 64) -> list[int]:
@@ -430,22 +484,25 @@ def rounded(value):
 
 
 def stand_in() -> tuple[nn.Module, object]:
-    """A tiny random Llama and a tokenizer of bytes, for dry runs."""
+    """A tiny random model of the same architecture (tied embeddings, sliding windows) and a tokenizer of bytes, for dry runs."""
     seed_everything(0)
     tokenizer = text.byte_tokenizer()
-    config = LlamaConfig(
+    config = Gemma3TextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=16,
+        sliding_window_pattern=2,
         max_position_embeddings=1024,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config), tokenizer
+    return Gemma3ForCausalLM(config), tokenizer
 
 
 def table(summary: list[dict]) -> str:
@@ -460,9 +517,17 @@ def table(summary: list[dict]) -> str:
     lines = [form.format(*columns)]
     for row in summary:
         measures = [cell(row, *which) for which in (("learned", 4), ("forgotten", 4), ("cloze", 3), ("pairs", 3))]
-        cost = f"{row['ms_per_step'][0]:.0f}", show_bytes(row["peak_bytes"][0])
+        cost = f"{row['ms_per_step'][0]:.0f}" if row["ms_per_step"] else "", show_bytes(row["peak_bytes"][0])
         lines.append(form.format(row["config"], f"{row['lr']:g}", row["seeds"], f"{row['parameters']:,}", *measures, *cost))
     return "\n".join(lines)
+
+
+def merge_files(paths: list[Path]) -> None:
+    """Put the recorded results ``paths`` into the first of them."""
+    entries = [json.loads(path.read_text()) for path in paths]
+    entries[0]["result"] = merged([entry["result"] for entry in entries])
+    paths[0].write_text(json.dumps(entries[0], indent=1, allow_nan=False) + "\n")
+    print(table(entries[0]["result"]["summary"]))
 
 
 def main() -> None:
@@ -472,10 +537,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/recorded; with --quick a temporary one)")
     parser.add_argument("--quick", action="store_true", help="a dry run: a few steps of everything")
-    parser.add_argument("--steps", type=int, help="training steps of a run")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no run that would end later than this after loading")
+    parser.add_argument("--steps", type=int, help="training steps of a run (default: 100, or as many as there is time for)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time for everything after loading; no run starts that would end later")
+    parser.add_argument("--resume", type=Path, help="a recorded result: its settings are used, its runs kept, and what is missing is run")
+    parser.add_argument("--only", nargs="+", default=(), help="run only configurations whose names begin so, such as full or attention")
+    parser.add_argument("--shared", action="store_true", help="say in the result that other processes use the GPU, so times mean little")
+    parser.add_argument("--merge", type=Path, nargs="+", help="put recorded results together, run nothing")
     arguments = parser.parse_args()
+    if arguments.merge:
+        merge_files(arguments.merge)
+        return
+    resumed = json.loads(arguments.resume.read_text())["result"] if arguments.resume else None
     settings = QUICK if arguments.quick else Settings()
+    if resumed:
+        settings = Settings(**{name: value for name, value in resumed["settings"].items() if name != "train_rows_available"})
     if arguments.steps:
         settings = dataclasses.replace(settings, steps=arguments.steps)
     out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else recorded.FOLDER)
@@ -490,15 +565,18 @@ def main() -> None:
     print(f"loaded {name} in {time.monotonic() - started:.0f} s", flush=True)
 
     started = time.monotonic()
-    benchmark = Benchmark(model, tokenizer, settings, arguments.minutes)
+    benchmark = Benchmark(model, tokenizer, settings, arguments.minutes, resumed)
+    benchmark.only, benchmark.shared = tuple(arguments.only), arguments.shared
     print("base", benchmark.base_measures, flush=True)
+    if arguments.steps is None and resumed is None:
+        benchmark.fit_steps()
     chosen = benchmark.execute()
     path = recorded.save("gemma_lora", benchmark.result(name, chosen), out)
     print(f"{path}: {show_bytes(path.stat().st_size)}")
-    if FULL in chosen:
+    if benchmark.best_full[1]:  # a resumed search has the numbers of its runs, not their weights
         path = recorded.save("gemma_spectra", {"model": name, **benchmark.spectra()}, out)
         print(f"{path}: {show_bytes(path.stat().st_size)}")
-    print(table(benchmark.summary(chosen)))
+    print(table(summary(benchmark.runs, chosen, benchmark.base_measures, benchmark.settings.steps)))
     print(f"{len(benchmark.runs)} runs in {(time.monotonic() - started) / 60:.1f} minutes after loading")
 
 

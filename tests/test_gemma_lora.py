@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -60,8 +61,11 @@ def test_autocast_sees_the_weights_of_this_step():
     before = wrapped(ids).logits
     assert before.dtype == torch.bfloat16
     with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    torch.testing.assert_close(wrapped(ids).logits, 2 * before, rtol=0, atol=0)  # doubling changes no digit
+        model.model.layers[0].mlp.down_proj.weight.add_(1)
+    after = wrapped(ids).logits
+    assert not torch.equal(after, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(after, model(input_ids=ids).logits)
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,13 @@ def test_a_run_that_diverges_is_kept_as_such(benchmark):
     run = benchmark.run(gemma_lora.FULL, 1e-3, 0, None, {"method": "full"})
     assert "nan" in run["diverged"] and run["lr"] == 1e-3 and "measures" not in run
     assert benchmark.summary({}) == []
+
+
+@pytest.mark.parametrize("seconds, expected", [(1e-6, 100), (0.18, 60), (1.0, 40)])
+def test_runs_are_shortened_alike_where_time_is_short(benchmark, seconds, expected):
+    benchmark = copy.copy(benchmark)
+    benchmark.settings = dataclasses.replace(benchmark.settings, steps=100, every=20)
+    benchmark.step_seconds, benchmark.deadline = seconds, time.monotonic() + 300
+    benchmark.measure = benchmark.loss = lambda *arguments: 0.0
+    benchmark.fit_steps()
+    assert benchmark.settings.steps == expected

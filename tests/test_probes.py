@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,15 +88,32 @@ def test_candidates_stay_comparable_where_the_tokenizer_joins_prompt_and_continu
     assert (first.tokens, second.tokens) == (1, 2)
 
 
-def test_half_precision_is_scored_in_float32(tokenizer):
-    wide = llama(len(tokenizer))
-    narrow = llama(len(tokenizer)).to(torch.bfloat16)
+class Bigrams(torch.nn.Module):
+    """A language model that looks one token back: logits from a table, the same in whatever batch a token comes."""
+
+    def __init__(self, vocabulary: int, dtype: torch.dtype):
+        super().__init__()
+        table = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)) * 5
+        self.table = torch.nn.Parameter(table.to(dtype))
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scored_in_float32(tokenizer, dtype):
+    model = Bigrams(len(tokenizer), dtype)
+    ((score,),) = probes.continuations_log_prob(model, tokenizer, ["A prompt"], [[" and what follows"]])
+    ids = [0, *tokenizer("A prompt and what follows").input_ids]
+    exact = model.table.double().log_softmax(-1)
+    assert score.log_prob == pytest.approx(sum(exact[a, b].item() for a, b in pairwise(ids[8:])), abs=ATOL)
+
+
+def test_a_half_precision_model_scores_nearly_as_in_float32(tokenizer):
+    wide, narrow = llama(len(tokenizer)), llama(len(tokenizer)).to(torch.bfloat16)
     one, other = (probes.continuations_log_prob(m, tokenizer, PROMPTS, CONTINUATIONS) for m in (wide, narrow))
     values = [(a.log_prob, b.log_prob) for xs, ys in zip(one, other, strict=True) for a, b in zip(xs, ys, strict=True)]
     assert all(b == pytest.approx(a, rel=0.05, abs=0.2) for a, b in values)  # bfloat16 keeps 8 bits
-    exact = narrow(input_ids=torch.tensor([[0, *tokenizer("A short one a").input_ids]])).logits[0].float().log_softmax(-1)
-    expected = sum(exact[i, t].item() for i, t in list(enumerate(tokenizer("A short one a").input_ids))[-2:])
-    assert other[0][0].log_prob == pytest.approx(expected, abs=0.05)  # batches of other shapes round bfloat16 sums differently
 
 
 def test_the_models_mode_is_kept_and_dropout_is_off(tokenizer):
@@ -120,6 +139,7 @@ def facts_with_the_likeliest_answer(model, tokenizer, right: bool) -> list[Fact]
 def test_cloze_accuracy_is_that_of_the_likeliest_candidate(model, tokenizer, right):
     result = probes.cloze_accuracy(model, tokenizer, facts_with_the_likeliest_answer(model, tokenizer, right))
     assert result.correct == (right,) * 3
+    assert all(score.tokens == 5 for scores in result.scores for score in scores)  # a blank and four letters
     assert result.accuracy == result.accuracy_per_character == float(right)  # all candidates are four letters long
     assert result.by_category == {"The": (int(right), 1), "In": (int(right), 1), "Nobody": (int(right), 1)}
 
@@ -152,6 +172,12 @@ def test_minimal_pairs_are_scored_as_whole_sentences(model, tokenizer):
 
 def result(*right: bool) -> probes.ProbeResult:
     return probes.ProbeResult(("x",) * len(right), tuple((probes.Scored(float(r), 1, 1), probes.Scored(0.5, 1, 1)) for r in right))
+
+
+def test_per_character_weighs_long_answers_by_their_length():
+    long_but_right = (probes.Scored(-4.0, 1, 8), probes.Scored(-3.0, 3, 3))  # −0.5 against −1 a character
+    found = probes.ProbeResult(("x",), (long_but_right,))
+    assert (found.accuracy, found.accuracy_per_character) == (0.0, 1.0)
 
 
 def test_changes_count_lost_and_gained_apart():
