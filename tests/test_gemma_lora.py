@@ -135,7 +135,7 @@ def test_a_run_that_diverges_is_kept_as_such(benchmark):
     benchmark.base.lm_head.weight.data.fill_(float("nan"))
     run = benchmark.run(gemma_lora.FULL, 1e-3, 0, None, {"method": "full"})
     assert "nan" in run["diverged"] and run["lr"] == 1e-3 and "measures" not in run
-    assert benchmark.summary({}) == []
+    assert gemma_lora.summary(benchmark.runs, {gemma_lora.FULL: 1e-3}, benchmark.base_measures, 2) == []
 
 
 @pytest.mark.parametrize("seconds, expected", [(1e-6, 100), (0.18, 60), (1.0, 40)])
