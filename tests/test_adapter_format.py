@@ -63,7 +63,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make, options", CASES, ids=str)
+@pytest.mark.parametrize("make, options", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_peft_reads_ours(tmp_path, make, options, dtype):
     base = make().to(dtype)
     ours = copy.deepcopy(base)
@@ -84,7 +84,7 @@ def test_peft_reads_ours(tmp_path, make, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make, options", CASES, ids=str)
+@pytest.mark.parametrize("make, options", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_ours_reads_peft_s(tmp_path, make, options, dtype):
     base = make().to(dtype)
     options = dict(options)
