@@ -173,6 +173,13 @@ def test_embedding_equals_peft(case):
     assert_parity(*case)
 
 
+@pytest.mark.parametrize("padding_idx, by_frequency", [(1, False), (None, True), (3, True)])
+def test_an_embedding_treats_padding_and_frequent_tokens_as_its_base_does(padding_idx, by_frequency):
+    torch.manual_seed(0)
+    base = nn.Embedding(7, 5, padding_idx=padding_idx, scale_grad_by_freq=by_frequency)
+    assert_parity(base, fill(LoRAEmbedding(copy.deepcopy(base), 3, 5)), torch.tensor([[1, 1, 3, 0], [1, 3, 3, 6]]))
+
+
 @pytest.mark.parametrize("embed_scale", [3.0, torch.tensor(2.5)])
 def test_a_scaled_embedding_scales_the_update_too(embed_scale):
     class Scaled(nn.Embedding):
@@ -505,8 +512,8 @@ def test_a_transformer_trains_as_under_peft_and_merges(make, dtype):
     torch.manual_seed(0)
     base = make().to(dtype).eval()
     ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-    inject_lora(ours, 3, 5)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear"))
+    inject_lora(ours, 3, 5, use_rslora=True)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True))
     pairs = [(fill(layer), theirs.base_model.model.get_submodule(name)) for name, layer in lora_layers(ours)]
     for mine, other in pairs:
         other.lora_A["default"].weight.data = mine.lora_A.data.clone()
@@ -563,6 +570,8 @@ def test_a_second_injection_adds_to_the_first():
         inject_lora(model, 2, 3, ["q_proj", "k_proj"])
     with pytest.raises(ValueError, match="wrapped already"):
         inject_lora(model, 2, 3)
+    with pytest.raises(ValueError, match="matches no layer"):
+        inject_lora(model, 2, 3, ["base", "lora_dropout"])  # what is inside an adapted layer is not there
     assert len(list(lora_layers(model))) == 4
 
 
