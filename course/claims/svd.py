@@ -237,10 +237,6 @@ def _weights_cut_to(rank: int) -> float:
     return cut["loss_on_general"][cut["ranks"].index(rank)]
 
 
-def weights_cut_to_8() -> float:
-    return _weights_cut_to(8)
-
-
 def weights_cut_to_16() -> float:
     return _weights_cut_to(16)
 
@@ -282,6 +278,53 @@ def adam_loss_step_100() -> float:
 
 def sgd_loss_step_100() -> float:
     return _along("SGD, lr 0.3", "loss", 100)
+
+
+@functools.cache
+def _gemma() -> dict:
+    return recorded.load("gemma_spectra")["result"]
+
+
+def _gemma_share(part: str) -> float:
+    """Mean effective rank of the recorded layers, in percent of n."""
+    return 100 * statistics.fmean(entry["effective_rank"] / min(entry["shape"]) for entry in _gemma()[part].values())
+
+
+def gemma_weights_share() -> float:
+    return _gemma_share("weights")
+
+
+def gemma_update_share() -> float:
+    return _gemma_share("updates")
+
+
+def gemma_updates_are_lower_in_every_layer() -> bool:
+    g = _gemma()
+    return all(g["updates"][name]["effective_rank"] < g["weights"][name]["effective_rank"] for name in g["weights"])
+
+
+def _gemma_gain(rank: int) -> float:
+    """Percent of the gain on held-out code that is left when the updates of all linear layers are cut to ``rank``."""
+    g = _gemma()
+    (loss,) = [row["loss"] for row in g["retained"] if row["rank"] == rank]
+    return 100 * (g["loss_before"] - loss) / (g["loss_before"] - g["loss_after_full"])
+
+
+def gemma_gain_at_rank_0() -> float:
+    """What embeddings and norms alone keep."""
+    return _gemma_gain(0)
+
+
+def gemma_gain_at_rank_1() -> float:
+    return _gemma_gain(1)
+
+
+def gemma_gain_at_rank_16() -> float:
+    return _gemma_gain(16)
+
+
+def gemma_gain_at_rank_64() -> float:
+    return _gemma_gain(64)
 
 
 def tiny_parameters() -> int:
