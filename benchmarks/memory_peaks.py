@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from course.lab import recorded
 from reference.lora import inject_lora
-from reference.memory import Recipe, training_memory
+from reference.memory import Breakdown, Recipe, training_memory
 from reference.model_shapes import LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
 from reference.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, LORA_PEFT, QLORA
 
@@ -192,6 +192,19 @@ def steps(configuration: Configuration, device: torch.device, note=lambda moment
         adam.zero_grad(set_to_none=True)
 
 
+def predict(configuration: Configuration) -> Breakdown:
+    return training_memory(
+        configuration.shape,
+        configuration.recipe,
+        configuration.batch,
+        configuration.sequence,
+        configuration.rank,
+        configuration.targets,
+        configuration.checkpointing,
+        configuration.attention,
+    )
+
+
 def measure_one(configuration: Configuration, workspaces: int) -> dict:
     """One row of the result, in bytes; ``workspaces`` is what the process holds without any model."""
     seen = {}
@@ -203,16 +216,7 @@ def measure_one(configuration: Configuration, workspaces: int) -> dict:
 
     began = time.perf_counter()
     steps(configuration, torch.device("cuda"), note)
-    expected = training_memory(
-        configuration.shape,
-        configuration.recipe,
-        configuration.batch,
-        configuration.sequence,
-        configuration.rank,
-        configuration.targets,
-        configuration.checkpointing,
-        configuration.attention,
-    )
+    expected = predict(configuration)
     measured = max(seen[moment]["peak"] for moment in ("forward", "backward", "step"))
     by_token = ("activations", "recomputed layer", "log-probabilities", "loss gradients", "temporaries")
     return {

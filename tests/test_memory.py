@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from course import ROOT
+from course.lab import recorded
 from reference import activations
 from reference.activations import Run
 from reference.lora import inject_lora, trainable_parameters
@@ -300,6 +301,16 @@ def test_adamw_needs_a_fifth_copy_unless_fused():
         more[fused] = live.peak
     assert more[False] == pytest.approx(FULL_FP32.moment_bytes * 100_000, rel=1e-3)
     assert more[True] < 1_000
+
+
+def test_recorded_peaks_are_within_the_bar():
+    """Every configuration of the benchmark as it was measured on a GPU, against what the code predicts today."""
+    rows = {row["name"]: row for row in recorded.load("memory_peaks")["result"]["rows"]}
+    assert set(rows) == {configuration.name for configuration in peaks["CONFIGURATIONS"]}, "run benchmarks/memory_peaks.py again"
+    for configuration in peaks["CONFIGURATIONS"]:
+        predicted, row = peaks["predict"](configuration), rows[configuration.name]
+        assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks/memory_peaks.py again"
+        assert predicted.peak == pytest.approx(row["measured"], rel=0.05 if row["activation_share"] < 0.5 else 0.15), configuration.name
 
 
 @pytest.mark.gpu
