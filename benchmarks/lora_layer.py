@@ -5,7 +5,8 @@
 *Training*: forward and backward of one 4096×4096 bfloat16 linear layer, r = 16, over 4,096 rows that themselves need a gradient, as inside
 a model. The frozen layer alone is the floor: its two products (y and the gradient of x) are the work that no adapter avoids. "Kept" is
 what the forward leaves in memory for the backward, beyond the output. Every number is the median of rounds in which the contestants take
-turns, so that a clock that changes with temperature changes for all.
+turns, so that a clock that changes with temperature changes for all. The time is the device's own, with all launches queued before it
+starts, as in a training step whose launches run ahead; "alone" is the time from the first launch on, where a slow CPU leaves gaps.
 
 *Generation*: forward of 1 and of 64 rows through a chain of eight such layers, time per layer. A chain, because a single layer's weight
 (34 MB) would stay in the cache of a large GPU between calls, which no model's does.
@@ -59,12 +60,14 @@ def training_step(layer: nn.Module, x: Tensor, direction: Tensor) -> Callable[[]
     return step
 
 
-def in_turns(contestants: dict[str, Callable[[], object]], where: torch.device, rounds: int, repeats: int) -> dict[str, float]:
+def in_turns(
+    contestants: dict[str, Callable[[], object]], where: torch.device, rounds: int, repeats: int, queued: bool = False
+) -> dict[str, float]:
     """Median milliseconds of each."""
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
-            times[name].append(meters.milliseconds(work, repeats=repeats, warmup=3, where=where))
+            times[name].append(meters.milliseconds(work, repeats=repeats, warmup=3, where=where, queued=queued))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -90,9 +93,10 @@ def training(width: int, rows: int, where: torch.device, rounds: int, repeats: i
             "frozen layer": frozen,
             "full training": full,
         }
-        times = in_turns({key: training_step(layer, x, direction) for key, layer in layers.items()}, where, rounds, repeats)
+        steps = {key: training_step(layer, x, direction) for key, layer in layers.items()}
+        times, alone = (in_turns(steps, where, rounds, repeats, queued) for queued in (True, False))
         kept = {key: kept_bytes(layers[key], x) for key in ("ours", "peft")}
-        result[name] = {"milliseconds": times, "ratio": times["ours"] / times["peft"], "kept_bytes": kept}
+        result[name] = {"milliseconds": times, "milliseconds_alone": alone, "ratio": times["ours"] / times["peft"], "kept_bytes": kept}
     return result
 
 
@@ -122,7 +126,7 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """Both measurements; ``small`` for a machine without a GPU."""
     where = where or device()
     torch.manual_seed(0)
-    width, rows, depth, rounds, repeats = (64, 32, 2, 2, 2) if small else (4096, 4096, 8, 9, 30)
+    width, rows, depth, rounds, repeats = (64, 32, 2, 2, 2) if small else (4096, 4096, 8, 7, 20)
     return {
         "width": width,
         "rows": rows,
@@ -135,12 +139,14 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
 
 def show(result: dict) -> None:
     print(f"forward + backward, {result['width']}×{result['width']}, r = {result['r']}, {result['rows']} rows: milliseconds")
-    print(f"{'':30}{'ours':>9}{'peft':>9}{'ratio':>8}{'frozen':>9}{'full':>9}{'kept, ours':>13}{'kept, peft':>13}")
+    columns = (("ours", 9), ("peft", 9), ("ratio", 8), ("frozen", 9), ("full", 9), ("alone: ours", 13), ("peft", 9))
+    print(" " * 30 + "".join(f"{name:>{width}}" for name, width in (*columns, ("kept, ours", 13), ("kept, peft", 13))))
     for name, row in result["training"].items():
         times = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("ours", "peft"))
         others = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("frozen layer", "full training"))
         kept = "".join(f"{meters.show_bytes(row['kept_bytes'][key]):>13}" for key in ("ours", "peft"))
-        print(f"{name:30}{times}{row['ratio']:8.3f}{others}{kept}")
+        alone = f"{row['milliseconds_alone']['ours']:13.4f}{row['milliseconds_alone']['peft']:9.4f}"
+        print(f"{name:30}{times}{row['ratio']:8.3f}{others}{alone}{kept}")
     print("\nforward without gradients, a layer in a chain: milliseconds")
     print(f"{'':40}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
     for name, sizes in result["generation"].items():

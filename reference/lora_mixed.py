@@ -27,37 +27,38 @@ def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
     Differentiable once, in y, x and both factors.
     """
-    compute = _AddUpdate.apply if torch.is_grad_enabled() else _compute
-    return compute(y, x, lora_A, lora_B, scaling)[0]
+    if torch.is_grad_enabled():
+        return _AddUpdate.apply(y, x, lora_A, lora_B, scaling)
+    return _compute(y, x, lora_A, lora_B, scaling)[0]
 
 
 def _compute(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """The sum, and h = A·x with its share of the scale, which the gradient of B needs."""
     thin, wide = _split(s)
-    h = F.linear(x.to(A.dtype), A).mul_(thin)  # (..., r)
+    h = F.linear(x.to(A.dtype), A)  # (..., r)
+    h = h.mul_(thin) if thin != 1 else h
     update = F.linear(h, B)  # (..., out)
     update = update.mul_(wide) if wide != 1 else update
     return torch.add(y, update, out=torch.empty_like(y)), h  # rounded to y's dtype as it is stored
 
 
 class _AddUpdate(torch.autograd.Function):
-    forward = staticmethod(_compute)
-
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        _, x, A, B, ctx.s = inputs
-        h = output[1]
-        ctx.mark_non_differentiable(h)
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        total, h = _compute(y, x, A, B, s)
+        ctx.s = s
         ctx.save_for_backward(x, h, A, B)
+        return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B = ctx.saved_tensors
         thin, wide = _split(ctx.s)
         g = grad.to(A.dtype)  # (..., out)
         g = g * wide if wide != 1 else g
-        grad_h = (g @ B).mul_(thin)  # (..., r)
+        grad_h = g @ B  # (..., r)
+        grad_h = grad_h.mul_(thin) if thin != 1 else grad_h
         _, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
         grad_x = (grad_h @ A).to(x.dtype) if needs_x else None  # (..., in)
         grad_A = _rows(grad_h).T @ _rows(x).to(A.dtype) if needs_A else None  # (r, in)

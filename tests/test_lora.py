@@ -766,16 +766,18 @@ def test_the_benchmark_runs_at_a_small_size():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("factor_dtype", [torch.float32, None])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])  # float16 has no room for Adam's squared gradients
 @pytest.mark.parametrize("alpha", [32, 5])
 def test_cuda_equals_peft(dtype, factor_dtype, alpha):
+    if factor_dtype.itemsize < 4 and dtype != factor_dtype:
+        pytest.skip("factors are float32 or of the layer's dtype")
     torch.manual_seed(0)
     base = nn.Linear(192, 320, device="cuda", dtype=dtype)
     ours = LoRALinear(copy.deepcopy(base), 16, alpha)
     with torch.no_grad():
         ours.lora_A.normal_(std=0.05)
         ours.lora_B.normal_(std=0.05)
-    ours.to(factor_dtype or dtype)
+    ours.to(factor_dtype)
     ours.base.to(dtype)
     assert_parity(base, ours, torch.randn(3, 65, 192, device="cuda", dtype=dtype))
 

@@ -65,8 +65,15 @@ def process_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 20, warmup: int = 5, where: torch.device | None = None) -> float:
-    """Median time of ``work()`` in milliseconds: CUDA events on a GPU, a monotonic clock on a CPU, after ``warmup`` untimed calls."""
+def milliseconds(
+    work: Callable[[], object], repeats: int = 20, warmup: int = 5, where: torch.device | None = None, queued: bool = False
+) -> float:
+    """Median time of ``work()`` in milliseconds: CUDA events on a GPU, a monotonic clock on a CPU, after ``warmup`` untimed calls.
+
+    Args:
+        queued: on a GPU, let it pause before each timed call until all launches of the call are waiting. The time is then that of the
+            device alone, as in a training step, where the launches run ahead; without it, gaps between launches count.
+    """
     where = where or device()
     for _ in range(warmup):
         work()
@@ -74,6 +81,9 @@ def milliseconds(work: Callable[[], object], repeats: int = 20, warmup: int = 5,
     if where.type == "cuda":
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if queued:
+                torch.cuda.synchronize(where)
+                torch.cuda._sleep(6_000_000)  # clock cycles: about 3 ms
             start.record()
             work()
             end.record()
