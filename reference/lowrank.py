@@ -142,7 +142,7 @@ class RandomSubspace(nn.Module):
 
     - ``"sparse"``: one non-zero in each row. Every parameter is dealt at random to one of d groups (sizes differ by at most one) and gets a
       random sign; a column is its group's signs over the root of the group's size. Groups don't overlap, so columns are orthonormal
-      exactly, and P costs 5 bytes a parameter instead of 4·d. Not uniform over subspaces; unit 01 trains with both kinds and sees no difference.
+      exactly, and P costs 5 bytes a parameter instead of 4·d. Not uniform over subspaces; unit 01 compares the two.
     - ``"dense"``: the Q of a Gaussian D × d matrix, a subspace drawn uniformly from all of them. The definition, for small modules.
 
     What it holds: the module with θ0, now frozen; z, the only trainable parameter; P in buffers that are not saved, since the seed gives P
