@@ -273,9 +273,7 @@ def real_peaks(configuration, count: int = 2) -> dict[str, int]:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "sequence, vocab, tied", [(16, 64, True), (256, 64, True), (128, 2048, False), (4, 4096, True), (40, 600, False), (4, 16, True)]
-)
+@pytest.mark.parametrize("sequence, vocab, tied", [(16, 64, True), (256, 64, True), (128, 2048, False), (4, 4096, True), (4, 16, True)])
 def test_peak_of_a_real_step(recipe, checkpointing, sequence, vocab, tied):
     shape = dataclasses.replace(SMALL, vocab=vocab, tied=tied)
     configuration = peaks["Configuration"](shape, recipe, 2, sequence, checkpointing, rank=4)
