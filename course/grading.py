@@ -76,7 +76,6 @@ def assemble(learner: NotebookNode, released: NotebookNode) -> tuple[NotebookNod
         if name in official:
             if name in where:
                 notes.append(f"the cell {name!r} is there more than once: the last one counts")
-                notebook.cells[where[name]].metadata.pop("nbgrader")
             where[name] = index
     if not where:
         raise CourseError("none of the exercise's cells are in this notebook: is it the notebook of another unit?")

@@ -10,8 +10,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from course import ROOT
-from course.doctor import normalized, tested_versions
+from course import ROOT, doctor
+from course.doctor import normalized
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -35,7 +35,7 @@ def test_conda_repeats_no_version():
 
 
 def test_every_direct_dependency_is_pinned_and_allowed():
-    tested = tested_versions()
+    tested = doctor.tested_versions()
     for requirement in DIRECT:
         version = tested.get(normalized(requirement.name))
         assert version, f"{requirement.name} is not in constraints.txt"

@@ -13,7 +13,7 @@ from traitlets.config import Config
 
 from course import ROOT, build, grading
 from course.notebooks import as_text, is_check, marks, read, tidy
-from course.running import Limits
+from course.running import Execution, Limits, Trouble
 from course.units import CourseError, Unit, find, select, units
 
 SOLVED = [unit for unit in units() if unit.solution.exists()]
@@ -259,11 +259,25 @@ def test_what_was_not_reached_is_said(unit: Unit, monkeypatch):
     assert report.outcomes[1].why == "not run: the notebook ended before it"
 
 
-def test_the_time_for_the_whole_notebook_includes_restarts(unit: Unit):
+def test_the_time_for_the_whole_notebook(unit: Unit):
     work = hand_in(unit, square="import time\ntime.sleep(30)", double=ANSWERS["double"])
     report = grading.grade(work, unit, Limits(cell_seconds=None, total_seconds=3))
     assert report.seconds < 15 and report.score == 0
     assert "the time for the whole notebook, 3 s, was over" in report.outcomes[0].why
+
+
+def test_a_restart_has_only_the_time_that_is_left(unit: Unit, monkeypatch):
+    given = []
+
+    def crash_once(notebook, folder, limits, **settings):
+        given.append(limits.total_seconds)
+        crash = Execution(seconds=4.0, troubles=[Trouble(3, "KernelDied", "crashed")], died=True)
+        return crash if len(given) == 1 else Execution(seconds=1.0)
+
+    monkeypatch.setattr(grading, "execute", crash_once)
+    report = grading.grade(unit.exercise, unit, Limits(total_seconds=10))
+    assert given == [10, 6] and report.seconds == 5
+    assert [outcome.why for outcome in report.outcomes] == ["the answer's own cell failed: crashed", None]
 
 
 def change(unit: Unit, edit) -> grading.Report:
@@ -286,6 +300,17 @@ def test_changed_and_deleted_cells_are_put_back(unit: Unit):
         "the cell 'check-square' had been changed: the original was used",
         "the cell 'check-double' was missing: the original was put back",
     ]
+
+
+def test_a_cell_put_back_does_not_shift_the_others(unit: Unit):
+    def strip(cells):
+        cells[7].source = "changed"  # the check of double
+        del cells[4]  # the check of square
+        del cells[1]  # the locked cell
+
+    report = change(unit, strip)
+    assert report.full
+    assert [note.split("'")[1] for note in report.notes] == ["setup", "check-square", "check-double"]
 
 
 def test_an_earlier_cell_that_failed_is_named(unit: Unit):

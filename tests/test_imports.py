@@ -13,7 +13,7 @@ from course.units import Unit, units
 ORDER = {
     "00": ["model_shapes", "activations", "recipes", "memory"],
     "01": ["lowrank"],
-    "02": ["lora_mixed", "lora_layers", "lora", "tensor_file", "adapter_format"],
+    "02": ["lora_mixed", "lora_base", "lora_layers", "lora", "tensor_file", "adapter_format"],
     "03": ["blockwise"],
     "04": ["nf4"],
     "05": ["double_quant"],
