@@ -208,7 +208,6 @@ def execute(
         timeout=None,
         startup_timeout=120,
         record_timing=False,
-        store_widget_state=False,
         coalesce_streams=True,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its advice on transports is not for readers
         shutdown_kernel="immediate",

@@ -77,6 +77,7 @@ class _Exporter(HTMLExporter):
 def notebook_body(notebook: NotebookNode) -> str:
     """The notebook's cells and outputs as HTML; alt texts stay, sliders become a note that they live in Jupyter."""
     shown = nbformat.from_dict(notebook)
+    shown.metadata.pop("widgets", None)  # their state, which only scripts could show
     for cell in shown.cells:
         for output in cell.get("outputs", []):
             if _WIDGET in output.get("data", {}):

@@ -64,6 +64,13 @@ def test_errors_can_be_passed_over_and_expected_ones_are_none(tmp_path: Path):
     assert texts(made.cells[3]) == "reached\n"
 
 
+def test_sliders_and_their_outputs_run_too(tmp_path: Path):
+    slider = "import ipywidgets as widgets\nfrom IPython.display import display\n\nshown = widgets.Output()\ndisplay(shown)"
+    moved = "knob = widgets.IntSlider(3)\nknob.observe(lambda change: shown.append_stdout(str(change['new'])), 'value')\nknob.value = 4"
+    used = "with shown:\n    print('inside')\nwidgets.interact(lambda x: print(x), x=(0, 9));"
+    assert execute(notebook(slider, moved, used), tmp_path).troubles == []
+
+
 def test_nobody_waits_for_input(tmp_path: Path):
     (trouble,) = execute(notebook("input('name? ')"), tmp_path).troubles
     assert trouble.kind == "StdinNotImplementedError"

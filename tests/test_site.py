@@ -104,7 +104,8 @@ def test_the_output_of_a_run_is_shown_in_place_of_the_committed_one(small_course
 
 def test_sliders_say_where_they_live():
     view = v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"})
-    body = site.notebook_body(v4.new_notebook(cells=[v4.new_code_cell("slider", outputs=[view])]))
+    state = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2, "version_minor": 0}}
+    body = site.notebook_body(v4.new_notebook(cells=[v4.new_code_cell("slider", outputs=[view])], metadata={"widgets": state}))
     assert "open the notebook in Jupyter" in body and "IntSlider" not in body and "<script" not in body
 
 
