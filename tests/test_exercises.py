@@ -201,8 +201,8 @@ def hand_in(unit: Unit, **answers: str) -> Path:
     return miniature.save(work, unit.root / "mine.ipynb")
 
 
-def judge(unit: Unit, **answers: str) -> grading.Report:
-    return grading.grade(hand_in(unit, **answers), unit, Limits(cell_seconds=2, total_seconds=60, memory_bytes=400_000_000))
+def judge(unit: Unit, cell_seconds: float = 2, **answers: str) -> grading.Report:
+    return grading.grade(hand_in(unit, **answers), unit, Limits(cell_seconds, total_seconds=60, memory_bytes=400_000_000))
 
 
 def test_full_score_for_right_answers_and_none_for_the_stub(unit: Unit):
@@ -231,10 +231,6 @@ def test_each_exercise_counts_by_itself_and_says_why(unit: Unit):
         ("while True:\n    pass", "the answer's own cell failed: stopped after 2 s: is there an endless loop?"),
         ("def square(x):\n    import os\n    os._exit(1)", "the kernel ended with exit status 1"),
         ("import ctypes\nctypes.string_at(0)", "the answer's own cell failed: the kernel was ended by SIGSEGV"),
-        (
-            "def square(x):\n    held = []\n    while True:\n        held.append(b'x' * 50_000_000)",
-            "stopped: it used more than 0.4 GB of memory",
-        ),
         ("def square(x):\n    raise SystemExit", "SystemExit"),
     ],
 )
@@ -243,6 +239,12 @@ def test_what_goes_wrong_costs_its_own_points_only(unit: Unit, answer, why):
     first, second = report.outcomes
     assert first.why.startswith(why), first.why
     assert second.why is None and report.score == 2
+
+
+def test_memory_without_end_is_stopped_before_the_machine_is(unit: Unit):
+    bomb = "def square(x):\n    held = []\n    while True:\n        held.append(b'x' * 50_000_000)"
+    report = judge(unit, cell_seconds=30, square=bomb, double=ANSWERS["double"])  # time enough on a busy machine
+    assert report.outcomes[0].why.startswith("stopped: it used more than 0.4 GB of memory") and report.score == 2
 
 
 def test_a_notebook_that_keeps_crashing_comes_to_an_end(unit: Unit, monkeypatch):
