@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 COURSE := $(VENV)/bin/python -m course
+# Threads that wait by spinning take the cores from those they wait for, as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Two processes on two cores; a notebook stays whole in one of them. Threads of torch would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=15
 
