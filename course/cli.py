@@ -30,8 +30,7 @@ SECONDS, BYTES = 90, 3e9  # what a notebook should stay below on two cores witho
 
 def main() -> None:
     """Run the command line; a mistake that the user can mend ends in one sentence, not in a traceback."""
-    # OpenMP's threads wait by spinning, and on a machine that does anything else too they spin away the time of the one they wait for: the
-    # tiny model trains ten times slower. Read when torch is loaded, here and in the kernels that this process starts.
+    # OpenMP's threads wait by spinning: on a busy machine they take the cores from those they wait for. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

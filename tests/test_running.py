@@ -39,6 +39,14 @@ def test_a_notebook_runs_top_to_bottom_in_its_folder_and_in_this_environment(tmp
     assert [cell.execution_count for cell in made.cells if cell.cell_type == "code"] == [1, 2, 3]
 
 
+def test_kernels_use_one_thread_unless_the_user_says_otherwise(tmp_path: Path, monkeypatch):
+    asked = notebook("import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'])")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    execute(asked, tmp_path)
+    assert texts(asked.cells[0]) == "1 ACTIVE\n"
+
+
 def test_time_and_memory_are_the_kernels_with_its_children(tmp_path: Path):
     child = "import time; held = bytearray(150_000_000); time.sleep(0.6)"
     made = notebook(f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {child!r}])", "time.sleep(0.3)")
