@@ -33,6 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
+	@echo "Set up. For the course command itself: source $(VENV)/bin/activate"
 
 course: $(INSTALLED)
 	$(COURSE) run
