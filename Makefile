@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 COURSE := $(VENV)/bin/python -m course
-# The course's models are small: one thread is as fast as two, and much faster than two when anything else runs on the machine.
+# As in course/__init__.py, which says why.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE}
 PYTEST := $(ONE_THREAD) $(VENV)/bin/python -m pytest --durations=15
 

@@ -105,10 +105,9 @@ class MasterAdamW(torch.optim.Optimizer):
                 del gradient, denominator  # before the next tensor's are made
 
 
-def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model with random weights, made on ``device``, and its optimizer."""
-    shape, recipe = configuration.shape, configuration.recipe
-    config = LlamaConfig(
+def config_of(shape: ModelShape, kind: type = LlamaConfig):
+    """The library's configuration of ``shape``."""
+    return kind(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -119,11 +118,16 @@ def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module
         tie_word_embeddings=shape.tied,
         use_cache=False,
     )
+
+
+def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model with random weights, made on ``device``, and its optimizer."""
+    shape, recipe = configuration.shape, configuration.recipe
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if recipe.weight_bytes == 4 else torch.bfloat16)
     try:
         with device:
-            model = LlamaForCausalLM(config)
+            model = LlamaForCausalLM(config_of(shape))
     finally:
         torch.set_default_dtype(default)
     if recipe.quantized:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from course import ROOT
+from course import ENVIRONMENT, ROOT
 from course.units import CourseError, find, select
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ SECONDS, BYTES = 90, 3e9  # what a notebook should stay below on two cores witho
 
 def main() -> None:
     """Run the command line; a mistake that the user can mend ends in one sentence, not in a traceback."""
-    # OpenMP's threads wait by spinning: on a busy machine they take the cores from those they wait for. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= ENVIRONMENT | os.environ  # read when torch is loaded
     try:
         app()
     except CourseError as error:

@@ -24,12 +24,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
+from course import ENVIRONMENT
+
 SAMPLE_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # between the interrupt and the kill
 OUTPUT_CHARACTERS = 2_000_000  # of one cell; an endless loop that prints must not fill this process instead
-# One thread: the course's models are so small that a second one costs more than it does, and several times that on a busy machine; and sums
-# come out in the same order whatever the number of cores. What the user has set stands.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LINE = re.compile(r"Cell In\s?\[\d+\], line (\d+)")
 

@@ -1,6 +1,7 @@
 """The judge's core: what it compares, in which order, and which words a learner reads."""
 
 import random
+import warnings
 from functools import partial
 
 import pytest
@@ -171,6 +172,16 @@ def test_an_observation_may_refuse_in_its_own_words():
         return {}
 
     assert refusal(added, Check("strict", strict, scale, scale)) == "three times one is three"
+
+
+def test_a_warning_from_a_right_answer_costs_nothing(capfd, recwarn):
+    def warns(x):
+        warnings.warn("old way of writing it", DeprecationWarning, stacklevel=1)
+        return x + 1
+
+    check = Check("adding one", lambda answer, seed: {"the sum": answer(seed)}, lambda x: x + 1, lambda x: 1 + x)
+    check(warns)
+    assert len(recwarn) == 0 and capfd.readouterr().err == ""
 
 
 def test_what_was_not_observed_is_named():

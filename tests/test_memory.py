@@ -49,18 +49,7 @@ def config_of(shape: ModelShape):
         return GPT2Config(
             n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_positions=shape.positions, vocab_size=shape.vocab
         )
-    kind = Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig
-    return kind(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.mlp,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        use_cache=False,
-    )
+    return peaks["config_of"](shape, Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig)
 
 
 def model_of(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
