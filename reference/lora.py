@@ -35,6 +35,7 @@ __all__ = [
     "lora_layers",
     "lora_state_dict",
     "merge_lora",
+    "replace_layers",
     "trainable_parameters",
     "wrapper_of",
 ]
@@ -77,7 +78,7 @@ def inject_lora(
     factors = {id(factor) for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
-    _replace(model, adapted)
+    replace_layers(model, adapted)
     return list(targets)
 
 
@@ -105,7 +106,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if not layer.merged:
             layer.merge()
-    _replace(model, {layer: layer.base for layer in layers.values()})
+    replace_layers(model, {layer: layer.base for layer in layers.values()})
     return model
 
 
@@ -191,7 +192,7 @@ def _never_called(model: nn.Module) -> set[nn.Module]:
     return {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def replace_layers(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put ``new[old]`` wherever ``old`` is a child."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # not named_children(), which hides the second name of a child
