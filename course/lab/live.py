@@ -23,10 +23,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}  # a view is no news
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage.nbytes() and storage._cdata not in self._sizes:
+                if storage.nbytes() and storage._cdata not in self._sizes and storage._cdata not in given:
                     self._sizes[storage._cdata] = storage.nbytes()
                     self.bytes += storage.nbytes()
                     self.peak = max(self.peak, self.bytes)
