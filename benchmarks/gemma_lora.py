@@ -413,18 +413,18 @@ def merged(results: list[dict]) -> dict:
     first = results[0]
     if any(other[same] != first[same] for other in results for same in ("model", "settings", "text")):
         raise ValueError("only results of the same model, settings and text can be merged")
-    runs = list({(run["config"], run["lr"], run["seed"]): run for result in results for run in result["runs"]}.values())
+    runs = {(run["config"], run["lr"], run["seed"]): run for result in results for run in result["runs"]}
     chosen = {config: lr for result in results for config, lr in result["chosen_lr"].items()}
     samples = {
         name: {key: next((r["samples"][name][key] for r in results if r["samples"][name][key] is not None), None) for key in sample}
         for name, sample in first["samples"].items()
     }
     return first | {
-        "runs": runs,
+        "runs": list(runs.values()),
         "samples": samples,
         "chosen_lr": chosen,
-        "summary": summary(runs, chosen, first["base"], first["settings"]["steps"]),
-        "stopped_early": any(result["stopped_early"] for result in results),
+        "summary": summary(list(runs.values()), chosen, first["base"], first["settings"]["steps"]),
+        "stopped_early": any((config, lr, seed) not in runs for config, lr in chosen.items() for seed in first["settings"]["seeds"]),
     }
 
 
