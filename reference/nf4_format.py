@@ -24,6 +24,11 @@ from reference.nf4_product import SCALES_BLOCK, Layout, Packed
 STATE = "quant_state.bitsandbytes__nf4"
 
 
+def belongs(name: str) -> bool:
+    """Whether ``name``, which follows "weight.", is one of the entries above."""
+    return name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map") or name.startswith("quant_state.")
+
+
 def write_state(packed: Packed, layout: Layout) -> dict[str, Tensor]:
     """The entries that stand beside ``weight``, by what follows "weight." in their names."""
     words = {
@@ -39,7 +44,7 @@ def write_state(packed: Packed, layout: Layout) -> dict[str, Tensor]:
     return entries | {STATE: torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8)}
 
 
-def read_state(weight: Tensor, entries: dict[str, Tensor], layout: Layout, double_quant: bool) -> tuple[Packed, torch.dtype]:
+def read_state(weight: Tensor | None, entries: dict[str, Tensor], layout: Layout, double_quant: bool) -> tuple[Packed, torch.dtype]:
     """Check a layer's entries and give its tensors, and the dtype that its weight had.
 
     Args:
@@ -60,7 +65,7 @@ def read_state(weight: Tensor, entries: dict[str, Tensor], layout: Layout, doubl
     nested = "nested_absmax" in entries
     if nested != double_quant:
         raise ValueError(f"its scales are {'' if nested else 'not '}quantized: load it into a layer with double_quant={nested}")
-    if weight.dtype != torch.uint8 and weight.is_contiguous():
+    if weight is not None and weight.dtype != torch.uint8 and weight.is_contiguous():
         weight = weight.view(torch.uint8).view(-1, 1)  # bitsandbytes may keep the same bytes under another dtype (quant_storage)
     tensors = {"weight": (weight, torch.uint8, layout.packed_shape)}
     tensors["absmax"] = (entries.get("absmax"), torch.uint8 if nested else torch.float32, (layout.blocks,))
@@ -72,7 +77,7 @@ def read_state(weight: Tensor, entries: dict[str, Tensor], layout: Layout, doubl
         offset = words.get("nested_offset")
         if not isinstance(offset, float) or not math.isfinite(offset):
             raise ValueError(f"nested_offset must be a finite number, got {offset!r}")
-        offset = torch.tensor(offset, device=weight.device)
+        offset = torch.tensor(offset, device=entries["nested_absmax"].device)
     for name, (tensor, kind, shape) in tensors.items():
         _check(name, tensor, kind, shape)
     _check_map("quant_map", entries, NF4_CODEBOOK)
@@ -86,20 +91,20 @@ def _words(entries: dict[str, Tensor]) -> dict:
     if STATE not in entries:
         other = [name.removeprefix("quant_state.bitsandbytes__") for name in entries if name.startswith("quant_state.")]
         if other:
-            raise ValueError(f"quant_type is {other[0]!r} there; this layer holds 'nf4'")
+            raise ValueError(f"quant_type is {other[0]} there; this layer holds nf4")
         raise ValueError(f"weight.{STATE} is missing: this is no quantized weight. Load it into nn.Linear, then NF4Linear.from_linear")
     try:
         words = json.loads(bytes(entries[STATE].cpu().tolist()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{STATE} can't be read: {error}") from None
     if not isinstance(words, dict) or words.get("quant_type") != "nf4":
-        raise ValueError(f"quant_type is {words.get('quant_type') if isinstance(words, dict) else words!r} there; this layer holds 'nf4'")
+        raise ValueError(f"quant_type is {words.get('quant_type') if isinstance(words, dict) else None} there; this layer holds nf4")
     return words
 
 
 def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor is None:
-        raise ValueError(f"weight.{name} is missing")
+        raise ValueError(f"{'weight' if name == 'weight' else f'weight.{name}'} is missing")
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
     if dtype == torch.float32 and not torch.isfinite(tensor).all():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.blockwise import check_block_size
-from reference.nf4_format import read_state, write_state
+from reference.nf4_format import belongs, read_state, write_state
 from reference.nf4_product import SCALES_BLOCK, Layout, NF4Product, Packed, pack, unpack
 
 
@@ -147,8 +147,9 @@ class NF4Linear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         """The whole layer or, on any error, nothing of it. On the meta device it takes the tensors themselves."""
         start, weight, bias = f"{prefix}weight.", state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
-        entries = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-        plain = {key: value for key, value in state_dict.items() if not key.startswith(start)}
+        ours = {key for key in state_dict if key.startswith(start) and belongs(key.removeprefix(start))}
+        entries = {key.removeprefix(start): state_dict[key] for key in ours}
+        plain = {key: value for key, value in state_dict.items() if key not in ours}
         packed = None
         if weight is not None or entries:
             try:
