@@ -47,3 +47,9 @@ def test_what_a_layer_keeps():
     with SavedForBackward() as saved:
         layer(x)
     assert saved.bytes == 4 * 30 * 40
+
+
+def test_the_meta_device_holds_nothing():
+    with LiveBytes() as live:
+        torch.ones(1000, device="meta") + 1
+    assert live.peak == 0

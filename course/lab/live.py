@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}  # a view is no news
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage.nbytes() and storage._cdata not in self._sizes and storage._cdata not in given:
                     self._sizes[storage._cdata] = storage.nbytes()
