@@ -1,0 +1,655 @@
+"""The checks of unit 06: the gradient through packed weights, bytes of a quantized model, LoRA against QLoRA, merging, the 2 % rule."""
+
+import copy
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from scipy.stats import norm, t
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from course.checking import Check
+from course.lab.live import LiveBytes
+from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from reference.qlora import NF4Linear, quantize_linears
+
+
+def entries(found: object) -> dict[str, Any]:
+    """A dictionary that was asked for, or an empty one, whose entries are then missing."""
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+# ------------------------------------------------------------------------------------------------ the product and its gradient
+
+
+def decode(packed: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> Tensor:
+    return dequantize_nf4(NF4Tensor(packed, absmax, torch.Size(shape), dtype, block_size))
+
+
+def keep_the_packed(x: Tensor, packed: Tensor, absmax: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return packed, absmax
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def through(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad @ weight
+
+
+def over_rows(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+def product_with(output=output, kept=keep_the_packed, through=through, bias_gradient=over_rows, waste=False, unscaled=False) -> Callable:
+    """The worked answer, with pieces that can be replaced; as a function of (x, packed, absmax, bias, shape, block_size)."""
+
+    class Answer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, packed, absmax, bias, shape, block_size):
+            weight = decode(packed, absmax, shape, block_size, x.dtype)
+            ctx.save_for_backward(packed, absmax, *kept(x, packed, absmax, weight))
+            ctx.layout = shape, block_size
+            return output(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, grad):
+            packed, absmax, *_ = ctx.saved_tensors
+            weight = decode(packed, torch.ones_like(absmax) if unscaled else absmax, *ctx.layout, grad.dtype)
+            if waste:
+                rows = grad.reshape(-1, grad.shape[-1])
+                rows.T @ rows  # stands for ∂L/∂W: a product that nobody uses
+            grad_bias = bias_gradient(grad) if ctx.needs_input_grad[3] else None
+            return (through(grad, weight) if ctx.needs_input_grad[0] else None), None, None, grad_bias, None, None
+
+    return Answer.apply
+
+
+class _Otherwise(torch.autograd.Function):
+    """A second right answer: sums written out, in the column layout, with everything but the packed tensors as attributes."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, bias, shape, block_size):
+        ctx.save_for_backward(packed, absmax)
+        ctx.decode = lambda p, a: decode(p, a, shape, block_size, x_dtype).T.contiguous()
+        x_dtype = x.dtype
+        y = x @ ctx.decode(packed, absmax)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        columns = ctx.decode(*ctx.saved_tensors)  # (in, out)
+        grad_bias = grad
+        while grad_bias.ndim > 1:
+            grad_bias = grad_bias.sum(0)
+        return F.linear(grad, columns), None, None, grad_bias if ctx.needs_input_grad[3] else None, None, None
+
+
+def _dense(x, packed, absmax, bias, shape, block_size) -> Tensor:
+    """Autograd by itself: it keeps the dequantized weight."""
+    return F.linear(x, decode(packed, absmax, shape, block_size, x.dtype), bias)
+
+
+def _in_float32(x, packed, absmax, bias, shape, block_size) -> Tensor:
+    wide = product_with()(x.float(), packed, absmax, None if bias is None else bias.float(), shape, block_size)
+    return wide
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "dot")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+def _gradients(y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> list[Tensor | str]:
+    if not y.requires_grad:
+        return ["none"] * len(leaves)
+    found = torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=True)
+    return ["none" if gradient is None else gradient for gradient in found]
+
+
+def _observe_product(answer, seed: int) -> dict:
+    g = torch.Generator().manual_seed(seed)
+
+    def make(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> tuple:
+        q = quantize_nf4(torch.randn(out_features, in_features, generator=g), 64)
+        bias = torch.randn(out_features, generator=g).to(dtype).requires_grad_()
+        return q.packed, q.absmax, bias, (out_features, in_features), 64
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    n = 24  # square, so that a transposed weight fits too; rows end inside blocks
+    arguments = make(n, n)
+    bias, x, direction = arguments[2], draw(2, 3, n).requires_grad_(), draw(2, 3, n)
+    seen = {}
+    y = answer(x, *arguments)
+    seen["the output of a (2, 3, 24) input"] = y
+    if not isinstance(y, Tensor):
+        return seen
+    seen["the output without a bias"] = answer(x, *arguments[:2], None, *arguments[3:])
+    seen["the output requires a gradient where the input does"] = y.requires_grad
+    if not y.requires_grad or y.shape != direction.shape:
+        return seen
+    with _Products() as products:
+        gradients = _gradients(y, (x, bias), direction)
+    for name, gradient in zip(("the input", "the bias"), gradients, strict=True):
+        seen[f"the gradient of {name}"] = gradient
+    with LiveBytes() as live:
+        middle = x * 2.0  # not a leaf: it is freed as soon as nobody needs it
+        y = answer(middle, *arguments)
+        del middle
+        kept = live.bytes - y.nbytes
+    seen["bytes kept for the backward, beside the packed weight"] = kept
+    seen["matrix products in the backward"] = products.count
+    one = draw(n).requires_grad_()
+    y = answer(one, *arguments)
+    seen["the output of a vector"] = y
+    seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = _gradients(y, (one, bias), direction[0, 0])
+    frozen = answer(x, arguments[0], arguments[1], bias.detach(), *arguments[3:])
+    seen["the gradient of the input when the bias is frozen"] = _gradients(frozen, (x,), direction)[0]
+    half = make(n, n, torch.bfloat16)
+    x_half = draw(5, n, dtype=torch.bfloat16).requires_grad_()
+    try:
+        seen["with bfloat16 the output is"] = str(answer(x_half, *half).dtype)
+    except RuntimeError:
+        seen["with bfloat16 the output is"] = "a RuntimeError"
+    wide, x_wide = make(40, 24), draw(3, 24).requires_grad_()
+    try:
+        y = answer(x_wide, *wide)
+        seen["the output of a (40, 24) weight"] = y.detach()
+        seen["the gradient through a (40, 24) weight"] = _gradients(y, (x_wide,), y.detach())[0]
+    except RuntimeError:
+        seen["the output of a (40, 24) weight"] = "a RuntimeError"
+    return seen
+
+
+product = Check(
+    task="y = x·Ŵᵀ + b and its gradient; nothing is kept but the packed weight",
+    observe=_observe_product,
+    reference=product_with(),
+    second=_Otherwise.apply,
+    misconceptions={
+        "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": product_with(
+            through=lambda grad, weight: grad @ weight.T
+        ),
+        "the output is x·Ŵ: as in nn.Linear the weight is (out, in) and the product is with its transpose": product_with(
+            output=lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
+        ),
+        "the bias is missing in the output: add it, or pass it to F.linear": product_with(output=lambda x, weight, bias: x @ weight.T),
+        "the bias gets no gradient: its gradient is that of the output, summed over all rows": product_with(
+            bias_gradient=lambda grad: None
+        ),
+        "the gradient of the bias is a mean over the rows: it is their sum": product_with(bias_gradient=lambda grad: over_rows(grad) / 6),
+        "a dense copy of the weight is kept until the backward, by ctx or by autograd itself: 4 bytes a weight, for every layer; keep the "
+        "packed weight, and decode it again": _dense,
+        "the input is kept for the backward: it would be needed for the weight's gradient only, and the weight is frozen": product_with(
+            kept=lambda x, packed, absmax, weight: (x,)
+        ),
+        "codes and scales are copied before they are saved: save the tensors themselves, the layer holds them anyway": product_with(
+            kept=lambda x, packed, absmax, weight: (packed.clone(), absmax.clone())
+        ),
+        "the incoming gradient is passed on as it is: that is the straight-through estimator, for training what is rounded; here nothing "
+        "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": product_with(through=lambda grad, weight: grad.clone()),
+        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": product_with(unscaled=True),
+        "the backward makes two matrix products, one of them for a gradient of the weight: it is frozen, return None for it": product_with(
+            waste=True
+        ),
+        "a bfloat16 input comes out as float32: dequantize to the dtype of x": _in_float32,
+    },
+    rtol=1e-3,
+    atol=1e-4,
+)
+
+# ---------------------------------------------------------------------------------------------- bytes of a quantized model
+
+
+def _blocks(linear: nn.Linear) -> int:
+    return -(-linear.weight.numel() // 64)
+
+
+def _scale_bytes(blocks: int) -> int:
+    return blocks + 4 * -(-blocks // 256) + 4
+
+
+def base_with(
+    quantized: Callable[[str, nn.Module], bool] = lambda name, module: isinstance(module, nn.Linear),
+    skips: bool = True,
+    scales: Callable[[list[int]], int] = lambda blocks: sum(map(_scale_bytes, blocks)),
+    rest: Callable[[str, nn.Parameter], bool] = lambda name, p: True,
+    rest_bytes: int = 2,
+    twice: bool = False,
+    over_all: bool = False,
+) -> Callable:
+    """The worked answer, with pieces that can be replaced."""
+
+    def answer(model: nn.Module, skip: tuple[str, ...]) -> dict[str, float]:
+        chosen = [
+            module for name, module in model.named_modules() if quantized(name, module) and not (skips and name.rpartition(".")[2] in skip)
+        ]
+        inside = {id(module.weight) for module in chosen}
+        codes = sum(-(-module.weight.numel() // 2) for module in chosen)
+        constants = scales([-(-module.weight.numel() // 64) for module in chosen])
+        others = [(n, p) for n, p in model.named_parameters(remove_duplicate=not twice) if id(p) not in inside and rest(n, p)]
+        weights = sum(p.numel() for p in model.parameters()) if over_all else sum(m.weight.numel() for m in chosen)
+        return {
+            "codes": codes,
+            "scales": constants,
+            "16 bits": rest_bytes * sum(p.numel() for _, p in others),
+            "bits per quantized weight": 8 * (codes + constants) / weights,
+        }
+
+    return answer
+
+
+base_bytes = base_with()
+
+
+def _base_bytes_again(model: nn.Module, skip: tuple[str, ...]) -> dict[str, float]:
+    """Quantize a copy and look."""
+    model = copy.deepcopy(model)
+    quantize_linears(model, skip)
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    codes, scales = sum(m.weight.nbytes for m in layers), sum(m.absmax.nbytes + m.nested_absmax.nbytes + m.offset.nbytes for m in layers)
+    rest = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16)
+    weights = sum(m.in_features * m.out_features for m in layers)
+    return {"codes": codes, "scales": scales, "16 bits": rest, "bits per quantized weight": (codes + scales) * 8 / weights}
+
+
+def _a_model(rng: random.Random, tied: bool) -> nn.Module:
+    """Embedding, a few blocks with norms and biases, head; in bfloat16, with sizes that are no multiples of a block."""
+    hidden, mlp, vocabulary = rng.randrange(91, 111, 2), rng.randrange(221, 261, 2), rng.randrange(301, 341, 2)
+    model = nn.Module()
+    model.embed = nn.Embedding(vocabulary, hidden)
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"norm": nn.RMSNorm(hidden), "up_proj": nn.Linear(hidden, mlp), "down_proj": nn.Linear(mlp, hidden, bias=False)})
+        for _ in range(rng.randint(2, 4))
+    )
+    model.lm_head = nn.Linear(hidden, vocabulary, bias=False)
+    if tied:
+        model.lm_head.weight = model.embed.weight
+    return model.to(torch.bfloat16)
+
+
+def _observe_base(answer, seed: int) -> dict:
+    rng, seen = random.Random(seed), {}
+    for tied in (False, True):
+        found = answer(_a_model(rng, tied), ("lm_head",))
+        seen |= {f"{'a tied' if tied else 'an untied'} head: {key}": value for key, value in entries(found).items()}
+    found = answer(_a_model(rng, False), ("lm_head", "down_proj"))
+    return seen | {f"lm_head and down_proj skipped: {key}": value for key, value in entries(found).items()}
+
+
+bytes_of_base = Check(
+    task="bytes of a quantized model, part by part",
+    observe=_observe_base,
+    reference=base_bytes,
+    second=_base_bytes_again,
+    misconceptions={
+        "skip is ignored: the layers that it names, here the output head, stay in 16 bits": base_with(skips=False),
+        "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": base_with(
+            quantized=lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
+        ),
+        "a tied head is counted twice: it is the embedding's own tensor": base_with(twice=True),
+        "the embedding is missing: it stays in 16 bits": base_with(rest=lambda name, p: not name.startswith("embed")),
+        "the biases are missing: they are not quantized, and stay in 16 bits": base_with(rest=lambda name, p: not name.endswith("bias")),
+        "the norms are missing: they stay in 16 bits": base_with(rest=lambda name, p: "norm" not in name),
+        "what is not quantized is counted in 4 bytes: it is bfloat16 here, 2 bytes": base_with(rest_bytes=4),
+        "the scales are counted in float32: double quantization keeps one byte for each, and a float32 for each 256 of them": base_with(
+            scales=lambda blocks: sum(4 * count for count in blocks)
+        ),
+        "the scales' own scales are missing: one float32 for each 256 scales of a layer": base_with(
+            scales=lambda blocks: sum(count + 4 for count in blocks)
+        ),
+        "the offset is missing: the mean of a layer's scales, one float32": base_with(
+            scales=lambda blocks: sum(_scale_bytes(count) - 4 for count in blocks)
+        ),
+        "the scales of all layers are counted as if they were one layer's: each layer has its own offset, and its own last, short "
+        "block": base_with(scales=lambda blocks: _scale_bytes(sum(blocks))),
+        "the scales are missing: each block of 64 weights has one": base_with(scales=lambda blocks: 0),
+        "the bits are spread over all parameters: divide by the number of quantized weights": base_with(over_all=True),
+    },
+    rtol=1e-9,
+)
+
+# -------------------------------------------------------------------------------------------------- LoRA against QLoRA
+
+BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantized weight: code, 8-bit scale, scale of the scales
+
+
+def frozen_with(bits: float = BITS, moment=lambda sizes: 2 * max(sizes), wide: int = 4, wide_linears: bool = False, even: float = 1.0):
+    """The worked answer, with pieces that can be replaced."""
+
+    def answer(linears: list[tuple[int, int]], others: int) -> dict[str, float]:
+        sizes = [out * into for out, into in linears]
+        weights, transient = sum(sizes), moment(sizes)
+        small = weights * (4 if wide_linears else bits / 8)
+        saved = 2 * weights - weights * bits / 8 - transient
+        return {
+            "LoRA": 2 * weights + 2 * others,
+            "QLoRA": weights * bits / 8 + 2 * others + transient,
+            "QLoRA, the rest in float32": small + wide * others + transient,
+            "QLoRA needs more from": even * saved / 2,
+        }
+
+    return answer
+
+
+def _frozen_again(linears: list[tuple[int, int]], others: int) -> dict[str, float]:
+    weights = largest = 0
+    for out, into in linears:
+        weights += out * into
+        largest = max(largest, out * into)
+    lora = (weights + others) * 16 / 8
+    per_weight = (4 + (8 + 32 / 256) / 64) / 8
+    held = weights * per_weight + largest * 2
+    return {
+        "LoRA": lora,
+        "QLoRA": held + others * 2,
+        "QLoRA, the rest in float32": held + others * 4,
+        "QLoRA needs more from": weights - held / 2,  # 2·weights + 2·others = held + 4·others
+    }
+
+
+def _observe_frozen(answer, seed: int) -> dict:
+    rng, seen = random.Random(seed), {}
+    for name, layers, share in (
+        ("a large model", rng.randint(20, 40), 0.05),
+        ("a small model with a large vocabulary", rng.randint(4, 8), 1.7),
+    ):
+        hidden = 64 * rng.randint(5, 20)
+        linears = [size for _ in range(layers) for size in ((hidden, hidden), (3 * hidden, hidden), (hidden, 3 * hidden + 64))]
+        others = int(share * sum(out * into for out, into in linears)) + hidden
+        found = answer(linears, others)
+        seen |= {f"{name}: {key}": value for key, value in entries(found).items()}
+    return seen
+
+
+frozen = Check(
+    task="frozen bytes under LoRA and QLoRA, and where QLoRA needs more",
+    observe=_observe_frozen,
+    reference=frozen_with(),
+    second=_frozen_again,
+    misconceptions={
+        "the moment's copy is missing: while a layer computes, its weight is there in 16 bits too; count the largest": frozen_with(
+            moment=lambda sizes: 0
+        ),
+        "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": frozen_with(
+            moment=lambda sizes: 2 * sum(sizes)
+        ),
+        "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": frozen_with(
+            moment=lambda sizes: 4 * max(sizes)
+        ),
+        "the copy is of the smallest layer, or of an average one: the peak is set by the largest": frozen_with(
+            moment=lambda sizes: 2 * sum(sizes) / len(sizes)
+        ),
+        "the scales are missing: a quantized weight takes 4 + 8/64 + 32/(64·256) bits": frozen_with(bits=4),
+        "the scales are counted in float32, 4.5 bits a weight: with double quantization it is 4 + 8/64 + 32/(64·256)": frozen_with(
+            bits=4.5
+        ),
+        "half a bit is taken off for double quantization: it saves 0.373 bits of the 0.5, and the scales still cost 0.127": frozen_with(
+            bits=4.5 - 0.5 + 32 / (64 * 256)
+        ),
+        "the float32 copies are counted beside the 16-bit tensors: they take their place, so the rest costs 4 bytes and not 6": frozen_with(
+            wide=6
+        ),
+        "the quantized layers became float32 as well: only what is not quantized does": frozen_with(wide_linears=True),
+        "the break-even is twice what it should be: each of the others costs 2 bytes more than under LoRA, so divide the saved bytes by "
+        "2": frozen_with(even=2.0),
+    },
+    rtol=1e-9,
+)
+
+# ------------------------------------------------------------------------------------------------------ three ways to merge
+
+
+def _round_trip(weight: Tensor, block_size: int) -> Tensor:
+    return dequantize_nf4(quantize_nf4(weight, block_size), torch.float32)
+
+
+def merge_with(
+    scale=lambda alpha, r: alpha / r,
+    product=lambda A, B: B @ A,
+    requantize=lambda q, decoded, original, delta: _round_trip(decoded + delta, q.block_size),
+    dequantized=lambda decoded, original, delta: decoded + delta,
+    original_way=lambda decoded, original, delta: original + delta,
+    truth=lambda decoded, original, delta: decoded + delta,
+    error=lambda merged, true, delta: ((merged - true).norm() / true.norm()).item(),
+) -> Callable:
+    """The worked answer, with pieces that can be replaced."""
+
+    def answer(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, lora_alpha: float) -> dict:
+        delta = scale(lora_alpha, lora_A.shape[0]) * product(lora_A, lora_B)
+        decoded, wide = dequantize_nf4(q, torch.float32), original.float()
+        merged = {
+            "dequantized": dequantized(decoded, wide, delta).to(original.dtype),
+            "requantized": requantize(q, decoded, wide, delta),
+            "original": original_way(decoded, wide, delta).to(original.dtype),
+        }
+        true = truth(decoded, wide, delta)
+        return {"weights": merged, "errors": {name: error(weight.float(), true, delta) for name, weight in merged.items()}}
+
+    return answer
+
+
+def _merge_again(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, lora_alpha: float) -> dict:
+    delta = torch.einsum("or,ri->oi", lora_B.double(), lora_A.double()) * lora_alpha / len(lora_A)
+    trained = dequantize_nf4(q, torch.float32) + delta  # float64
+    packed = quantize_nf4(trained.float(), q.block_size)
+    weights = {
+        "original": (original.double() + delta).to(original.dtype),
+        "dequantized": trained.to(original.dtype),
+        "requantized": dequantize_nf4(packed, torch.float32),
+    }
+    errors = {}
+    for name, weight in weights.items():
+        errors[name] = math.sqrt(((weight.double() - trained) ** 2).sum() / (trained**2).sum())
+    return {"weights": weights, "errors": errors}
+
+
+def _observe_merge(answer, seed: int) -> dict:
+    g, seen = torch.Generator().manual_seed(seed), {}
+    for dtype, block_size, n, r, alpha in ((torch.bfloat16, 32, 48, 2, 5), (torch.float16, 128, 32, 4, 6)):  # α/r = 2.5, 1.5
+        original = torch.randn(n, n, generator=g).to(dtype)
+        # numbers with few digits, so that ΔW is exact in whatever order it is summed
+        lora_A, lora_B = (torch.randint(-8, 9, shape, generator=g) / 16 for shape in ((r, n), (n, r)))
+        found = answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha)
+        found = entries(found)
+        for way in ("dequantized", "requantized", "original"):
+            weight = entries(found.get("weights")).get(way)
+            seen[f"{dtype}: the weight {way}"] = weight
+        for way in ("dequantized", "requantized", "original"):
+            seen[f"{dtype}: the error {way}"] = entries(found.get("errors")).get(way)
+    return seen
+
+
+merges = Check(
+    task="three merges, and how far each is from what was trained",
+    observe=_observe_merge,
+    reference=merge_with(),
+    second=_merge_again,
+    misconceptions={
+        "the update has no scale: ΔW = (α/r)·B·A": merge_with(scale=lambda alpha, r: 1.0),
+        "the update is scaled by α: ΔW = (α/r)·B·A": merge_with(scale=lambda alpha, r: float(alpha)),
+        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": merge_with(product=lambda A, B: (B @ A).T),
+        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": merge_with(
+            truth=lambda decoded, original, delta: original + delta
+        ),
+        "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": merge_with(
+            truth=lambda decoded, original, delta: decoded
+        ),
+        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": merge_with(
+            error=lambda merged, true, delta: ((merged - true).norm() / delta.norm()).item()
+        ),
+        "the errors are absolute: divide by the norm of the trained weight": merge_with(
+            error=lambda merged, true, delta: (merged - true).norm().item()
+        ),
+        "the errors are squared: take the root, ‖merged − trained‖ / ‖trained‖": merge_with(
+            error=lambda merged, true, delta: ((merged - true).norm() / true.norm()).item() ** 2
+        ),
+        "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": merge_with(
+            requantize=lambda q, decoded, original, delta: _round_trip(original + delta, q.block_size)
+        ),
+        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": merge_with(
+            requantize=lambda q, decoded, original, delta: decoded + delta
+        ),
+        "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": merge_with(
+            requantize=lambda q, decoded, original, delta: decoded + _round_trip(delta, q.block_size)
+        ),
+        "requantized in blocks of 64, whatever q has: use q.block_size": merge_with(
+            requantize=lambda q, decoded, original, delta: _round_trip(decoded + delta, 64)
+        ),
+        "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": merge_with(
+            dequantized=lambda decoded, original, delta: original + delta
+        ),
+        "'original' starts from the dequantized weight: it is W + ΔW": merge_with(
+            original_way=lambda decoded, original, delta: decoded + delta
+        ),
+    },
+    rtol=1e-2,  # a float32 and a float64 sum may round to neighbours in 16 bits
+    atol=1e-5,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- the 2 % rule
+
+
+def rule_with(
+    differences=lambda b, c: c.mean(1) - b.mean(1),
+    half=None,
+    share=math.expm1,
+    verdict=lambda estimate, low, high, tolerance: "within" if high <= tolerance else "beyond" if low > tolerance else "unknown",
+) -> Callable:
+    """The worked answer, with pieces that can be replaced: paired differences, half the interval's width, nats to a share, the verdict."""
+
+    def answer(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+        baseline, candidate = baseline.double(), candidate.double()
+        lost = differences(baseline, candidate)
+        width = (half or _student)(lost, confidence, baseline, candidate)
+        centre = lost.mean().item()
+        estimate, low, high = (share(value) for value in (centre, centre - width, centre + width))
+        return {"estimate": estimate, "low": low, "high": high, "verdict": verdict(estimate, low, high, tolerance)}
+
+    return answer
+
+
+def _student(lost: Tensor, confidence: float, *_) -> float:
+    return t.ppf((1 + confidence) / 2, len(lost) - 1) * lost.std().item() / math.sqrt(len(lost))
+
+
+def _welch(lost: Tensor, confidence: float, baseline: Tensor, candidate: Tensor) -> float:
+    rows = [losses.mean(1) for losses in (baseline, candidate)]
+    return t.ppf((1 + confidence) / 2, 2 * len(lost) - 2) * math.sqrt(sum(row.var().item() / len(row) for row in rows))
+
+
+def _rule_again(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    """scipy's own interval, on lists."""
+    pairs = [(sum(c) - sum(b)) / len(b) for b, c in zip(baseline.tolist(), candidate.tolist(), strict=True)]
+    n = len(pairs)
+    mean = sum(pairs) / n
+    error = (sum((p - mean) ** 2 for p in pairs) / (n - 1) / n) ** 0.5
+    low, high = (math.exp(end) - 1 for end in t.interval(confidence, n - 1, mean, error))
+    verdict = "unknown"
+    if low > tolerance:
+        verdict = "beyond"
+    elif high <= tolerance:
+        verdict = "within"
+    return {"estimate": math.exp(mean) - 1, "low": low, "high": high, "verdict": verdict}
+
+
+def _shares_of_loss(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    mean = baseline.double().mean().item()
+    return rule_with(share=lambda value: value / mean)(baseline, candidate, tolerance, confidence)
+
+
+def _perplexity_points(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    before = math.exp(baseline.double().mean().item())
+    return rule_with(share=lambda value: before * math.expm1(value))(baseline, candidate, tolerance, confidence)
+
+
+def _observe_rule(answer, seed: int) -> dict:
+    g, rng, seen = torch.Generator().manual_seed(seed), random.Random(seed), {}
+    # In units of the tolerance: how much is lost, and how much that varies between sequences; exactly, so that the verdict is sure.
+    cases = (
+        ("good", 0.8, 0.1, 12),
+        ("bad", 1.25, 0.1, 10),
+        ("close above, few sequences", 1.2, 1.5, 9),
+        ("close below, few sequences", 0.8, 1.5, 8),
+    )
+    for tolerance, confidence in ((0.02, rng.choice([0.9, 0.98])), (0.05, 0.95)):
+        for name, shift, noise, rows in cases:
+            lost = torch.randn(rows, 1, generator=g, dtype=torch.float64)
+            lost = (shift + noise * (lost - lost.mean()) / lost.std()) * tolerance
+            words = torch.randn(rows, 25, generator=g, dtype=torch.float64)
+            hard = torch.linspace(1, 3, rows, dtype=torch.float64)[torch.randperm(rows, generator=g)][:, None]
+            baseline = hard + torch.rand(rows, 25, generator=g, dtype=torch.float64)
+            candidate = baseline + lost + 0.3 * (words - words.mean(1, keepdim=True))
+            found = answer(baseline.float(), candidate.float(), tolerance, confidence)
+            seen |= {f"{name} (tolerance {tolerance:g}, confidence {confidence:g}): {k}": v for k, v in entries(found).items()}
+    return seen
+
+
+rule = Check(
+    task="the 2 % rule: a paired interval, and three verdicts",
+    observe=_observe_rule,
+    reference=rule_with(),
+    second=_rule_again,
+    misconceptions={
+        "the interval is that of two separate samples: both models saw the same sequences, so take the difference of each sequence first; "
+        "what makes a text hard then drops out": rule_with(half=_welch),
+        "tokens are counted as the sample: neighbours in a text are surprising together; average each sequence, and let sequences be the "
+        "sample": rule_with(differences=lambda b, c: (c - b).flatten()),
+        "the width is the spread of the sequences: the spread of their mean is smaller by √n": rule_with(
+            half=lambda lost, confidence, *_: _student(lost, confidence) * math.sqrt(len(lost))
+        ),
+        "the standard deviation divides by n: the mean was estimated from the same numbers, divide by n − 1": rule_with(
+            half=lambda lost, confidence, *_: _student(lost, confidence) * math.sqrt((len(lost) - 1) / len(lost))
+        ),
+        "the quantile is the normal one: with few sequences the spread itself is a guess; use Student's t with n − 1 degrees": rule_with(
+            half=lambda lost, confidence, *_: norm.ppf((1 + confidence) / 2) * lost.std().item() / math.sqrt(len(lost))
+        ),
+        "Student's t has n degrees of freedom here: one is spent on the mean, n − 1 are left": rule_with(
+            half=lambda lost, confidence, *_: t.ppf((1 + confidence) / 2, len(lost)) * lost.std().item() / math.sqrt(len(lost))
+        ),
+        "the interval is one-sided: for two sides the quantile is at (1 + confidence)/2": rule_with(
+            half=lambda lost, confidence, *_: t.ppf(confidence, len(lost) - 1) * lost.std().item() / math.sqrt(len(lost))
+        ),
+        "the verdict looks at the estimate alone: it must hold at both ends of the interval": rule_with(
+            verdict=lambda estimate, low, high, tolerance: "within" if estimate <= tolerance else "beyond"
+        ),
+        "what is not shown to be within counts as beyond: if the tolerance lies inside the interval, say 'unknown'": rule_with(
+            verdict=lambda estimate, low, high, tolerance: "within" if high <= tolerance else "beyond"
+        ),
+        "what is not shown to be beyond counts as within: if the tolerance lies inside the interval, say 'unknown'": rule_with(
+            verdict=lambda estimate, low, high, tolerance: "beyond" if low > tolerance else "within"
+        ),
+        "the tolerance is always 2 %: use the argument": lambda b, c, tolerance, confidence: rule_with()(b, c, 0.02, confidence),
+        "the confidence is always 95 %: use the argument": lambda b, c, tolerance, confidence: rule_with()(b, c, tolerance, 0.95),
+        "these are nats per token, not a share of perplexity: a loss of Δ nats is a rise of exp(Δ) − 1": rule_with(
+            share=lambda value: value
+        ),
+        "the share is taken of the loss: 2 % of the nats is not 2 % of the perplexity; a loss of Δ nats is a rise of exp(Δ) − 1, whatever "
+        "the loss": _shares_of_loss,
+        "these are points of perplexity: divide by the baseline's perplexity, or take exp(Δ) − 1": _perplexity_points,
+        "the share is taken of the quantized model's perplexity: the baseline is what 2 % refers to, exp(Δ) − 1": rule_with(
+            share=lambda value: 1 - math.exp(-value)
+        ),
+        "the sign is turned around: what is lost is candidate − baseline, positive where quantizing made the loss higher": rule_with(
+            differences=lambda b, c: b.mean(1) - c.mean(1)
+        ),
+    },
+    rtol=1e-3,  # means of float32 losses, of which the difference is a thousandth
+    atol=2e-6,
+)
