@@ -1,0 +1,168 @@
+"""Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
+
+import math
+
+import pytest
+import torch
+
+from course.checking import NotYet
+from course.checks import blockwise_quantization as check
+from reference.blockwise import dequantize_blockwise, int_codebook, quantize_blockwise
+
+
+def absmax_by_codebook(x):
+    q = quantize_blockwise(x, int_codebook(8), 1 << 16)
+    return (q.codes.int() - 127).to(torch.int8), q.absmax.clamp(min=1e-30) / 127
+
+
+def absmax_as_a_number(x):
+    scale = x.abs().max().item() / 127 or 1.0
+    return torch.floor(x.double() / scale + 0.5).to(torch.int8), scale
+
+
+def affine_of_int32(x, low, high):
+    scale = (max(high, 0) - min(low, 0)) / 255
+    zero_point = torch.tensor(-min(low, 0) / scale).round()
+    codes = (x.float() / scale).round().int() + zero_point.int()
+    return codes.clamp(0, 255).byte(), torch.tensor(scale), zero_point
+
+
+def rows_by_blocks(weight, bits):
+    """A row is a block, padded with zeros to a power of two."""
+    size = 1 << (weight.shape[1] - 1).bit_length()
+    padded = torch.nn.functional.pad(weight, (0, size - weight.shape[1]))
+    q = quantize_blockwise(padded, int_codebook(bits), size)
+    largest = 2 ** (bits - 1) - 1
+    return (q.codes[:, : weight.shape[1]].int() - largest).to(torch.int8), q.absmax.clamp(min=1e-30)[:, None] / largest
+
+
+def blocks_by_padding(x, codebook, block_size):
+    """Zeros at the end don't change a largest absolute value."""
+    flat = x.float().flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    absmax = padded.abs().amax(1)
+    share = padded / torch.where(absmax > 0, absmax, 1)[:, None]
+    codes = (share[..., None] - codebook).abs().argmin(-1).flatten()[: len(flat)]
+    return codes.byte().view(x.shape), absmax
+
+
+def budget_from_above(n, code_bits, scale_bits, budget):
+    block, found = 1 << n.bit_length(), None
+    while block and n * code_bits + -(-n // block) * scale_bits <= budget * n:
+        found, block = block, block // 2
+    return found
+
+
+def kept_in_a_loop(x, codebook, block_size, k):
+    rest, restored = x.clone(), None
+    where = []
+    for _ in range(k):
+        where.append(rest.abs().argmax().item())
+        rest.view(-1)[where[-1]] = 0
+    q = quantize_blockwise(rest, codebook, block_size)
+    restored = dequantize_blockwise(q)
+    for at in where:
+        restored.view(-1)[at] = x.flatten()[at]
+    return restored, torch.tensor(q.bits_per_value + k * (x.element_size() * 8 + 32) / x.numel())
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [
+        (check.absmax, absmax_by_codebook),
+        (check.absmax, absmax_as_a_number),
+        (check.affine, affine_of_int32),
+        (check.rows, rows_by_blocks),
+        (check.blocks, blocks_by_padding),
+        (check.budget, budget_from_above),
+        (check.outliers, kept_in_a_loop),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_right_answers_pass(judge, answer):
+    for seed in range(20):
+        judge._judge(answer, seed)
+
+
+def wrong_absmax(change):
+    def answer(x):
+        codes, scale = check.absmax_int8(x)
+        return change(codes, scale, x)
+
+    return answer
+
+
+def scale_of_each_row(x):
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (x.float() / scale).round().to(torch.int8), scale
+
+
+def no_guard(function):
+    """With the guard against zeros, the one mistake of ``function`` would be its only one; learners make two."""
+
+    def answer(x, *rest):
+        codes, scale = function(x, *rest)
+        return codes, scale * float("nan") if not x.any() else scale
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "judge, answer, words",
+    [
+        (check.absmax, wrong_absmax(lambda codes, scale, x: codes), "a pair"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (scale, codes)), "codes of a float32 matrix"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (codes, float(scale) * 1.01)), "scale of a float32 matrix"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (codes.flatten(), scale)), "expected shape"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (codes * 0, scale)), "values differ"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (codes, scale if x.any() else 0.0)), "0 / 0 is NaN"),
+        (check.absmax, scale_of_each_row, "codes of"),
+        (check.affine, lambda x, low, high: (x.byte(), 1.0, 0), "codes of"),
+        (check.affine, lambda x, low, high: check.affine_uint8(x, low, high)[:2], "zero_point"),
+        (check.affine, lambda x, low, high: (*check.affine_uint8(x, low, high)[:2], 128), "zero_point of"),
+        (check.rows, lambda w, bits: (w.to(torch.int8), torch.ones(len(w), 1)), "scales of"),
+        (check.rows, lambda w, bits: check.quantize_rows(w.T, bits), "belong to the columns|scales of"),
+        (check.rows, lambda w, bits: check.quantize_rows(w, 8), "127 whatever"),
+        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x, codebook, 16), "absmax, a short last block"),
+        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x, int_codebook(4), size), "the levels that the codes stand for"),
+        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x.T.contiguous().T, codebook, size)[0], "a pair"),
+        (check.budget, lambda n, code_bits, scale_bits, budget: 64, "n ="),
+        (
+            check.budget,
+            lambda n, code_bits, scale_bits, budget: 2 ** math.ceil(math.log2(scale_bits / max(budget - code_bits, 1e-9))),
+            "n =",
+        ),
+        (check.outliers, lambda x, codebook, size, k: (x, 4.0), "restored"),
+        (check.outliers, lambda x, codebook, size, k: check.keep_outliers(x, codebook, size, 5), "restored|bits"),
+        (check.outliers, lambda x, codebook, size, k: check.keep_outliers(x, codebook, 32, k), "bits|restored"),
+    ],
+)
+def test_sly_answers_are_refused(judge, answer, words):
+    for seed in range(5):
+        with pytest.raises(NotYet, match=words):
+            judge._judge(answer, seed)
+
+
+def test_a_second_mistake_about_zeros_does_not_hide_the_first():
+    judge = check.absmax
+    for message, wrong in judge.misconceptions.items():
+        if "zeros" not in message:
+            with pytest.raises(NotYet) as caught:
+                judge._judge(no_guard(wrong), 0)
+            if "still floating-point" not in message:  # its values come back right, so zeros are looked at
+                assert str(caught.value) == message
+
+
+def test_inputs_are_clear_of_ties():
+    """No value of the inputs is so near to the border of two codes that a last place decides."""
+    for seed in range(20):
+        seen = []
+
+        def spy(x, seen=seen):
+            seen.append(x)
+            return check.absmax_int8(x)
+
+        check.absmax._run(spy, seed)
+        for x in seen[:-1]:
+            share = x.double() / x.double().abs().max() * 127
+            assert ((share - share.floor() - 0.5).abs() > 0.02).all()
