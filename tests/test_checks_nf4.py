@@ -1,0 +1,192 @@
+"""Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
+
+import math
+import re
+
+import pytest
+import torch
+from scipy.stats import norm
+
+from course import ROOT
+from course.checking import NotYet
+from course.checks import nf4 as check
+from reference import nf4
+from reference.blockwise import midpoints, scale_blocks
+from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, nearest_codes, normal_float_codebook
+
+COUNTS = {(2 ** (bits - 1) - 1, 2 ** (bits - 1)): bits for bits in range(2, 9)}
+
+
+def levels_by_ppf(negative, positive, offset):
+    below, above = (torch.linspace(offset, 0.5, n + 1).numpy()[:-1] for n in (negative, positive))
+    found = torch.tensor([*-norm.ppf(below), 0.0, *norm.ppf(above)[::-1]], dtype=torch.float32)
+    return found / found[-1]
+
+
+def levels_of_nf4_only(negative, positive, offset):
+    return NF4_CODEBOOK.clone()
+
+
+def levels_of_the_reference(negative, positive, offset):
+    return normal_float_codebook(COUNTS.get((negative, positive), 4))
+
+
+def levels_mirrored(negative, positive, offset):
+    found = check.from_quantiles()(negative, positive, offset)
+    return -found.flip(0)
+
+
+def levels_nearly(negative, positive, offset):
+    found = check.from_quantiles()(negative, positive, offset)
+    return torch.where(found == 0, 1e-4, found)
+
+
+def test_other_right_levels_pass():
+    for _ in range(3):
+        check.levels(levels_by_ppf)
+
+
+@pytest.mark.parametrize("sly", [levels_of_nf4_only, levels_of_the_reference, levels_mirrored, levels_nearly])
+def test_sly_levels_are_refused(sly):
+    with pytest.raises(NotYet):
+        check.levels(sly)
+
+
+def test_one_last_place_is_named():
+    def off_by_one_bit(negative, positive, offset):
+        found = check.from_quantiles()(negative, positive, offset)
+        found[3] = torch.nextafter(found[3], torch.tensor(math.inf))
+        return found
+
+    with pytest.raises(NotYet, match=r"bit for bit .*1 of 16 values differ"):
+        check.levels(off_by_one_bit)
+
+
+def test_other_right_codes_pass():
+    check.nearest(lambda scaled, levels: (scaled[..., None] > midpoints(levels)).sum(-1).to(torch.uint8))
+    check.nearest(lambda scaled, levels: torch.searchsorted(midpoints(levels), scaled.contiguous(), out_int32=True).to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "sly",
+    [
+        lambda scaled, levels: nearest_codes(scaled),  # NF4 whatever the levels
+        lambda scaled, levels: check.by_counting()(scaled.clamp(-1, 1).round(decimals=1), levels),
+        lambda scaled, levels: check.by_counting()(scaled, levels) * 0,
+        lambda scaled, levels: check.by_counting(dtype=torch.int8)(scaled, levels),
+    ],
+)
+def test_sly_codes_are_refused(sly):
+    with pytest.raises(NotYet):
+        check.nearest(sly)
+
+
+def pads_in_place(codes):
+    if len(codes) % 2:
+        codes.resize_(len(codes) + 1)[-1] = 7
+    return check.packer()(codes)
+
+
+def clears_its_input(codes):
+    packed = check.packer()(codes)
+    codes.zero_()
+    return packed
+
+
+@pytest.mark.parametrize("sly, words", [(clears_its_input, "changed"), (pads_in_place, "changed")])
+def test_packing_that_changes_the_codes_is_refused(sly, words):
+    with pytest.raises(NotYet, match=words):
+        check.pack(sly)
+
+
+@pytest.mark.parametrize(
+    "sly",
+    [
+        lambda codes: check.packer()(codes)[:, None],  # the library's shape, not the one asked for
+        lambda codes: check.packer()(codes).flip(0),
+        lambda codes: check.packer()(codes.clamp(max=7)),
+        lambda codes: check.packer(dtype=torch.int8)(codes),
+        lambda codes: torch.cat([check.packer()(codes), torch.zeros(1, dtype=torch.uint8)]),
+    ],
+)
+def test_sly_packing_is_refused(sly):
+    with pytest.raises(NotYet):
+        check.pack(sly)
+
+
+def test_the_reference_restores():
+    def by_reference(packed, absmax, shape, block_size, dtype):
+        return dequantize_nf4(NF4Tensor(packed[:, None], absmax, torch.Size(shape), dtype, block_size))
+
+    check.dequantize(by_reference)
+
+
+@pytest.mark.parametrize(
+    "sly",
+    [
+        lambda packed, absmax, shape, block_size, dtype: torch.zeros(shape, dtype=dtype),
+        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, 64, dtype),  # the usual block size
+        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape[::-1], block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax.half().float(), shape, block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, block_size, torch.bfloat16).to(dtype),
+    ],
+)
+def test_sly_restoring_is_refused(sly):
+    with pytest.raises(NotYet):
+        check.dequantize(sly)
+
+
+def test_other_right_shares_pass():
+    def by_library_parts(x, levels, block_size):
+        codes = torch.bucketize(scale_blocks(x.flatten(), block_size)[0], midpoints(levels))
+        return codes.bincount(minlength=len(levels)).div(x.numel())
+
+    for _ in range(3):
+        check.occupancy(by_library_parts)
+
+
+@pytest.mark.parametrize(
+    "sly",
+    [
+        lambda x, levels, block_size: check.sharer()(x, NF4_CODEBOOK, block_size),
+        lambda x, levels, block_size: check.sharer()(x, levels, 64),
+        lambda x, levels, block_size: check.sharer()(x.abs(), levels, block_size),
+        lambda x, levels, block_size: check.sharer()(x, levels, block_size).softmax(0),
+        lambda x, levels, block_size: check.sharer()(x, levels, block_size).sort().values,
+    ],
+)
+def test_sly_shares_are_refused(sly):
+    with pytest.raises(NotYet):
+        check.occupancy(sly)
+
+
+def many_steps(scaled, weight, levels, kept=()):
+    for _ in range(30):
+        levels = check.stepper()(scaled, weight, levels, kept)
+    return levels
+
+
+@pytest.mark.parametrize(
+    "sly",
+    [
+        many_steps,
+        lambda scaled, weight, levels, kept=(): levels,
+        lambda scaled, weight, levels, kept=(): (levels + check.stepper()(scaled, weight, levels, kept)) / 2,
+        lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight, levels, (0, 7, 15)),
+        lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight.flip(0), levels, kept),
+    ],
+)
+def test_sly_steps_are_refused(sly):
+    with pytest.raises(NotYet):
+        check.lloyd_step(sly)
+
+
+def test_the_levels_table_is_the_references():
+    assert torch.equal(check.levels.reference(7, 8, nf4.OFFSET), NF4_CODEBOOK)
+
+
+def test_the_table_in_the_lesson():
+    """Its sixteen numbers carry no claims of their own."""
+    (row,) = re.findall(r"^\| level \|(.+)\|$", (ROOT / "lessons" / "04_nf4.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = [float(number.replace("−", "-")) for number in row.split("|")]
+    assert shown == [round(level, 3) for level in NF4_CODEBOOK.tolist()]
