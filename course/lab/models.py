@@ -41,7 +41,7 @@ def load(
     if name == "tiny":
         logging.disable_progress_bar()  # it loads in milliseconds
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source, **{key: value for key, value in extra.items() if key == "gguf_file"})
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except OSError as error:
         if Path(source).exists():
@@ -52,6 +52,9 @@ def load(
         ) from error
     finally:
         logging.enable_progress_bar()
+    if "gguf_file" in extra:  # decoded, so nothing of it is quantized any more: it can be saved like any model
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
     return model.to(where).eval(), tokenizer
 
 
@@ -63,7 +66,9 @@ def _gguf(path: Path) -> tuple[Path, dict[str, str]]:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: its first bytes should be GGUF")
-    return path.parent, {"gguf_file": path.name}
+    from transformers import GgufConfig
+
+    return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}  # plain linears, wherever it runs
 
 
 def _folder_or_hub(name: str) -> tuple[str | Path, dict[str, str]]:
