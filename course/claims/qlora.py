@@ -1,0 +1,371 @@
+"""What unit 06 states: bytes from shapes, identities checked on small tensors, and what the GPU and the tiny model measured."""
+
+import copy
+import functools
+import math
+import statistics
+
+import torch
+from scipy.stats import ttest_ind
+from torch import Tensor, nn
+
+from course.lab import evaluation, live, models, recorded
+from course.lab.quantized import quantized_copy
+from course.lab.world import World
+from reference.lora import LoRALinear
+from reference.memory import training_memory
+from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_2_70B, ModelShape
+from reference.nf4 import dequantize_nf4, quantize_nf4
+from reference.qlora import NF4Linear, merge_errors, quantize_linears
+from reference.recipes import LORA, QLORA, nf4_bytes, weights
+
+# Counting
+
+
+def bits_per_weight() -> float:
+    """NF4 in blocks of 64 with double quantization, in a layer of 4096 × 4096."""
+    return 8 * nf4_bytes(4096**2) / 4096**2
+
+
+def saved_bytes_per_weight() -> float:
+    return 2 - bits_per_weight() / 8
+
+
+def _gigabytes(shape: ModelShape, recipe) -> float:
+    return weights(shape, recipe).bytes / 1e9
+
+
+def llama7b_weights_16_bit() -> float:
+    return _gigabytes(LLAMA_2_7B, LORA)
+
+
+def llama7b_weights_4_bit() -> float:
+    """Embedding and head in 16 bits."""
+    return _gigabytes(LLAMA_2_7B, QLORA)
+
+
+def llama70b_weights_16_bit() -> float:
+    return _gigabytes(LLAMA_2_70B, LORA)
+
+
+def llama70b_weights_4_bit() -> float:
+    return _gigabytes(LLAMA_2_70B, QLORA)
+
+
+def llama70b_peak() -> float:
+    """Predicted peak of a step, GB: r = 16 on all linears, 1 × 2048 tokens, checkpointing."""
+    return training_memory(LLAMA_2_70B, QLORA, 1, 2048, 16, checkpointing=True).peak / 1e9
+
+
+def llama70b_fits_48_gigabytes() -> bool:
+    return llama70b_peak() < 48
+
+
+def llama7b_cast_gigabytes() -> float:
+    """What casting all that is not quantized to float32 adds."""
+    return 2 * (LLAMA_2_7B.parameters - LLAMA_2_7B.linear_parameters) / 1e9
+
+
+def gemma_saved_megabytes() -> float:
+    """What quantizing the linears saves."""
+    return saved_bytes_per_weight() * GEMMA_3_270M.linear_parameters / 1e6
+
+
+def gemma_cast_megabytes() -> float:
+    return 2 * (GEMMA_3_270M.parameters - GEMMA_3_270M.linear_parameters) / 1e6
+
+
+def gemma_embedding_share() -> float:
+    """In per cent of all parameters."""
+    return 100 * GEMMA_3_270M.embedding / GEMMA_3_270M.parameters
+
+
+def break_even_share() -> float:
+    """Embedding over linears at which the cast of a tied embedding undoes the saving, in per cent."""
+    return 100 * saved_bytes_per_weight() / 2
+
+
+# Identities
+
+
+@functools.cache
+def _layer() -> tuple[nn.Linear, NF4Linear]:
+    g = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, 192, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=g) / 16)
+    return linear, NF4Linear.from_linear(linear, compute_dtype=torch.float32)
+
+
+def gradient_is_grad_times_weight() -> bool:
+    """∂L/∂x = ∂L/∂y · Ŵ, as through the dense Ŵ."""
+    _, layer = _layer()
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    (packed,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (dense,) = torch.autograd.grad(nn.functional.linear(x, layer.dequantize()).square().sum(), x)
+    return torch.allclose(packed, dense, rtol=1e-5, atol=1e-5)
+
+
+def _kept(forward, owner: nn.Module) -> int:
+    x = torch.randn(9, 256, requires_grad=True)
+    with live.SavedForBackward(owner) as saved:
+        forward(x)
+    return saved.bytes
+
+
+def backward_keeps_nothing_new() -> bool:
+    _, layer = _layer()
+    return _kept(layer, layer) == 0
+
+
+def naive_backward_keeps_the_dense_weight() -> bool:
+    _, layer = _layer()
+    dense = 4 * layer.in_features * layer.out_features
+    return _kept(lambda x: nn.functional.linear(x, layer.dequantize()), layer) == dense
+
+
+def _adapted(size: float, seed: int = 0) -> tuple[LoRALinear, Tensor]:
+    """A QLoRA layer whose update has ``size`` of the weight's norm; and the original weight."""
+    linear, packed = _layer()
+    layer = LoRALinear(copy.deepcopy(packed), 4, 10)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=g))
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g))
+        layer.lora_B.mul_(size * linear.weight.norm() / layer.delta_weight().norm())
+    return layer, linear.weight.detach().bfloat16()
+
+
+def _merge_error(way: str, size: float) -> float:
+    """In multiples of the update's own norm."""
+    layer, original = _adapted(size)
+    error = merge_errors(layer, original)[way]
+    whole = (layer.base.dequantize() + layer.delta_weight()).norm()
+    return error * (whole / layer.delta_weight().norm()).item()
+
+
+def requantized_error_large() -> float:
+    """An update of half the weight's norm."""
+    return _merge_error("requantized", 0.5)
+
+
+def requantized_error_small() -> float:
+    """An update of a hundredth of the weight's norm: all of it and more."""
+    return _merge_error("requantized", 0.01)
+
+
+def original_error_large() -> float:
+    return _merge_error("original", 0.5)
+
+
+def original_error_small() -> float:
+    return _merge_error("original", 0.01)
+
+
+def requantized_update_tiny_is_lost() -> bool:
+    """An update of a ten-thousandth of the weight's norm changes less than one code in a hundred, without double quantization."""
+    linear, _ = _layer()
+    q = quantize_nf4(linear.weight)
+    restored = dequantize_nf4(q)
+    g = torch.Generator().manual_seed(3)
+    update = torch.randn(linear.weight.shape, generator=g) * 1e-4 * linear.weight.norm() / math.sqrt(linear.weight.numel())
+    return (quantize_nf4(restored + update).packed != q.packed).float().mean().item() < 0.01
+
+
+def nan_is_refused_by_name() -> bool:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.data[3, 4] = float("nan")
+    try:
+        quantize_linears(model)
+    except ValueError as error:
+        return "1.weight" in str(error) and type(model[0]) is nn.Linear  # and nothing was changed
+    return False
+
+
+def nothing_lost_in_20() -> float:
+    """Upper end of the 95 % interval, in points, when none of 20 answers changed."""
+    return 100 * evaluation.compare_answers([True] * 20, [True] * 20).high
+
+
+def questions_for_two_percent() -> int:
+    """How many questions without any change it takes to show a loss below 2 points."""
+    n = 20
+    while evaluation.compare_answers([True] * n, [True] * n).high > 0.02:
+        n += 1
+    return n
+
+
+def one_in_twenty_is_often_not_seen() -> bool:
+    """A model that loses one answer in twenty loses none of twenty in more than a third of all samples."""
+    return 0.95**20 > 1 / 3
+
+
+def pairing_narrows_tenfold() -> bool:
+    """64 sequences, INT4 with one scale a matrix, the tiny model: the paired interval against that of two averages."""
+    world, model = World(), models.load("tiny", where=torch.device("cpu"))[0]
+    ids = world.sample("general", 64, 48, seed=11)
+    before, after = (evaluation.sequence_losses(m, ids) for m in (model, quantized_copy(model, "INT4", 1 << 16)))
+    paired, averages = evaluation.compare_losses(before, after), ttest_ind(after, before).confidence_interval()
+    return bool(averages.high - averages.low > 10 * (paired.high - paired.low))
+
+
+# Measured: memory
+
+
+@functools.cache
+def _memory() -> dict:
+    rows = recorded.load("qlora_memory", device="h100")["result"]["rows"]
+    return {(row["shape"], row["batch"], row["sequence"], row["how"]): row for row in rows if "error" not in row}
+
+
+def _peak(shape: str, batch: int, sequence: int, how: str) -> float:
+    return _memory()[shape, batch, sequence, how]["peak"] / 1e9
+
+
+def llama7b_peak_lora() -> float:
+    return _peak("Llama-2-7B", 4, 512, "LoRA")
+
+
+def llama7b_peak_qlora() -> float:
+    return _peak("Llama-2-7B", 4, 512, "QLoRA")
+
+
+def llama7b_peak_peers() -> float:
+    return _peak("Llama-2-7B", 4, 512, "QLoRA, peft + bitsandbytes")
+
+
+def llama7b_peak_prepared() -> float:
+    return _peak("Llama-2-7B", 4, 512, "QLoRA, peft + bitsandbytes, prepared")
+
+
+def llama7b_peak_predicted() -> float:
+    return _memory()["Llama-2-7B", 4, 512, "QLoRA"]["predicted"] / 1e9
+
+
+def ours_over_peers() -> float:
+    """The largest ratio of peaks over the 7B cases."""
+    ratios = recorded.load("qlora_memory", device="h100")["result"]["ours_over_peers"]
+    return max(ratio for case, ratio in ratios.items() if case.startswith("Llama-2-7B"))
+
+
+SMALL = "Llama with Gemma-3-270M's sizes"
+
+
+def small_peak_lora() -> float:
+    return _peak(SMALL, 1, 128, "LoRA")
+
+
+def small_peak_qlora() -> float:
+    return _peak(SMALL, 1, 128, "QLoRA")
+
+
+def small_peak_prepared() -> float:
+    return _peak(SMALL, 1, 128, "QLoRA, peft + bitsandbytes, prepared")
+
+
+def small_prepared_needs_more() -> bool:
+    return small_peak_prepared() > small_peak_lora() > small_peak_qlora()
+
+
+def _slower(batch: int, sequence: int) -> float:
+    """Time of peft's step over bitsandbytes' packed layers, over that of its step over bf16 layers."""
+    times = [_memory()["Llama-2-7B", batch, sequence, how]["seconds"] for how in ("QLoRA, peft + bitsandbytes", "LoRA, peft")]
+    return times[0] / times[1]
+
+
+def slower_few_tokens() -> float:
+    return _slower(1, 512)
+
+
+def slower_many_tokens() -> float:
+    return _slower(4, 2048)
+
+
+# Measured: quality of the tiny model
+
+
+@functools.cache
+def _tiny() -> dict:
+    return recorded.load("quantization_quality_tiny", device="cpu")["result"]
+
+
+def _format(kind: str) -> dict:
+    (row,) = [row for row in _tiny()["table"] if row["kind"] == kind]
+    return row
+
+
+def tiny_nf4_lost() -> float:
+    """Nats per token on the general domain."""
+    return _format("NF4+DQ")["lost_nats"]["general"]["estimate"]
+
+
+def tiny_nf2_lost() -> float:
+    return _format("NF2")["lost_nats"]["general"]["estimate"]
+
+
+def tiny_int2_lost() -> float:
+    return _format("INT2")["lost_nats"]["general"]["estimate"]
+
+
+def tiny_nf2_facts() -> float:
+    """Per cent."""
+    return 100 * _format("NF2")["facts"]
+
+
+def tiny_int2_facts() -> float:
+    return 100 * _format("INT2")["facts"]
+
+
+def tiny_nf4_divergence() -> float:
+    """Nats per token, in thousandths."""
+    return 1e3 * _format("NF4")["divergence"]
+
+
+def tiny_int4_divergence() -> float:
+    return 1e3 * _format("INT4")["divergence"]
+
+
+def four_bits_cost_the_tiny_model_nothing() -> bool:
+    """The interval of NF4's loss holds zero."""
+    lost = _format("NF4+DQ")["lost_nats"]["general"]
+    return lost["low"] <= 0 <= lost["high"]
+
+
+def _won(domain: str, kind: str) -> tuple[float, list[float]]:
+    (row,) = [row for row in _tiny()["won_back"] if (row["domain"], row["kind"]) == (domain, kind)]
+    return row["before"], row["after"]
+
+
+def tiny_int2_before() -> float:
+    return _won("general", "INT2")[0]
+
+
+def tiny_int2_after() -> float:
+    return statistics.fmean(_won("general", "INT2")[1])
+
+
+def tiny_base_after() -> float:
+    return statistics.fmean(_won("general", "16-bit")[1])
+
+
+def tiny_clinic_base() -> float:
+    return statistics.fmean(_won("clinic", "16-bit")[1])
+
+
+def tiny_clinic_nf4() -> float:
+    return statistics.fmean(_won("clinic", "NF4")[1])
+
+
+def clinic_seeds_overlap() -> bool:
+    """On the new domain the worst seed over the full base ends above the best over NF4."""
+    return max(_won("clinic", "16-bit")[1]) > min(_won("clinic", "NF4")[1])
+
+
+def lora_wins_back_most() -> bool:
+    """Of what INT2 and NF2 lost on known text, over 90 % and 90 %, in every seed, against LoRA on the 16-bit base."""
+    shares = []
+    for kind in ("INT2", "NF2"):
+        before, after = _won("general", kind)
+        base_before, base_after = _won("general", "16-bit")
+        shares += [1 - (a - b) / (before - base_before) for a, b in zip(after, base_after, strict=True)]
+    return min(shares) > 0.9
