@@ -205,8 +205,12 @@ def _entropy(block_size: int) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
-def entropy_64() -> float:
+def entropy_32() -> float:
     """Of the codes, in bits."""
+    return _entropy(32)
+
+
+def entropy_64() -> float:
     return _entropy(64)
 
 
