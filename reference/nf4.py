@@ -118,7 +118,7 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     step = max(CHUNK, block_size) if out.device.type == "cpu" else 2 * len(q.packed)
     for start in range(0, n, step):
         packed = q.packed.view(-1)[start // 2 : (start + step) // 2]
-        values = pairs.index_select(0, packed.int()).view(torch.float32)[: n - start]  # (up to step,): without the unused half of the last byte
+        values = pairs.index_select(0, packed.int()).view(torch.float32)[: n - start]  # (up to step,): the last half byte may be unused
         full = len(values) // block_size
         absmax = q.absmax[start // block_size :]
         blocks = values[: full * block_size].view(full, block_size)

@@ -6,10 +6,14 @@ The weight is frozen: there is no gradient for it, so the backward needs nothing
 time instead of being kept. What the graph holds on to is the packed weight, which the layer holds anyway: no byte is added for the
 backward, where a dense layer's graph refers to 2 bytes a weight and a graph over a dequantized copy would keep 2 *more*. Dettmers et al.
 2023, "QLoRA", section 3.
+
+On CUDA the work is done by :mod:`reference.kernels.nf4` where Triton is installed; ``use_kernels(False)`` goes back to plain torch.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,23 @@ from reference.double_quant import QuantizedScales, dequantize_scales, quantize_
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 SCALES_BLOCK = 256  # scales that share a scale; the only number that bitsandbytes computes with
-PIECE = 1 << 22  # values quantized or dequantized at a time: a GPU needs about 20 bytes for each in between
+PIECE = 1 << 22  # values quantized or dequantized at a time by plain torch: a GPU needs about 20 bytes for each in between
+_kernels_wanted = True
+
+
+def use_kernels(wanted: bool) -> None:
+    """Whether CUDA tensors go through the Triton kernels; they do until told otherwise."""
+    global _kernels_wanted
+    _kernels_wanted = wanted
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The kernels, where they are wanted and can run."""
+    if not (_kernels_wanted and tensor.is_cuda and importlib.util.find_spec("triton")):
+        return None
+    from reference.kernels import nf4
+
+    return nf4
 
 
 @dataclass(frozen=True)
@@ -58,28 +78,49 @@ class Packed:
 @torch.no_grad()
 def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
     """Quantize ``weight``; errors are those of :func:`reference.nf4.quantize_nf4`."""
-    pieces = [quantize_nf4(piece, block_size) for piece in weight.detach().reshape(-1).split(max(PIECE, block_size))]
-    packed, absmax = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("packed", "absmax"))
+    if kernels := kernels_for(weight):
+        q = kernels.quantize_nf4(weight, block_size)
+        packed, absmax = q.packed, q.absmax
+    else:
+        pieces = [quantize_nf4(piece, block_size) for piece in weight.detach().reshape(-1).split(max(PIECE, block_size))]
+        packed, absmax = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("packed", "absmax"))
     if not double_quant:
         return Packed(packed, absmax)
     scales = quantize_scales(absmax, SCALES_BLOCK)
     return Packed(packed, scales.codes, scales.absmax, scales.offset)
 
 
+def tensors(packed: Packed, layout: Layout) -> tuple[NF4Tensor, QuantizedScales | None]:
+    """The weight as NF4 and, under double quantization, its scales, which are then what counts and not ``absmax``."""
+    q = NF4Tensor(packed.weight, packed.absmax, torch.Size(layout.shape), layout.dtype, layout.block_size)
+    nested = packed.nested_absmax is not None
+    return q, QuantizedScales(packed.absmax, packed.nested_absmax, packed.offset, SCALES_BLOCK) if nested else None
+
+
 @torch.no_grad()
 def unpack(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The weight that ``packed`` stands for, (out, in)."""
-    absmax, block = packed.absmax, layout.block_size
-    if packed.nested_absmax is not None:
-        absmax = dequantize_scales(QuantizedScales(absmax, packed.nested_absmax, packed.offset, SCALES_BLOCK))
+    q, scales = tensors(packed, layout)
+    if kernels := kernels_for(q.packed):
+        return kernels.dequantize_nf4(q, dtype, scales)
+    absmax, block = q.absmax if scales is None else dequantize_scales(scales), layout.block_size
     weight = torch.empty(layout.shape, dtype=dtype, device=absmax.device)
     start = 0
     for piece in weight.view(-1).split(max(PIECE, block)):  # pieces begin at a block, and at a byte
         stop = start + len(piece)
-        part = NF4Tensor(packed.weight[start // 2 : (stop + 1) // 2], absmax[start // block : -(stop // -block)], piece.shape, dtype, block)
+        part = NF4Tensor(q.packed[start // 2 : (stop + 1) // 2], absmax[start // block : -(stop // -block)], piece.shape, dtype, block)
         piece.copy_(dequantize_nf4(part))
         start = stop
     return weight
+
+
+@torch.no_grad()
+def product(x: Tensor, bias: Tensor | None, packed: Packed, layout: Layout) -> Tensor:
+    """x · Ŵᵀ + b: (..., in) -> (..., out). For a few rows of x the kernels decode the weight on the way and never write it out."""
+    if kernels := kernels_for(x):
+        q, scales = tensors(packed, layout)
+        return kernels.linear_nf4(x, q, bias, scales)
+    return F.linear(x, unpack(packed, layout, x.dtype), bias)
 
 
 class NF4Product(torch.autograd.Function):
@@ -88,7 +129,7 @@ class NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # the layer has chosen its dtype
-            return F.linear(x, unpack(Packed(*rest[:-1]), rest[-1], x.dtype), bias)
+            return product(x, bias, Packed(*rest[:-1]), rest[-1])
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:

