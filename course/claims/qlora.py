@@ -369,3 +369,213 @@ def lora_wins_back_most() -> bool:
         base_before, base_after = _won("general", "16-bit")
         shares += [1 - (a - b) / (before - base_before) for a, b in zip(after, base_after, strict=True)]
     return min(shares) > 0.9
+
+
+# Measured: quality of Gemma 3 270M
+
+
+@functools.cache
+def _gemma() -> dict:
+    return recorded.load("quantization_quality_gemma", device="h100")["result"]
+
+
+def _perplexity(kind: str, text: str = "passages") -> float:
+    return math.exp(_gemma()["formats"][kind][text])
+
+
+def gemma_16_bit() -> float:
+    """Perplexity on the passages."""
+    return _perplexity("16-bit")
+
+
+def gemma_int8() -> float:
+    return _perplexity("INT8")
+
+
+def gemma_nf4() -> float:
+    return _perplexity("NF4")
+
+
+def gemma_nf4_dq() -> float:
+    return _perplexity("NF4+DQ")
+
+
+def gemma_fp4() -> float:
+    return _perplexity("FP4")
+
+
+def gemma_int4() -> float:
+    return _perplexity("INT4")
+
+
+def gemma_code_16_bit() -> float:
+    return _perplexity("16-bit", "code")
+
+
+def gemma_code_int8() -> float:
+    return _perplexity("INT8", "code")
+
+
+def gemma_code_nf4() -> float:
+    return _perplexity("NF4", "code")
+
+
+def gemma_code_nf4_dq() -> float:
+    return _perplexity("NF4+DQ", "code")
+
+
+def gemma_code_fp4() -> float:
+    return _perplexity("FP4", "code")
+
+
+def gemma_code_int4() -> float:
+    return _perplexity("INT4", "code")
+
+
+def _facts(kind: str) -> float:
+    return 100 * _gemma()["formats"][kind]["cloze"]
+
+
+def gemma_facts_16_bit() -> float:
+    """Per cent."""
+    return _facts("16-bit")
+
+
+def gemma_facts_int8() -> float:
+    return _facts("INT8")
+
+
+def gemma_facts_nf4() -> float:
+    return _facts("NF4")
+
+
+def gemma_facts_nf4_dq() -> float:
+    return _facts("NF4+DQ")
+
+
+def gemma_facts_fp4() -> float:
+    return _facts("FP4")
+
+
+def gemma_facts_int4() -> float:
+    return _facts("INT4")
+
+
+def _gap(kind: str, text: str, when: str) -> float:
+    """Nats per token between this base and the 16-bit one, before or after LoRA on code; mean over seeds."""
+    (row,) = [row for row in _gemma()["won_back"] if row["kind"] == kind]
+    gap = row[text][f"gap_{when}"]
+    return statistics.fmean(gap) if isinstance(gap, list) else gap
+
+
+def gemma_seeds() -> int:
+    """The fewest seeds of a base."""
+    return min(len(row["seeds"]) for row in _gemma()["won_back"])
+
+
+def _rise(kind: str, text: str = "passages") -> float:
+    """Of perplexity against the 16-bit base, per cent."""
+    return 100 * (_perplexity(kind, text) / _perplexity("16-bit", text) - 1)
+
+
+def gemma_nf4_rise() -> float:
+    return _rise("NF4+DQ")
+
+
+def gemma_int8_rise() -> float:
+    return _rise("INT8")
+
+
+def gemma_nf4_is_beyond_two_percent() -> bool:
+    """By the whole interval, on prose and on code."""
+    lost = _gemma()["two_percent_rule"]["lost"]["4-bit"]
+    return lost["passages"]["low"] > 0.02 and lost["code"]["low"] > 0.02
+
+
+def gemma_int8_is_within_on_text_and_open_on_questions() -> bool:
+    rule = _gemma()["two_percent_rule"]
+    lost = rule["lost"]["8-bit"]
+    on_text = max(lost["passages"]["high"], lost["code"]["high"]) <= 0.02
+    return on_text and rule["choice"] == evaluation.UNKNOWN and lost["cloze"]["high"] > 0.02 and lost["pairs"]["high"] > 0.02
+
+
+def gemma_formats_are_ordered() -> bool:
+    """INT8, NF4, then FP4 and INT4, on each of three texts; double quantization adds less than a hundredth of what NF4 lost."""
+    lost = {kind: {text: _gemma()["lost"][kind][text]["estimate"] for text in ("code", "passages", "manual")} for kind in _gemma()["lost"]}
+    ordered = all(lost["INT8"][t] < lost["NF4"][t] < min(lost["FP4"][t], lost["INT4"][t]) for t in lost["NF4"])
+    return ordered and all(abs(lost["NF4+DQ"][t] - lost["NF4"][t]) < 0.01 * lost["NF4"][t] for t in lost["NF4"])
+
+
+def gemma_fp4_and_int4_swap() -> bool:
+    """Which of the two is worse depends on the text."""
+    return _perplexity("FP4") > _perplexity("INT4") and _perplexity("FP4", "code") < _perplexity("INT4", "code")
+
+
+def _share_won(kind: str, text: str) -> float:
+    """Per cent of the gap that LoRA closes; mean over seeds."""
+    return 100 * (1 - _gap(kind, text, "after") / _gap(kind, text, "before"))
+
+
+def gemma_nf4_code_won() -> float:
+    return _share_won("NF4", "code")
+
+
+def gemma_nf4_prose_won() -> float:
+    return _share_won("NF4", "passages")
+
+
+def gemma_more_is_won_where_it_is_trained() -> bool:
+    """For each base and in every seed: over half of the gap on code, less than half of that on prose."""
+    for row in _gemma()["won_back"][1:]:
+        for code, prose in zip(row["code"]["gap_after"], row["passages"]["gap_after"], strict=True):
+            if not (code < row["code"]["gap_before"] / 2 and prose > row["passages"]["gap_before"] / 2):
+                return False
+    return True
+
+
+def gemma_fp4_code_before() -> float:
+    return _gap("FP4", "code", "before")
+
+
+def gemma_fp4_code_after() -> float:
+    return _gap("FP4", "code", "after")
+
+
+def gemma_fp4_prose_before() -> float:
+    return _gap("FP4", "passages", "before")
+
+
+def gemma_fp4_prose_after() -> float:
+    return _gap("FP4", "passages", "after")
+
+
+def gemma_nf4_code_before() -> float:
+    return _gap("NF4", "code", "before")
+
+
+def gemma_nf4_code_after() -> float:
+    return _gap("NF4", "code", "after")
+
+
+def gemma_int4_code_before() -> float:
+    return _gap("INT4", "code", "before")
+
+
+def gemma_int4_code_after() -> float:
+    return _gap("INT4", "code", "after")
+
+
+def gemma_nf4_prose_before() -> float:
+    return _gap("NF4", "passages", "before")
+
+
+def gemma_nf4_prose_after() -> float:
+    return _gap("NF4", "passages", "after")
+
+
+def gemma_int4_prose_before() -> float:
+    return _gap("INT4", "passages", "before")
+
+
+def gemma_int4_prose_after() -> float:
+    return _gap("INT4", "passages", "after")
