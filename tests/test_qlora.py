@@ -677,7 +677,8 @@ def test_cuda_ten_steps_equal_peft_and_bitsandbytes_in_bfloat16(double_quant):
     """A Llama-shaped block and the tiny model, all in bfloat16 with float32 factors; both sides hold bitsandbytes' own bytes."""
     cases = []
     x, target = torch.randn(10, 4, 512, 128, device="cuda", dtype=torch.bfloat16), torch.randn(10, 4, 512, 128, device="cuda")
-    cases.append((Block().to("cuda", torch.bfloat16), lambda m, s: F.mse_loss(m(x[s]).float(), target[s])))
+    block = Block().to("cuda", torch.bfloat16)
+    cases.append((block, lambda m, s: F.mse_loss(m(x[s].to(next(n for n in m.parameters() if n.ndim == 1).dtype)).float(), target[s])))
     ids = torch.randint(200, (10, 32, 64), device="cuda")
     tiny = models.load("tiny", torch.bfloat16, torch.device("cuda"))[0]
     cases.append((tiny, lambda m, s: m(input_ids=ids[s], labels=ids[s]).loss))
@@ -685,16 +686,30 @@ def test_cuda_ten_steps_equal_peft_and_bitsandbytes_in_bfloat16(double_quant):
         ours, theirs, pairs = both(model, 4, 10, double_quant, torch.bfloat16)
         for mine, other in pairs:
             mine.base.load_state_dict(other.get_base_layer().state_dict())
+        exact = copy.deepcopy(ours).float()  # the same packed weights and factors, and every product in float32
+        for module in exact.modules():
+            if isinstance(module, NF4Linear):
+                module.compute_dtype = torch.float32
+        of_ours, of_theirs, truth = (gradients(side, loss) for side in (ours, theirs, exact))
+        # Both round every product to bfloat16, in another order: neither may be farther from the truth than the other by much.
+        for a, b, right in zip(of_ours, of_theirs, truth, strict=True):
+            assert (a - right).norm() <= 1.5 * (b - right).norm() + 0.01 * right.norm()
         before = [factor.detach().clone() for mine, _ in pairs for factor in (mine.lora_A, mine.lora_B)]
         first, second = train(ours, loss), train(theirs, loss)
         assert first == pytest.approx(second, rel=4 * ULP[torch.bfloat16])
         after = [
             (a.detach(), b.detach()) for mine, other in pairs for a, b in zip((mine.lora_A, mine.lora_B), factors_of(other), strict=True)
         ]
-        # bfloat16 rounds the products of both in another order, and Adam makes a small gradient's error as large as a step: what a factor
-        # has learned is compared as a whole. A wrong scale or a missing layer would differ by about all of it.
-        for start, (a, b) in zip(before, after, strict=True):
-            assert (a - b).norm() < 0.1 * (b - start).norm()
+        for start, (a, b) in zip(before, after, strict=True):  # Adam makes the error of a small gradient as large as a step
+            assert (a - b).norm() < 0.3 * (b - start).norm()
+
+
+def gradients(model, loss):
+    """Of all that trains, in the order of the layers, A before B; float32."""
+    loss(model, 0).backward()
+    found = [p.grad.float().clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return found
 
 
 @pytest.mark.gpu

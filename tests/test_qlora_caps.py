@@ -1,0 +1,50 @@
+"""The benchmark of capped QLoRA training on a small shape: it trains, and it measures what reference.memory counts."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from course import ROOT
+from course.lab import recorded
+
+
+@pytest.fixture(scope="module")
+def benchmark(request):
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    request.addfinalizer(lambda: sys.path.remove(folder))
+    spec = importlib.util.spec_from_file_location("qlora_caps", ROOT / "benchmarks" / "qlora_caps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_small_model_trains_and_is_counted(benchmark):
+    cpu = torch.device("cpu")
+    with benchmark.Meter(cpu) as meter:
+        row = benchmark.attempt("smoke", meter, cpu)
+    assert row["losses"][-1] < row["losses"][0] and len(row["losses"]) == benchmark.STEPS
+    assert row["built"] > row["predicted_parts"]["weights"] and row["built"] == pytest.approx(
+        row["predicted_parts"]["weights"] + row["adapters"], rel=0.02
+    )
+    assert row["peaks"]["step"] >= row["held"] and row["peak"] > row["built"]
+    assert "smoke" in benchmark.table([row])
+
+
+def test_a_cap_that_is_too_small_is_a_row(benchmark, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(benchmark, "train", full)
+    row = benchmark.attempt("7B", None, torch.device("cpu"))
+    assert row == {"name": "7B", "error": "CUDA out of memory. Tried to allocate 2.00 GiB."} and "FAILED" in benchmark.table([row])
+
+
+def test_recorded_models_stayed_below_their_caps(benchmark):
+    for row in recorded.load("qlora_caps")["result"]["rows"]:
+        case = benchmark.CASES[row["name"]]
+        assert row["context"] + row["reserved"] <= row["cap"] == case.cap and row["shape"] == case.shape.name
+        assert row["losses"][-1] < row["losses"][0]
+        assert row["predicted"] == pytest.approx(row["peak"], rel=0.05)
