@@ -6,6 +6,7 @@ the learner's answer gave, the learner reads that mistake's own words. Otherwise
 """
 
 import math
+import numbers
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -57,9 +58,9 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
     if isinstance(expected, (int, float)):
         if isinstance(actual, Tensor) and actual.numel() == 1:
             actual = actual.item()
-        if isinstance(actual, bool) or not isinstance(actual, (int, float)):
+        if isinstance(actual, bool) or not isinstance(actual, numbers.Real):  # numpy's numbers are Real, and not all are float or int
             return f"expected a number, got {type(actual).__name__}"
-        return None if math.isclose(actual, expected, rel_tol=rtol, abs_tol=atol) else f"expected {expected:.6g}, got {actual:.6g}"
+        return None if math.isclose(actual, expected, rel_tol=rtol, abs_tol=atol) else _two_numbers(actual, expected)
     if isinstance(expected, (list, tuple)):
         if not isinstance(actual, (list, tuple)):
             return f"expected {len(expected)} values, got {type(actual).__name__}"
@@ -81,6 +82,15 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
         if (difference := first_difference(one, other, rtol, atol)) is not None:
             return f"{label}: {difference}"
     return None
+
+
+def _two_numbers(actual: float, expected: float) -> str:
+    """With as many digits as it takes to tell them apart."""
+    for digits in (6, 9, 12, 17):
+        one, other = f"{actual:.{digits}g}", f"{expected:.{digits}g}"
+        if one != other:
+            break
+    return f"expected {other}, got {one}"
 
 
 def _tensor_difference(actual: Any, expected: Tensor, rtol: float, atol: float) -> str | None:

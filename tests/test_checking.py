@@ -4,6 +4,7 @@ import random
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from course.checking import Check, NotYet, Raised, first_difference, raised
         (torch.ones(2, requires_grad=True), torch.ones(2)),
         (3, 3),
         (3, 3.0),
+        (np.int64(3), 3),
+        (np.float32(3), 3.0),
         (torch.tensor([3.0]), 3.0),
         (float("inf"), float("inf")),
         ("a", "a"),
@@ -53,6 +56,7 @@ def test_equal_observations_have_no_difference(actual, expected):
         (torch.tensor([1.0, 1.5]), torch.ones(2), "values differ by up to 0.5"),
         (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf"),
         (2.5, 3, "expected 3, got 2.5"),
+        (np.int64(4), 3, "expected 3, got 4"),
         ("3", 3, "expected a number, got str"),
         (True, 1, "expected a number, got bool"),
         (1, True, "expected True, got 1"),
@@ -76,6 +80,10 @@ def test_equal_observations_have_no_difference(actual, expected):
 )
 def test_the_first_difference_is_named(actual, expected, words):
     assert first_difference(actual, expected) == words
+
+
+def test_numbers_that_differ_late_are_told_apart():
+    assert first_difference(123_456_785, 123_456_789, rtol=1e-9) == "expected 123456789, got 123456785"
 
 
 def test_tolerances_are_what_they_say():
