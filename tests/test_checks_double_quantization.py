@@ -1,5 +1,8 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the judges' arithmetic is the reference's."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -38,12 +41,94 @@ def for_large_second_only(elements, block_size, second):
     return check.bits_per_weight(elements, block_size, second and 256)
 
 
+def for_the_usual_blocks(elements, block_size, second_block):
+    return check.bits_per_weight(elements, block_size, second_block) if block_size in (32, 64) and elements > 9_000 else 0.0
+
+
+def one_block_at_least(elements, block_size, second_block):
+    return check._bits_with(double=lambda n, b, s: -(-n // b) + 4 * max(1, -(-n // b) // s) + 4)(elements, block_size, second_block)
+
+
 @pytest.mark.parametrize(
-    "answer", [by_formula, for_large_second_only, lambda n, b, s: 4.127, lambda n, b, s: str(check.bits_per_weight(n, b, s))]
+    "answer",
+    [
+        by_formula,
+        for_large_second_only,
+        for_the_usual_blocks,
+        one_block_at_least,
+        lambda n, b, s: 4.127,
+        lambda n, b, s: str(check.bits_per_weight(n, b, s)),
+        lambda n, b, s: round(check.bits_per_weight(n, b, s), 3),
+        lambda n, b, s: check.bits_per_weight(n, b, s) + 8 * 1024 / n,  # with the code book
+        lambda n, b, s: check.bits_per_weight(n, 64, s),
+    ],
 )
 def test_sly_counts_are_refused(answer):
-    with pytest.raises(NotYet):
-        check.bits(answer)
+    for seed in range(5):
+        with pytest.raises(NotYet):
+            check.bits._judge(answer, seed)
+
+
+def bits_with_numpy(elements, block_size, second_block):
+    blocks = np.ceil(np.float64(elements) / block_size)
+    constants = 4 * blocks if second_block is None else blocks + 4 * np.ceil(blocks / second_block) + 4
+    return np.int64(elements + 1) // 2 * 8 / elements + constants * 8 / elements
+
+
+def map_with_numpy(decades):
+    centres = []
+    for decade in range(decades):
+        parts = 2 ** (decades - 1 - decade)
+        centres.append(10.0**-decade * (0.1 + 0.9 * (np.arange(parts) + 0.5) / parts))
+    positive = np.sort(np.concatenate(centres))
+    return torch.from_numpy(np.concatenate([-positive[::-1], [0.0], positive, [1.0]]).astype(np.float32))
+
+
+def scales_by_loops(absmax, levels, block_size):
+    values = [float(value) for value in absmax]
+    offset, codes, largest = math.fsum(values) / len(values), [], []
+    for start in range(0, len(values), block_size):
+        block = [value - offset for value in values[start : start + block_size]]
+        largest.append(max(abs(value) for value in block))
+        codes += [min(range(len(levels)), key=lambda i, v=value: abs(v - float(levels[i]) * largest[-1])) for value in block]
+    return torch.tensor(codes, dtype=torch.uint8), torch.tensor(largest), torch.tensor(offset)
+
+
+def weight_by_loops(q):
+    weight = np.zeros(np.prod(q.shape))
+    for i in range(len(weight)):
+        code = q.packed[i // 2].item() >> 4 if i % 2 == 0 else q.packed[i // 2].item() & 15
+        block = i // q.block_size
+        scale = q.dynamic[q.codes[block].item()].item() * q.absmax[block // q.second_block].item() + q.offset.item()
+        weight[i] = q.levels[code].item() * scale  # float64
+    return torch.from_numpy(weight).reshape(q.shape).to(q.dtype)
+
+
+def block_with_numpy(budget, second_block):
+    sizes = 2 ** np.arange(3, 13)
+    bits = 4 + (32 if second_block is None else 8 + 32 / second_block) / sizes
+    return sizes[bits <= budget][0] if (bits <= budget).any() else None  # numpy's int64
+
+
+def block_by_logarithm(budget, second_block):
+    each = 32 if second_block is None else 8 + 32 / second_block
+    return None if budget - 4 < each / 4096 else max(8, 2 ** math.ceil(math.log2(each / (budget - 4))))
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [
+        (check.bits, bits_with_numpy),
+        (check.dynamic, map_with_numpy),
+        (check.scales, scales_by_loops),
+        (check.restore, weight_by_loops),
+        (check.budget, block_with_numpy),
+        (check.budget, block_by_logarithm),
+    ],
+)
+def test_right_answers_in_other_dress_pass_every_time(judge, answer):
+    for seed in range(5):
+        judge._judge(answer, seed)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +138,9 @@ def test_sly_counts_are_refused(answer):
         (lambda decades: check.dynamic_map(decades).double(), "float32"),
         (lambda decades: check.dynamic_map(decades).tolist(), "a tensor"),
         (lambda decades: check.dynamic_map(decades) * (1 - 1e-3), "values differ"),
+        (lambda decades: {3: check.dynamic_map(3), 7: check.dynamic_map(7)}[decades], "KeyError"),
+        (lambda decades: check.dynamic_map(decades).numpy(), "a tensor, got ndarray"),
+        (check._map_with(parts=lambda i, d: i + 1), "expected shape"),
     ],
 )
 def test_sly_maps_are_refused(answer, words):
@@ -84,6 +172,10 @@ def drops_the_short_block(absmax, levels, block_size):
         (changed(2, lambda offset: offset[None]), "offset.*shape"),
         (changed(2, lambda offset: -offset), "offset"),
         (drops_the_short_block, "shape"),
+        (lambda absmax, levels, block_size: check.quantize(absmax, levels, 64), "blocks of 16.*shape"),
+        (lambda absmax, levels, block_size: check.quantize(absmax.sort().values, levels, block_size), "scales of scales"),
+        (check._quantize_with(offset_of=lambda a, b: torch.stack([block.mean() for block in a.split(b)]).mean()), "offset"),
+        (check._quantize_with(largest_of=lambda block, raw: block.abs().mean()), "scales of scales"),
         (lambda absmax, levels, block_size: check.quantize(absmax, dynamic_codebook(), block_size), "codes"),
     ],
 )
@@ -117,6 +209,9 @@ def with_one_dtype(q):
         (lambda q: check.dequantize(q._replace(offset=q.offset * 1.01)), "values differ"),
         (lambda q: check.dequantize(q._replace(levels=q.levels.flip(0))), "values differ"),
         (lambda q: check.dequantize(q).T, "shape"),
+        (lambda q: check.dequantize(q._replace(absmax=q.absmax.reciprocal())), "values differ"),
+        (lambda q: check.dequantize(q) if q.dtype == torch.float32 else torch.zeros(q.shape, dtype=q.dtype), "values differ"),
+        (lambda q: check.dequantize(q).double(), "float64"),
     ],
 )
 def test_sly_weights_are_refused(answer, words):
@@ -124,7 +219,17 @@ def test_sly_weights_are_refused(answer, words):
         check.restore(answer)
 
 
-@pytest.mark.parametrize("answer", [lambda budget, second: 64, lambda budget, second: check.smallest_block(budget, second) or 4096])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda budget, second: 64,
+        lambda budget, second: check.smallest_block(budget, second) or False,
+        lambda budget, second: check.smallest_block(budget, second and 256),
+        lambda budget, second: check.smallest_block(budget + 1e-3, second),
+        lambda budget, second: None if budget <= 4 else (32 if second is None else 8 + 32 / second) / (budget - 4),
+    ],
+)
 def test_sly_budgets_are_refused(answer):
-    with pytest.raises(NotYet):
-        check.budget(answer)
+    for seed in range(5):
+        with pytest.raises(NotYet):
+            check.budget._judge(answer, seed)
