@@ -113,6 +113,18 @@ def test_dequantize_equals_torch(shape, block_size, dtype, double_quant, seed):
         assert torch.equal(ours, torchs)
 
 
+def test_every_scale_finds_its_own_scale():
+    """More than two blocks of scales, each of another size."""
+    weight = draw((80, 512), torch.float32) * torch.arange(1, 81, device=DEVICE)[:, None]
+    q = plain.quantize_nf4(weight, 64)
+    scales = quantize_scales(q.absmax)
+    assert len(scales.absmax) == 3
+    assert torch.equal(kernels.dequantize_nf4(q, None, scales), plain.dequantize_nf4(with_scales(q, scales)))
+    x = draw((1, 512), HALF)
+    expected = x.double() @ plain.dequantize_nf4(with_scales(q, scales)).double().T
+    assert (kernels.linear_nf4(x, q, None, scales) - expected).norm() <= EPSILON[HALF] * expected.norm()
+
+
 @few
 @given(
     st.sampled_from((1, 2, 5, 16, 17, 64, 65)),
