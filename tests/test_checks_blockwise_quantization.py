@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,44 @@ def affine_of_int32(x, low, high):
     zero_point = torch.tensor(-min(low, 0) / scale).round()
     codes = (x.float() / scale).round().int() + zero_point.int()
     return codes.clamp(0, 255).byte(), torch.tensor(scale), zero_point
+
+
+def affine_by_library(x, low, high):
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale, zero_point = (high - low) / 255, round(-low * 255 / (high - low))
+    return torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8).int_repr(), scale, zero_point
+
+
+def affine_in_numpy(x, low, high):
+    scale = np.float64(max(high, 0) - min(low, 0)) / 255
+    zero_point = np.rint(-min(low, 0) / scale)
+    codes = np.clip(np.rint(x.float().numpy() / scale) + zero_point, 0, 255)
+    return torch.from_numpy(codes.astype(np.uint8)), np.float32(scale), np.int64(zero_point)
+
+
+def rows_in_numpy(weight, bits):
+    largest, values = (1 << (bits - 1)) - 1, weight.float().numpy()
+    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(largest)
+    scales[scales == 0] = 1
+    return torch.from_numpy(np.rint(values / scales).astype(np.int8)), torch.from_numpy(scales)
+
+
+def blocks_by_scaled_levels(x, codebook, block_size):
+    """The levels are multiplied, no value is divided."""
+    codes, absmax = [], []
+    for block in x.float().flatten().split(block_size):
+        absmax.append(block.abs().max())
+        near = (block[:, None] - codebook * absmax[-1]).abs()
+        codes.append(near.argmin(1) if absmax[-1] > 0 else torch.full((len(block),), (codebook == 0).nonzero()[0].item()))
+    return torch.cat(codes).byte().view(x.shape), torch.stack(absmax)
+
+
+def kept_as_a_second_tensor(x, codebook, block_size, k):
+    flat = x.flatten()
+    where = flat.abs().topk(k).indices
+    sparse = torch.zeros_like(flat).index_copy(0, where, flat[where])
+    q = quantize_blockwise((flat - sparse).view(x.shape), codebook, block_size)
+    return dequantize_blockwise(q) + sparse.view(x.shape), q.bits_per_value + k * (torch.finfo(x.dtype).bits + 32) / x.numel()
 
 
 def rows_by_blocks(weight, bits):
@@ -72,10 +111,15 @@ def kept_in_a_loop(x, codebook, block_size, k):
         (check.absmax, absmax_by_codebook),
         (check.absmax, absmax_as_a_number),
         (check.affine, affine_of_int32),
+        (check.affine, affine_by_library),
+        (check.affine, affine_in_numpy),
         (check.rows, rows_by_blocks),
+        (check.rows, rows_in_numpy),
         (check.blocks, blocks_by_padding),
+        (check.blocks, blocks_by_scaled_levels),
         (check.budget, budget_from_above),
         (check.outliers, kept_in_a_loop),
+        (check.outliers, kept_as_a_second_tensor),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -95,6 +139,36 @@ def wrong_absmax(change):
 def scale_of_each_row(x):
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (x.float() / scale).round().to(torch.int8), scale
+
+
+def affine_with_a_zero_point(rounded):
+    """Right but for how the zero point is rounded: with half of all ranges this is no mistake."""
+
+    def answer(x, low, high):
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / 255
+        zero_point = rounded(-low / scale)
+        return ((x.float() / scale).round() + zero_point).clamp(0, 255).to(torch.uint8), scale, zero_point
+
+    return answer
+
+
+def affine_divided_in_16_bits(x, low, high):
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    zero_point = round(-low / scale)
+    return ((x / scale).round() + zero_point).clamp(0, 255).to(torch.uint8), scale, zero_point
+
+
+def right_for_one_shape(weight, bits):
+    return check.quantize_rows(weight, bits) if weight.shape == (8, 8) else (weight.to(torch.int8) * 0, torch.ones(len(weight), 1))
+
+
+@pytest.mark.parametrize("rounded", [int, math.floor, math.ceil], ids=lambda rounded: rounded.__name__)
+def test_a_zero_point_that_is_not_rounded_is_refused_for_every_seed(rounded):
+    for seed in range(40):
+        with pytest.raises(NotYet):
+            check.affine._judge(affine_with_a_zero_point(rounded), seed)
 
 
 def no_guard(function):
@@ -120,6 +194,11 @@ def no_guard(function):
         (check.affine, lambda x, low, high: (x.byte(), 1.0, 0), "codes of"),
         (check.affine, lambda x, low, high: check.affine_uint8(x, low, high)[:2], "zero_point"),
         (check.affine, lambda x, low, high: (*check.affine_uint8(x, low, high)[:2], 128), "zero_point of"),
+        (check.affine, affine_divided_in_16_bits, "own 16-bit dtype"),
+        (check.affine, affine_with_a_zero_point(math.floor), "lost its fraction"),
+        (check.absmax, lambda x: (x / check.absmax_int8(x)[1], check.absmax_int8(x)[1]), "expected torch.int8|still floating"),
+        (check.rows, lambda w, bits: check.quantize_rows(w, 4), "scales of"),
+        (check.rows, right_for_one_shape, "scales of a 5 × 13"),
         (check.rows, lambda w, bits: (w.to(torch.int8), torch.ones(len(w), 1)), "scales of"),
         (check.rows, lambda w, bits: check.quantize_rows(w.T, bits), "belong to the columns|scales of"),
         (check.rows, lambda w, bits: check.quantize_rows(w, 8), "127 whatever"),

@@ -78,6 +78,18 @@ def _absmax_with(
     return answer
 
 
+def _divided_in_its_own_dtype(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().max() / 127
+    scale = torch.where(scale == 0, 1, scale)
+    return (x / scale).round().to(torch.int8), scale  # a float32 scale of no dimension does not widen a 16-bit tensor
+
+
+def _from_min_to_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    scale = torch.where(x.any(), x.max() - x.min(), 255) / 255
+    return ((x - x.min()) / scale - 128).round().clamp(-128, 127).to(torch.int8), scale
+
+
 def _no_guard(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.float().abs().max() / 127
     return (x.float() / scale).round().to(torch.int8), scale
@@ -139,6 +151,12 @@ absmax = Check(
         "you divided in the tensor's own 16-bit dtype: the scale itself is then rounded to a few digits; convert x to float32 first": (
             _absmax_with(wide=lambda x: x)
         ),
+        "the scale is right, but x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": (
+            _divided_in_its_own_dtype
+        ),
+        "you spread the codes from the smallest to the largest value: that needs a zero point (exercise 2); here zero has the code 0": (
+            _from_min_to_max
+        ),
         "the codes are still floating-point numbers: convert them to torch.int8, else nothing is saved": _absmax_with(
             finish=lambda codes: codes.round()
         ),
@@ -173,14 +191,17 @@ def _affine_with(
     code: Callable = lambda x, low, scale, zero: (x / scale).round() + zero,
     finish: Callable[[Tensor], Tensor] = lambda codes: codes.clamp(0, 255).to(torch.uint8),
     returned: Callable[[float], float] = lambda zero: zero,
+    wide: Callable[[Tensor, float, float], Tensor] = lambda x, low, high: x.float(),
+    step: Callable[[float], float] = lambda scale: scale,
 ):
     """The right answer with one part replaced."""
 
     def answer(x: Tensor, low: float, high: float) -> tuple[Tensor, float, float]:
+        x = wide(x, low, high)
         low, high = ends(x, low, high)
         scale = (high - low) / steps
         zero_point = zero(low, scale)
-        return finish(code(x.float(), low, scale, zero_point)), scale, returned(zero_point)
+        return finish(code(x, low, scale, zero_point)), step(scale), returned(zero_point)
 
     return answer
 
@@ -191,15 +212,17 @@ def _symmetric_ends(x: Tensor, low: float, high: float) -> tuple[float, float]:
 
 def _observe_affine(answer, seed: int) -> dict:
     rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+    sign = rng.choice([-1, 1])
     for name, dtype, kind in (
         ("a float32 tensor", torch.float32, "around zero"),
-        ("a float32 tensor, measured range above zero", torch.float32, "above"),
         ("a bfloat16 tensor", torch.bfloat16, "around zero"),
+        ("a float32 tensor, measured range above zero", torch.float32, "above"),
         ("a float32 tensor, measured range below zero", torch.float32, "below"),
     ):
         step = rng.uniform(0.01, 0.05)
         zero = {"around zero": rng.randint(30, 90), "above": 0, "below": 255}[kind]
-        part = rng.choice([-1, 1]) * rng.uniform(0.2, 0.35) if kind == "around zero" else 0.0  # low / scale is no whole number
+        sign = -sign  # −low / scale lies once above and once below a whole number: cutting the fraction off is wrong for one of the two
+        part = sign * rng.uniform(0.2, 0.35) if kind == "around zero" else 0.0
         low, high = -(zero + part) * step, (255 - zero - part) * step
         x = low + (high - low) * (torch.rand(6, 25, generator=g) * 1.2 - 0.1)  # a sixth of the values lies outside of the range
         x[:, 0] = 0
@@ -238,6 +261,18 @@ affine = Check(
         ),
         "you divided the range by 256: 256 codes have 255 steps between them": _affine_with(steps=256),
         "the sign of zero_point is wrong: it is the code that zero gets, between 0 and 255": _affine_with(returned=lambda zero: -zero),
+        "zero_point lost its fraction: int() and // cut it off, which is one code too low half of the time; use round()": _affine_with(
+            zero=lambda low, scale: math.floor(-low / scale)
+        ),
+        "x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": _affine_with(
+            wide=lambda x, low, high: x
+        ),
+        "you clamped x to low and high as they were given: widen the range first, or clamp the codes to 0 … 255 instead": _affine_with(
+            wide=lambda x, low, high: x.float().clamp(low, high)
+        ),
+        "your scale is the inverse of the right one: it multiplies codes − zero_point to give x back": _affine_with(
+            step=lambda scale: 1 / scale
+        ),
         "zero_point is in the unit of x: it is a code, so divide −low by the scale and round": _affine_with(
             zero=lambda low, scale: -low, code=lambda x, low, scale, zero: (x / scale).round() + round(zero / scale)
         ),
@@ -253,6 +288,9 @@ affine = Check(
         "the codes are still floating-point numbers: convert them to torch.uint8": _affine_with(finish=lambda codes: codes.clamp(0, 255)),
         "the codes are int8: with a zero point they run from 0 to 255, which is torch.uint8": _affine_with(
             finish=lambda codes: codes.clamp(0, 255).to(torch.uint8).view(torch.int8)
+        ),
+        "codes and zero_point are 128 too low: that is the same format with signed codes; asked are 0 to 255, torch.uint8": _affine_with(
+            finish=lambda codes: (codes.clamp(0, 255) - 128).to(torch.int8), returned=lambda zero: zero - 128
         ),
     },
 )
@@ -282,15 +320,33 @@ def _rows_with(
     levels: Callable[[int], int] = lambda bits: 2 ** (bits - 1) - 1,
     finish: Callable[[Tensor], Tensor] = lambda codes: codes.round().clamp(-128, 127).to(torch.int8),
     scales: Callable[[Tensor], Tensor] = lambda scales: scales,
+    wide: Callable[[Tensor], Tensor] = lambda w: w.float(),
 ):
     """The right answer with one part replaced."""
 
     def answer(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        top = absmax(weight.float())
+        weight = wide(weight)
+        top = absmax(weight)
         step = torch.where(top == 0, 1, top) / levels(bits)
-        return finish(weight.float() / step), scales(step)
+        return finish(weight / step), scales(step)
 
     return answer
+
+
+def _all_patterns(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    half = 2 ** (bits - 1)
+    return _rows_with(levels=lambda bits: half, finish=lambda codes: codes.round().clamp(-half, half - 1).to(torch.int8))(weight, bits)
+
+
+def _signed_and_clamped(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    top = 2 ** (bits - 1) - 1
+    largest = _rows_with(absmax=lambda w: w.amax(1, keepdim=True), finish=lambda codes: codes.round().clamp(-top, top).to(torch.int8))
+    return largest(weight, bits)
+
+
+def _absmax_of_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    codes, scales = quantize_rows(weight, bits)
+    return codes, scales * (2 ** (bits - 1) - 1)
 
 
 def _rows_unguarded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -300,8 +356,12 @@ def _rows_unguarded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _observe_rows(answer, seed: int) -> dict:
     rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
-    for out, inside, dtype in ((8, 8, torch.float32), (5, 13, torch.float32), (12, 7, torch.bfloat16)):
-        bits = rng.choice([3, 4, 5, 6])
+    first = rng.choice([4, 5, 6])  # not 3: its 2^bits − 1 is the 7 of four bits, and the two mistakes would look the same
+    for out, inside, dtype, bits in (
+        (8, 8, torch.float32, first),
+        (5, 13, torch.float32, rng.choice([bits for bits in (2, 3, 4, 5, 6) if bits != first])),
+        (12, 7, torch.bfloat16, rng.choice([4, 7, 8])),  # not 2: a bfloat16 scale would be exact
+    ):
         weight = torch.randn(out, inside, generator=g) * torch.logspace(-1, 1, out)[:, None]  # rows of different size
         for row, sign in enumerate([-1, 1] * out):
             if row < out:
@@ -342,12 +402,26 @@ rows = Check(
         "the scales come from the largest signed value of a row: take the absolute value first": _rows_with(
             absmax=lambda w: w.amax(1, keepdim=True), finish=lambda codes: codes.round().to(torch.int32).to(torch.int8)
         ),
+        "the scales come from the largest signed value of a row, and what lies below its opposite was cut: take the absolute value first": (
+            _signed_and_clamped
+        ),
         "you divided by 2^(bits − 1): the largest code on both sides is 2^(bits − 1) − 1": _rows_with(levels=lambda bits: 2 ** (bits - 1)),
+        "you divided by 2^(bits − 1) and clamped: the largest positive values are cut by a step; use 2^(bits − 1) − 1 on both sides": (
+            _all_patterns
+        ),
         "you divided by 127 whatever `bits` says: the largest code is 2^(bits − 1) − 1": _rows_with(levels=lambda bits: 127),
         "you divided by 2^bits − 1, the steps of the whole range: on each side of zero there are 2^(bits − 1) − 1": _rows_with(
             levels=lambda bits: 2**bits - 1
         ),
         "the fraction was cut off: round before you convert to int8": _rows_with(finish=lambda codes: codes.to(torch.int8)),
+        "you took the floor, which moves every weight down by half a step on average: use round": _rows_with(
+            finish=lambda codes: codes.floor().to(torch.int8)
+        ),
+        "you returned the largest values of the rows: a scale is one step, the largest value over 2^(bits − 1) − 1": _absmax_of_rows,
+        "the scales were computed in the weight's own 16-bit dtype, which rounds them: start from weight.float()": _rows_with(
+            wide=lambda w: w, scales=lambda scales: scales.float()
+        ),
+        "the scales are in the weight's own 16-bit dtype: start from weight.float(), they are to be float32": _rows_with(wide=lambda w: w),
         "your scales are the inverses of the right ones: a scale multiplies codes to give weights back": _rows_with(
             scales=lambda scales: 1 / scales
         ),
@@ -431,6 +505,10 @@ def _blocks_unguarded(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Ten
     return torch.cat(codes).to(torch.uint8).view(x.shape), torch.stack([block.abs().max() for block in blocks])
 
 
+def _undivided(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return _nearest(x.float().flatten(), codebook).to(torch.uint8).view(x.shape), quantize_blocks(x, codebook, block_size)[1]
+
+
 def _without_rest(x: Tensor, size: int) -> list[Tensor]:
     flat = x.flatten()
     return list(flat[: len(flat) // size * size].split(size))
@@ -509,6 +587,16 @@ blocks = Check(
             _blocks_with(code=_level_above)
         ),
         "your codes count in the sorted codebook: a code is an index into the codebook as it was given": _blocks_with(code=_as_if_sorted),
+        "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate back": (
+            _blocks_with(code=lambda share, codebook: torch.bucketize(share, (codebook[1:] + codebook[:-1]) / 2))
+        ),
+        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": _blocks_with(
+            code=lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
+        ),
+        "the values were not divided by the absmax of their block before the nearest level was looked up": _undivided,
+        "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": _blocks_with(
+            largest=lambda block: block[block.abs().argmax()]
+        ),
         "absmax was taken, and the division done, in 16 bits: convert x to float32 first": _blocks_with(wide=lambda x: x),
         "the codes are int64, eight bytes for each: convert them to torch.uint8": _blocks_with(
             finish=lambda codes, absmax, x: (codes.view(x.shape), absmax)
@@ -571,6 +659,11 @@ def _one_halving_too_many(n: int, code_bits: int, scale_bits: int, budget: float
     return right // 2 if right and right > 1 else right
 
 
+def _at_most_n(n: int, code_bits: int, scale_bits: int, budget: float) -> int | None:
+    right = smallest_block(n, code_bits, scale_bits, budget)
+    return right if right and right <= n else None
+
+
 def _observe_budget(answer, seed: int) -> dict:
     rng, seen = random.Random(seed), {}
     wide = rng.choice([512, 1024, 4096]) * rng.choice([3, 5, 11])
@@ -612,6 +705,8 @@ budget = Check(
         "you divided scale_bits by 8: everything here is in bits": _block_with(width=lambda bits: bits / 8),
         "you assumed float32 scales: use scale_bits": _block_with(width=lambda bits: 32),
         "blocks can be as small as one value: start at 1": _block_with(first=2),
+        "a block may be longer than n: one block then holds everything, with one scale; don't stop before that": _at_most_n,
+        "the codes take code_bits each, not 4": lambda n, code_bits, scale_bits, budget: smallest_block(n, 4, scale_bits, budget),
         "where nothing fits, return None: not even one scale for all values can be paid": _block_with(nothing=lambda largest: largest),
     },
     rtol=0,
@@ -670,6 +765,26 @@ def _of_each_row(flat: Tensor, k: int, width: int) -> Tensor:
     return (flat.view(-1, width).abs().topk(min(k, width), dim=1).indices + starts).flatten()
 
 
+def _of_each_block(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tensor, float]:
+    flat = x.flatten()
+    starts = range(0, len(flat), block_size)
+    kept = torch.cat([flat[at : at + block_size].abs().topk(min(k, len(flat) - at)).indices + at for at in starts])
+    q = quantize_blockwise(flat.index_fill(0, kept, 0), codebook, block_size)
+    bits = q.bits_per_value + len(kept) * (8 * x.element_size() + 32) / len(flat)
+    return dequantize_blockwise(q).index_copy(0, kept, flat[kept]).view(x.shape), bits
+
+
+def _taken_out(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tensor, float]:
+    rest = torch.ones(x.numel(), dtype=torch.bool).index_fill(0, x.flatten().abs().topk(k).indices, False)
+    q = quantize_blockwise(x.flatten()[rest], codebook, block_size)
+    restored = x.flatten().masked_scatter(rest, dequantize_blockwise(q)).view(x.shape)
+    return restored, q.bits_per_value + k * (8 * x.element_size() + 32) / x.numel()
+
+
+def _one_too_few(flat: Tensor, k: int, width: int) -> Tensor:
+    return flat.abs().topk(max(k - 1, 0)).indices
+
+
 def _in_place(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tensor, float]:
     right = keep_outliers(x, codebook, block_size, k)
     x.view(-1)[x.flatten().abs().topk(k).indices] = 0
@@ -715,6 +830,11 @@ outliers = Check(
             choose=lambda flat, k, width: flat.topk(k).indices
         ),
         "you kept k values of every row: k counts the whole tensor": _kept_with(choose=_of_each_row),
+        "you kept k values of every block: k counts the whole tensor": _of_each_block,
+        "the kept values were cut out, and all that follows moved up into other blocks: put zeros in their places": _taken_out,
+        "one value too few was kept: a mask |x| > threshold loses the k-th largest, which is the threshold": _kept_with(
+            choose=_one_too_few
+        ),
         "you clipped the outliers to the largest ordinary value: keep them as they are, outside of the codes": _kept_with(
             remove=_clipped, back=lambda restored, kept, flat: restored
         ),
@@ -733,6 +853,9 @@ outliers = Check(
         ),
         "you counted 32 bits for a kept value: it has the dtype of x, 16 bits for bfloat16": _kept_with(
             price=lambda x, codes, k: codes + k * 64 / x.numel()
+        ),
+        "element_size() counts bytes: everything here is in bits": _kept_with(
+            price=lambda x, codes, k: codes + k * (x.element_size() + 32) / x.numel()
         ),
         "that is the price for all values together: divide by how many there are": _kept_with(
             price=lambda x, codes, k: codes * x.numel() + k * (8 * x.element_size() + 32)

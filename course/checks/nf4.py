@@ -55,6 +55,13 @@ def _without_zero_at_all(negative: int, positive: int, offset: float) -> Tensor:
     return from_quantiles(zeros=0)(negative, positive, offset)
 
 
+def _middles(negative: int, positive: int, offset: float) -> Tensor:
+    edges = [ndtri(torch.linspace(offset, 0.5, n + 1).numpy()) for n in (negative, positive)]
+    below, above = ((side[1:] + side[:-1]) / 2 for side in edges)
+    found = torch.tensor([*-below, 0.0, *above], dtype=torch.float32).sort().values
+    return found / found.max()
+
+
 def _even(negative: int, positive: int, offset: float) -> Tensor:
     return torch.cat([torch.linspace(-1, 0, negative + 1)[:-1], torch.linspace(0, 1, positive + 1)])
 
@@ -98,6 +105,11 @@ levels = Check(
         "the two sides are right, but zero is missing: neither side holds Φ⁻¹(½), so put zero in": _without_zero_at_all,
         "the levels are evenly spaced: it is the probabilities that are even; the levels are Φ⁻¹ of them": _even,
         "the probabilities start at 1, and Φ⁻¹(1) is infinite: start at δ": from_quantiles(end=1.0),
+        "these are middles between neighbouring quantiles, as in the paper's formula: take the quantiles themselves": _middles,
+        "δ is an argument: you used NF4's own 0.9677083 whatever `offset` says": from_quantiles(end=OFFSET),
+        "the levels fall: code 0 is to be the lowest": lambda negative, positive, offset: from_quantiles()(negative, positive, offset).flip(
+            0
+        ),
         "the levels are right but not in order: sort them, or a code says nothing about size": from_quantiles(order=False),
         "one side borrows the other's probabilities: each side has its own even steps from δ to ½": from_quantiles(shared=True),
         "the levels are right but not float32": from_quantiles(dtype=torch.float64),
@@ -147,7 +159,8 @@ def observe_nearest(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
     for count, shape in ((16, (40, 7)), (5, (90,)), (256, (3, 4, 50))):
-        levels = torch.cat([torch.tensor([-1.0, 1.0]), 2 * torch.rand(count - 2, generator=g) - 1]).sort().values
+        inner = (torch.randperm(9999, generator=g)[: count - 2] - 4999) / 5000  # no two are equal: either code would be right
+        levels = torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
         scaled = 0.6 * torch.randn(shape, generator=g)  # some beyond −1 and 1
         close = (scaled[..., None] - midpoints(levels)).abs().amin(-1) < 1e-5
         seen[f"codes of {count} levels, values of shape {tuple(shape)}"] = answer(torch.where(close, levels[0], scaled), levels)
@@ -207,6 +220,20 @@ def _halves(codes: Tensor) -> Tensor:
     return first << 4 | second
 
 
+def _shifted_too_far(codes: Tensor) -> Tensor:
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_full((1,), 7)])
+    return codes[::2] << 4 + codes[1::2]
+
+
+def _filled_in_front(codes: Tensor) -> Tensor:
+    return packer()(torch.cat([codes.new_full((len(codes) % 2,), 7), codes]))
+
+
+def _always_filled(codes: Tensor) -> Tensor:
+    return packer()(torch.cat([codes, codes.new_full((2 - len(codes) % 2,), 7)]))
+
+
 def _lone_code_low(codes: Tensor) -> Tensor:
     packed = packer()(codes)
     if len(codes) % 2:
@@ -222,9 +249,11 @@ def observe_pack(answer, seed: int) -> dict:
         codes[-1] = (codes[-1] % 7) + 8  # not the spare code, and not its mirror image
         if n % 2 == 0:
             codes[0] = (codes[-1] + 3) % 8  # the two halves of a byte differ
-        given = codes.clone()
-        seen[f"{n} codes"] = answer(codes)
-        seen[f"the {n} codes that were passed in, afterwards"] = "as before" if torch.equal(codes, given) else "changed"
+        given, name = codes.clone(), f"{n} codes" if n > 1 else "a single code"
+        packed = seen[name] = answer(codes)
+        seen[f"what was passed in, {name}, afterwards"] = "as before" if torch.equal(codes, given) else "changed"
+        if not isinstance(packed, Tensor) or packed.shape != ((n + 1) // 2,):
+            return seen  # an answer without a place for a lone code fails here, before it raises for longer ones
     return seen
 
 
@@ -237,12 +266,17 @@ pack = Check(
         "the nibbles are swapped: the first of two codes belongs into the high four bits, so that [1, −1] is 0xF0": packer(
             first_high=False
         ),
-        "the last code of an odd length is lost: 65 codes need 33 bytes": packer(keep_odd=False),
+        "the last code of an odd length is lost: it has no partner, so append a 7 before you pair; 65 codes need 33 bytes": packer(
+            keep_odd=False
+        ),
         "the unused half of the last byte is 0, which is the code of −1: fill it with 7, the code of zero": packer(spare=0),
         "the unused half of the last byte is 15, which is the code of 1: fill it with 7, the code of zero": packer(spare=15),
         "a lone last code sits in the low bits: it is a first code too, so it goes into the high ones": _lone_code_low,
         "a byte holds a code of the first half and one of the second half: it should hold two neighbours": _halves,
         "every code still has a byte of its own: two of them go into one": lambda codes: codes.clone(),
+        "an even length got a byte more: fill up only if n is odd": _always_filled,
+        "the filling came first, and every code moved by half a byte: append it at the end": _filled_in_front,
+        "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": _shifted_too_far,
         "the bytes are right but not uint8": packer(dtype=torch.int64),
     },
 )
@@ -250,7 +284,9 @@ pack = Check(
 # ------------------------------------------------------------------------------------------------------------- dequantize
 
 
-def restorer(first_high=True, codebook=NF4_CODEBOOK, scales=None, cast=True, one_rounding=True, reshape=True, combine=torch.mul):
+def restorer(
+    first_high=True, codebook=NF4_CODEBOOK, scales=None, cast=True, one_rounding=True, reshape=True, combine=torch.mul, levels_first=False
+):
     """Restoring, with one part replaced."""
 
     def dequantize(packed: Tensor, absmax: Tensor, shape: tuple, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -258,7 +294,7 @@ def restorer(first_high=True, codebook=NF4_CODEBOOK, scales=None, cast=True, one
         halves = [packed >> 4, packed & 15]
         codes = torch.stack(halves if first_high else halves[::-1], 1).flatten()[:n].int()
         scale = (scales or each_block)(absmax, n, block_size)
-        levels = codebook[codes]
+        levels = codebook[codes].to(dtype) if levels_first else codebook[codes]
         values = combine(levels, scale) if one_rounding else combine(levels.to(dtype), scale.to(dtype))
         values = values.to(dtype) if cast else values.float()
         return values.view(shape) if reshape else values
@@ -277,6 +313,12 @@ def _spread_evenly(absmax: Tensor, n: int, block_size: int) -> Tensor:
 
 def _tiled(absmax: Tensor, n: int, block_size: int) -> Tensor:
     return absmax.repeat(block_size)[:n]
+
+
+def _all_high_first(packed: Tensor, absmax: Tensor, shape: tuple, block_size: int, dtype: torch.dtype) -> Tensor:
+    n = torch.Size(shape).numel()
+    codes = torch.cat([packed >> 4, packed & 15])[:n].int()
+    return (NF4_CODEBOOK[codes] * each_block(absmax, n, block_size)).to(dtype).view(shape)
 
 
 def dequantize_by_pairs(packed: Tensor, absmax: Tensor, shape: tuple, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -325,6 +367,10 @@ dequantize = Check(
         "levels and scales are rounded to the dtype before they are multiplied: multiply in float32, then round once": restorer(
             one_rounding=False
         ),
+        "the levels are rounded to the dtype before they are multiplied: multiply in float32, then round once": restorer(levels_first=True),
+        "all high halves come first, then all low ones: the two halves of a byte are neighbours (stack and flatten, not cat)": (
+            _all_high_first
+        ),
         "the values are right but flat: give them the tensor's shape": restorer(reshape=False),
         "codes are looked up in evenly spaced levels: use NF4_CODEBOOK": restorer(codebook=torch.linspace(-1, 1, 16)),
     },
@@ -368,6 +414,47 @@ def _distribution(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return torch.full((len(levels),), 1 / len(levels))
 
 
+def _count(scaled: Tensor, levels: Tensor) -> Tensor:
+    return torch.bincount(torch.bucketize(scaled, midpoints(levels)), minlength=len(levels)).float()
+
+
+def _shares_in_16_bits(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    scaled = [piece / piece.abs().max().clamp(min=1e-7) for piece in x.flatten().split(block_size)]
+    return _count(torch.cat(scaled).float(), levels) / x.numel()
+
+
+def _last_borrows(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    pieces = x.float().flatten().split(block_size)
+    scales = [piece.abs().max().clamp(min=1e-38) for piece in pieces]
+    if len(pieces[-1]) < block_size:
+        scales[-1] = scales[-2]
+    return _count(torch.cat([piece / scale for piece, scale in zip(pieces, scales, strict=True)]), levels) / x.numel()
+
+
+def _mean_of_blocks(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    pieces = x.float().flatten().split(block_size)
+    return torch.stack([_count(piece / piece.abs().max().clamp(min=1e-38), levels) / len(piece) for piece in pieces]).mean(0)
+
+
+def _without_zeros(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    scaled = torch.cat([piece / piece.abs().max() for piece in x.float().flatten().split(block_size) if piece.any()])
+    return _count(scaled, levels) / len(scaled)
+
+
+def _even_bins(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    scaled = torch.cat([piece / piece.abs().max().clamp(min=1e-38) for piece in x.float().flatten().split(block_size)])
+    return torch.histc(scaled, len(levels), -1, 1) / len(scaled)
+
+
+def _off_the_midpoints(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
+    flat = x.flatten().clone()
+    for block in flat.split(block_size):
+        share = block.double() / block.double().abs().max().clamp(min=1e-38)
+        block[(share[:, None] - midpoints(levels.double())).abs().amin(1) < 1e-5] = 0
+    return flat.view(x.shape)
+
+
 def observe_occupancy(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
@@ -375,16 +462,17 @@ def observe_occupancy(answer, seed: int) -> dict:
     for label, levels, n, block_size, dtype in (
         ("NF4's bins, blocks of 64, a short last block", NF4_CODEBOOK, 64 * 60 + 37, 64, torch.float32),
         ("a bfloat16 tensor, blocks of 256", NF4_CODEBOOK, 256 * 18 + 101, 256, torch.bfloat16),
-        ("five bits, blocks of 32", normal_float_codebook(5), 32 * 120, 32, torch.float32),
+        ("five bits, a float16 tensor, blocks of 32", normal_float_codebook(5), 32 * 120, 32, torch.float16),
     ):
         x = torch.randn(n, generator=g)
         x *= sizes[torch.arange(n) // block_size % 3]
         x[-(n % block_size or block_size) :] += 1.5  # the last block is not like the others
-        seen[label] = answer(x.to(dtype), levels.clone(), block_size)
-    x = torch.randn(40, 64, generator=g)
-    x[7] = 0
-    seen["a matrix with a block of zeros"] = answer(x, NF4_CODEBOOK.clone(), 64)
-    seen["values that leave the upper bins empty"] = answer(-1 - torch.rand(300, generator=g), int_codebook(4), 32)
+        seen[label] = answer(_off_the_midpoints(x.to(dtype), levels, block_size), levels.clone(), block_size)
+    x = torch.randn(64, 40, generator=g)  # rows end inside of a block
+    x.view(-1)[7 * 64 : 8 * 64] = 0
+    seen["a matrix with a block of zeros"] = answer(_off_the_midpoints(x, NF4_CODEBOOK, 64), NF4_CODEBOOK.clone(), 64)
+    x = _off_the_midpoints(-1 - torch.rand(300, generator=g), int_codebook(4), 32)
+    seen["values that leave the upper bins empty"] = answer(x, int_codebook(4), 32)
     return seen
 
 
@@ -407,6 +495,11 @@ occupancy = Check(
         "these are counts: divide by the number of values": sharer(share=0),
         "these are percentages: return shares that sum to 1": sharer(share=100.0),
         "a bin without values has no entry: return one share for every level (minlength)": sharer(minlength=False),
+        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": _shares_in_16_bits,
+        "the short last block was divided by the largest value of the block before it: it has its own": _last_borrows,
+        "these are the blocks' shares averaged: a short last block then counts as much as a whole one; count values": _mean_of_blocks,
+        "blocks of zeros were left out: their values are zero, and they count": _without_zeros,
+        "bins were cut at even steps from −1 to 1: cut at the midpoints between `levels`": _even_bins,
         "bins were cut at the levels: they are cut at the midpoints between levels": sharer(edges=lambda levels: levels[1:]),
         "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": sharer(guard=False),
     },
@@ -447,6 +540,26 @@ def lloyd_step_by_sums(scaled: Tensor, weight: Tensor, levels: Tensor, kept: tup
     return new
 
 
+def _all_weights(scaled: Tensor, weight: Tensor, levels: Tensor, kept: tuple = ()) -> Tensor:
+    codes = torch.bucketize(scaled, midpoints(levels))
+    new = levels.clone()
+    for code in set(range(len(levels))) - set(kept):
+        if (codes == code).any():
+            new[code] = (weight * scaled)[codes == code].sum() / weight.sum()
+    return new
+
+
+def _weighted_median(scaled: Tensor, weight: Tensor, levels: Tensor, kept: tuple = ()) -> Tensor:
+    codes = torch.bucketize(scaled, midpoints(levels))
+    new = levels.clone()
+    for code in set(range(len(levels))) - set(kept):
+        if (codes == code).any():
+            values, order = scaled[codes == code].sort()
+            mass = weight[codes == code][order].cumsum(0)
+            new[code] = values[(mass >= mass[-1] / 2).nonzero()[0].item()]
+    return new
+
+
 def _weights_of_the_bin_only(scaled: Tensor, weight: Tensor, levels: Tensor, kept: tuple = ()) -> Tensor:
     codes = torch.bucketize(scaled, midpoints(levels))
     new = levels.clone()
@@ -467,10 +580,12 @@ def observe_lloyd_step(answer, seed: int) -> dict:
         blocks = torch.randn(60, 64, generator=g) * (0.3 + 2 * torch.rand(60, 1, generator=g))
         absmax = blocks.abs().amax(1)
         scaled, weight = (blocks / absmax[:, None]).flatten(), absmax.square().repeat_interleave(64)
+        scaled = torch.where((scaled[:, None] - midpoints(levels)).abs().amin(1) < 1e-5, 0, scaled)
         given = levels.clone()
         seen[label] = answer(scaled, weight, given, kept)
         seen[f"{label}: what was passed in, afterwards"] = "as before" if torch.equal(given, levels) else "changed"
     scaled, weight = 0.3 * torch.rand(200, generator=g) + 0.1, 0.5 + torch.rand(200, generator=g)
+    scaled = torch.where((scaled[:, None] - midpoints(NF4_CODEBOOK)).abs().amin(1) < 1e-5, 0.25, scaled)
     seen["values that leave some levels unused"] = answer(scaled, weight, NF4_CODEBOOK.clone(), ())
     return seen
 
@@ -487,6 +602,8 @@ lloyd_step = Check(
         "the weights were squared once more: they are absmax² already": stepper(weigh=torch.square),
         "the root of the weights was used: squared error wants absmax², which is what is passed in": stepper(weigh=torch.sqrt),
         "the weighted sum is divided by the number of values: divide it by the sum of the weights": _weights_of_the_bin_only,
+        "the weighted sum is divided by all weights: divide by the sum of the weights in the level's own bin": _all_weights,
+        "each level moves to the weighted median: that is for absolute error; for squared error it is the weighted mean": _weighted_median,
         "each level moves to the middle between its smallest and largest value: the squared error is least at the mean": stepper(
             centre="middle"
         ),
