@@ -7,14 +7,33 @@ A bfloat16 layer with float32 factors is the usual case of LoRA on a large model
 autograd keeps float32(x) for A's gradient: a copy, twice as large as x, for every adapted layer, even where several layers (query, key and
 value) read the same x. This module computes the same numbers, but keeps x itself and widens it again in the backward; and the sum goes to
 bfloat16 in one pass, without a float32 sum on the way.
+
+On CUDA, where Triton is installed, :mod:`reference.kernels.low_rank` computes the same on the tensor cores and widens nothing;
+``use_tensor_cores(False)`` goes back to plain torch.
 """
 
+import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_TRITON = importlib.util.find_spec("triton") is not None
+_tensor_cores_wanted = True
+
+
+def use_tensor_cores(wanted: bool) -> None:
+    """Whether bfloat16 layers with float32 factors on CUDA go through the kernels; they do until told otherwise."""
+    global _tensor_cores_wanted
+    _tensor_cores_wanted = wanted
+
+
+def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether :mod:`reference.kernels.low_rank` computes this update."""
+    kinds = y.dtype == x.dtype == torch.bfloat16 and A.dtype == B.dtype == torch.float32
+    return _tensor_cores_wanted and _TRITON and kinds and x.is_cuda and x.numel() > 0
 
 
 def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -33,7 +52,10 @@ def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 
 def _compute(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """The sum, and h = A·x with its share of the scale, which the gradient of B needs."""
+    """The sum, and h = A·x, which the gradient of B needs; by torch with its share of the scale, by the kernels without."""
+    if takes_kernels(y, x, A, B):
+        total, h = (kernels_forward if torch.compiler.is_compiling() else _kernels_forward)(_rows(y), _rows(x), A, B, float(s))
+        return total.view(y.shape), h
     thin, wide = _split(s)
     h = F.linear(x.to(A.dtype), A)  # (..., r)
     h = h.mul_(thin) if thin != 1 else h
@@ -46,7 +68,7 @@ class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         total, h = _compute(y, x, A, B, s)
-        ctx.s = s
+        ctx.s, ctx.by_kernels = s, takes_kernels(y, x, A, B)
         ctx.save_for_backward(x, h, A, B)
         return total
 
@@ -54,6 +76,10 @@ class _AddUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B = ctx.saved_tensors
+        if ctx.by_kernels:
+            run = kernels_backward if torch.compiler.is_compiling() else _kernels_backward
+            grad_x, grad_A, grad_B = run(_rows(grad), _rows(x), h, A, B, float(ctx.s))
+            return grad, grad_x.view(x.shape), grad_A, grad_B, None
         thin, wide = _split(ctx.s)
         g = grad.to(A.dtype)  # (..., out)
         g = g * wide if wide != 1 else g
@@ -73,3 +99,29 @@ def _rows(tensor: Tensor) -> Tensor:
 def _split(s: float) -> tuple[float, float]:
     """The factors for the thin (..., r) and the wide (..., out) tensor. A power of two rounds nothing, so it goes where it costs little."""
     return (s, 1) if math.frexp(s)[0] == 0.5 else (1, s)
+
+
+def _kernels_forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    from reference.kernels import low_rank
+
+    return low_rank.forward(y, x, A, B, s)
+
+
+def _kernels_backward(grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    from reference.kernels import low_rank
+
+    return low_rank.backward(grad, x, h, A, B, s)
+
+
+# To torch.compile each is one operation, of which it knows the shapes; called directly, they cost less time of the CPU.
+kernels_forward = torch.library.custom_op(
+    "lora::forward", _kernels_forward, mutates_args=(), schema="(Tensor y, Tensor x, Tensor A, Tensor B, float s) -> (Tensor, Tensor)"
+)
+kernels_backward = torch.library.custom_op(
+    "lora::backward",
+    _kernels_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor h, Tensor A, Tensor B, float s) -> (Tensor, Tensor, Tensor)",
+)
+kernels_forward.register_fake(lambda y, x, A, B, s: (y.new_empty(y.shape), x.new_empty(len(x), len(A), dtype=A.dtype)))
+kernels_backward.register_fake(lambda grad, x, h, A, B, s: (x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)))

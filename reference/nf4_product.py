@@ -24,6 +24,7 @@ from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 SCALES_BLOCK = 256  # scales that share a scale; the only number that bitsandbytes computes with
 PIECE = 1 << 22  # values quantized or dequantized at a time by plain torch: a GPU needs about 20 bytes for each in between
+_TRITON = importlib.util.find_spec("triton") is not None  # searched once: it is asked at every product
 _kernels_wanted = True
 
 
@@ -35,7 +36,7 @@ def use_kernels(wanted: bool) -> None:
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels, where they are wanted and can run."""
-    if not (_kernels_wanted and tensor.is_cuda and importlib.util.find_spec("triton")):
+    if not (_kernels_wanted and _TRITON and tensor.is_cuda):
         return None
     from reference.kernels import nf4
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from reference.blockwise import check_block_size
 from reference.nf4_format import belongs, read_state, write_state
-from reference.nf4_product import SCALES_BLOCK, Layout, NF4Product, Packed, pack, unpack
+from reference.nf4_ops import nf4_product
+from reference.nf4_product import SCALES_BLOCK, Layout, Packed, pack, unpack
 
 
 class NF4Linear(nn.Module):
@@ -126,8 +127,7 @@ class NF4Linear(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"the input must hold floating numbers, got {x.dtype}")
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        tensors = (self.weight, self.absmax, self.nested_absmax, self.offset)
-        return NF4Product.apply(x.to(self.compute_dtype), bias, *tensors, self.layout).to(x.dtype)
+        return nf4_product(x.to(self.compute_dtype), bias, self.packed, self.layout).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """``to``, ``half`` and the like: codes and scales follow to another device, and keep their dtype and so their bits."""

@@ -17,7 +17,7 @@ ORDER = {
     "03": ["blockwise"],
     "04": ["nf4"],
     "05": ["double_quant"],
-    "06": ["nf4_product", "nf4_format", "qlora_layer", "qlora_merge", "qlora"],
+    "06": ["chunked_loss", "llama", "fast_step", "nf4_product", "nf4_ops", "nf4_format", "qlora_layer", "qlora_merge", "qlora"],
     "07": ["paging", "offload"],
     "08": ["checkpointing", "precision"],
     "09": ["ewc", "rehearsal", "progressive"],
