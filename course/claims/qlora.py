@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from course.lab import evaluation, live, models, recorded
 from course.lab.quantized import quantized_copy
+from course.lab.traffic import MovedBytes
 from course.lab.world import World
+from reference.blockwise import midpoints
 from reference.lora import LoRALinear
 from reference.memory import training_memory
 from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_2_70B, ModelShape
-from reference.nf4 import dequantize_nf4, quantize_nf4
+from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
 from reference.recipes import LORA, QLORA, nf4_bytes, weights
 
@@ -279,6 +281,228 @@ def slower_few_tokens() -> float:
 
 def slower_many_tokens() -> float:
     return _slower(4, 2048)
+
+
+# Measured: whole steps in processes under a cap
+
+
+@functools.cache
+def _capped() -> dict:
+    """Name of a model, "70B" -> what was measured, with bytes in GB."""
+    found = {}
+    for row in recorded.load("qlora_caps", device="h100")["result"]["rows"]:
+        sizes = {"process": row["context"] + row["reserved"], "weights": row["built"] - row["adapters"]}
+        sizes |= {key: row[key] for key in ("cap", "peak", "predicted")}
+        found[row["name"]] = row | {key: count / 1e9 for key, count in sizes.items()}
+    return found
+
+
+def _of_capped(name: str, what: str) -> float:
+    return _capped()[name][what]
+
+
+capped_70b_cap = functools.partial(_of_capped, "70B", "cap")
+capped_70b_weights = functools.partial(_of_capped, "70B", "weights")
+capped_70b_peak = functools.partial(_of_capped, "70B", "peak")
+capped_70b_predicted = functools.partial(_of_capped, "70B", "predicted")
+capped_70b_process = functools.partial(_of_capped, "70B", "process")
+capped_70b_seconds = functools.partial(_of_capped, "70B", "seconds")
+capped_33b_cap = functools.partial(_of_capped, "33B", "cap")
+capped_33b_weights = functools.partial(_of_capped, "33B", "weights")
+capped_33b_peak = functools.partial(_of_capped, "33B", "peak")
+capped_33b_predicted = functools.partial(_of_capped, "33B", "predicted")
+capped_33b_process = functools.partial(_of_capped, "33B", "process")
+capped_33b_seconds = functools.partial(_of_capped, "33B", "seconds")
+capped_13b_cap = functools.partial(_of_capped, "13B", "cap")
+capped_13b_weights = functools.partial(_of_capped, "13B", "weights")
+capped_13b_peak = functools.partial(_of_capped, "13B", "peak")
+capped_13b_predicted = functools.partial(_of_capped, "13B", "predicted")
+capped_13b_process = functools.partial(_of_capped, "13B", "process")
+capped_13b_seconds = functools.partial(_of_capped, "13B", "seconds")
+capped_7b_cap = functools.partial(_of_capped, "7B", "cap")
+capped_7b_weights = functools.partial(_of_capped, "7B", "weights")
+capped_7b_peak = functools.partial(_of_capped, "7B", "peak")
+capped_7b_predicted = functools.partial(_of_capped, "7B", "predicted")
+capped_7b_process = functools.partial(_of_capped, "7B", "process")
+capped_7b_seconds = functools.partial(_of_capped, "7B", "seconds")
+
+
+def capped_70b_first_loss() -> float:
+    return _of_capped("70B", "losses")[0]
+
+
+def capped_70b_last_loss() -> float:
+    return _of_capped("70B", "losses")[-1]
+
+
+def capped_losses_fall() -> bool:
+    """For all four, from that of guessing; 70B's goes back up almost all the way at two of its steps."""
+    fall = all(row["losses"][-1] < row["losses"][0] - 0.09 and abs(row["losses"][0] - math.log(32000)) < 0.01 for row in _capped().values())
+    losses = _of_capped("70B", "losses")
+    return fall and sum(loss > losses[1] - 0.005 for loss in losses[5:]) == 2
+
+
+def capped_processes_fit() -> bool:
+    return all(row["process"] <= row["cap"] for row in _capped().values())
+
+
+def capped_predictions_hold() -> bool:
+    """Peak and weights to within a thousandth."""
+    peaks = all(abs(row["predicted"] / row["peak"] - 1) < 1e-3 for row in _capped().values())
+    return peaks and all(abs(row["predicted_parts"]["weights"] / 1e9 / row["weights"] - 1) < 1e-3 for row in _capped().values())
+
+
+# Measured: kernels
+
+
+@functools.cache
+def _speed() -> dict:
+    return recorded.load("nf4_kernels", device="h100")["result"]
+
+
+def _milliseconds(work: str, who: str, rows: int | None = None) -> float:
+    (row,) = [row for row in _speed()["rows"] if row["work"] == work and row.get("rows") == rows]
+    return row[who]
+
+
+def copy_rate() -> float:
+    """GB/s of a copy within the card, read and written."""
+    return _speed()["copy_gigabytes_per_second"]
+
+
+quantize_torch = functools.partial(_milliseconds, "quantize", "torch")
+quantize_bitsandbytes = functools.partial(_milliseconds, "quantize", "bitsandbytes")
+quantize_ours = functools.partial(_milliseconds, "quantize", "ours")
+quantize_floor = functools.partial(_milliseconds, "quantize", "floor")
+dequantize_torch = functools.partial(_milliseconds, "dequantize", "torch")
+dequantize_compiled = functools.partial(_milliseconds, "dequantize", "torch.compile")
+dequantize_bitsandbytes = functools.partial(_milliseconds, "dequantize", "bitsandbytes")
+dequantize_ours = functools.partial(_milliseconds, "dequantize", "ours")
+dequantize_floor = functools.partial(_milliseconds, "dequantize", "floor")
+
+
+def quantize_speedup() -> float:
+    """Over bitsandbytes."""
+    return quantize_bitsandbytes() / quantize_ours()
+
+
+def dequantize_speedup() -> float:
+    return dequantize_bitsandbytes() / dequantize_ours()
+
+
+def kernels_give_the_same() -> bool:
+    """Codes as bitsandbytes', decoded weights as plain torch's and bitsandbytes', bit for bit."""
+    return all(_speed()["equal"].values())
+
+
+def bytes_that_must_move() -> float:
+    """Per weight, between bfloat16 and NF4 in blocks of 64."""
+    return 2 + 0.5 + 4 / 64
+
+
+@functools.cache
+def _moved(work: str) -> float:
+    """Bytes a weight that plain torch's operators read and write."""
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = quantize_nf4(weight)
+    with MovedBytes() as moved:
+        quantize_nf4(weight) if work == "quantize" else dequantize_nf4(q)
+    return moved.bytes / weight.numel()
+
+
+quantize_moved = functools.partial(_moved, "quantize")
+dequantize_moved = functools.partial(_moved, "dequantize")
+
+
+def moved_bytes_explain_plain_torch() -> bool:
+    """The counted bytes, at the rate of a copy, take three quarters of the measured time or more, and not more than it."""
+    per_millisecond = 1e6 * copy_rate() / _speed()["side"] ** 2
+    shares = [_moved(work) / per_millisecond / _milliseconds(work, "torch") for work in ("quantize", "dequantize")]
+    return all(0.75 < share < 1 for share in shares)
+
+
+def one_comparison_is_enough() -> bool:
+    """Cut at (k − ½)/15, no cell holds two midpoints, and none lies within a thousandth of an edge."""
+    between, edges = midpoints(NF4_CODEBOOK), (torch.arange(33) - 16.5) / 15
+    apart = (between[:, None] - edges).abs().min()
+    return bool(torch.searchsorted(between, edges).diff().max() == 1 and apart > 1e-3)
+
+
+def _linear(who: str, rows: int) -> float:
+    return _milliseconds("linear", who, rows)
+
+
+one_row_ours = functools.partial(_linear, "ours", 1)
+one_row_bitsandbytes = functools.partial(_linear, "bitsandbytes", 1)
+one_row_16_bit = functools.partial(_linear, "bf16 weights", 1)
+rows_16_ours = functools.partial(_linear, "ours", 16)
+rows_16_bitsandbytes = functools.partial(_linear, "bitsandbytes", 16)
+rows_16_16_bit = functools.partial(_linear, "bf16 weights", 16)
+rows_64_ours = functools.partial(_linear, "ours", 64)
+rows_64_bitsandbytes = functools.partial(_linear, "bitsandbytes", 64)
+rows_64_16_bit = functools.partial(_linear, "bf16 weights", 64)
+rows_512_ours = functools.partial(_linear, "ours", 512)
+rows_512_bitsandbytes = functools.partial(_linear, "bitsandbytes", 512)
+rows_512_16_bit = functools.partial(_linear, "bf16 weights", 512)
+rows_8192_ours = functools.partial(_linear, "ours", 8192)
+rows_8192_bitsandbytes = functools.partial(_linear, "bitsandbytes", 8192)
+rows_8192_16_bit = functools.partial(_linear, "bf16 weights", 8192)
+
+
+def _operations_per_second() -> float:
+    """Of a product of bf16 matrices, 8192 × 8192 each."""
+    return 2 * _speed()["side"] ** 3 / (1e-3 * _linear("floor", 8192))
+
+
+def capped_70b_products_seconds() -> float:
+    """Of the products with all linears at that rate: forward, again, and for the gradient; 2 operations a weight and token each."""
+    return 6 * LLAMA_2_70B.linear_parameters * _capped()["70B"]["sequence"] / _operations_per_second()
+
+
+def fewer_bytes() -> float:
+    """bf16 weights over NF4's codes and float32 scales."""
+    return 2 / (0.5 + 4 / 64)
+
+
+def one_row_speedup() -> float:
+    """Over bf16 weights."""
+    return one_row_16_bit() / one_row_ours()
+
+
+def one_row_share_of_the_rate() -> float:
+    """Of the rate of a copy that the four-bit layer reaches, per cent."""
+    return 100 * _linear("floor", 1) / one_row_ours()
+
+
+def one_row_share_of_the_rate_16_bit() -> float:
+    return 100 * 2 * _speed()["side"] ** 2 / (1e6 * copy_rate()) / one_row_16_bit()
+
+
+def flat_to_64_rows() -> float:
+    """How much longer bf16 weights take for 64 rows than for one, per cent."""
+    return 100 * (rows_64_16_bit() / one_row_16_bit() - 1)
+
+
+def rows_that_fill_the_arithmetic() -> float:
+    """Rows at which a bf16 layer's products take as long as reading its weight: 2 operations a row against 2 bytes."""
+    return _operations_per_second() / (1e9 * copy_rate())
+
+
+def four_bits_win_to_16_rows_and_lose_from_64() -> bool:
+    return all(
+        (_linear("ours", rows) < _linear("bf16 weights", rows)) == (rows <= 32) for rows in (1, 2, 4, 8, 16, 64, 128, 512, 2048, 8192)
+    )
+
+
+def many_rows_cost_decoding_and_product() -> bool:
+    """Above 64 rows: decoding plus the product over bf16 weights, to within 4 per cent."""
+    sums = {rows: dequantize_ours() + _linear("bf16 weights", rows) for rows in (128, 512, 2048, 8192)}
+    return all(abs(both / _linear("ours", rows) - 1) < 0.04 for rows, both in sums.items())
+
+
+def fused_beats_both_at_64() -> bool:
+    """Decoding on the way still takes less than writing the weight out and multiplying."""
+    return rows_64_ours() < 0.7 * (dequantize_ours() + rows_64_16_bit())
 
 
 # Measured: quality of the tiny model
