@@ -1,10 +1,13 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the worked answers against the modules."""
 
 import copy
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,9 +78,43 @@ def checkpointed(x, packed, absmax, bias, shape, block_size):
     return torch.utils.checkpoint.checkpoint(run, x, bias, use_reentrant=False)
 
 
-@pytest.mark.parametrize("answer", [by_the_reference, function_of(forward, backward)])
+def backward_with(gradient_of_x, gradient_of_bias=lambda flat: flat.sum(0)):
+    """A backward from the flat gradient, (rows, out), and Ŵ."""
+
+    def backward(ctx, grad):
+        flat, weight = grad.reshape(-1, grad.shape[-1]), decode(*ctx.saved_tensors, *ctx.layout, grad.dtype)
+        return gradient_of_x(flat, weight).reshape(*grad.shape[:-1], -1), None, None, gradient_of_bias(flat), None, None
+
+    return backward
+
+
+ROW_BY_ROW = backward_with(lambda flat, weight: torch.stack([row @ weight for row in flat]), sum)
+WITHOUT_PRODUCTS = backward_with(lambda flat, weight: (flat[..., None] * weight).sum(-2))
+BIAS_BY_A_PRODUCT = backward_with(torch.matmul, lambda flat: torch.ones(len(flat), dtype=flat.dtype) @ flat)
+IN_NUMPY = backward_with(lambda flat, weight: torch.from_numpy(flat.float().numpy() @ weight.float().numpy()).to(flat.dtype))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [by_the_reference, *(function_of(forward, back) for back in (backward, ROW_BY_ROW, WITHOUT_PRODUCTS, BIAS_BY_A_PRODUCT, IN_NUMPY))],
+)
 def test_other_right_products_pass(answer):
-    check.product(answer)
+    for seed in range(5):
+        check.product._judge(answer, seed)
+
+
+def in_float32_only(ctx, grad):
+    return grad @ decode(*ctx.saved_tensors, *ctx.layout, torch.float32), None, None, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
+
+
+def keeps_a_short_copy(ctx, x, *rest):
+    ctx.weight = decode(*rest[:2], *rest[3:], torch.bfloat16)
+    return forward(ctx, x, *rest)
+
+
+def keeps_the_output(ctx, *arguments):
+    ctx.y = forward(ctx, *arguments)
+    return ctx.y
 
 
 @pytest.mark.parametrize(
@@ -85,6 +122,12 @@ def test_other_right_products_pass(answer):
     [
         (function_of(as_attribute, from_attribute), "a dense copy of the weight is kept"),
         (function_of(keeps_the_input, backward), "the input is kept"),
+        (function_of(keeps_the_output, backward), "the output is kept"),
+        (function_of(keeps_a_short_copy, backward), "bytes kept.*expected 0, got 1920"),
+        (function_of(forward, in_float32_only), "with a bfloat16 input the backward fails"),
+        (function_of(forward, lambda ctx, grad: backward(ctx, grad)[:5]), "incorrect number of gradients"),
+        (lambda x, packed, absmax, bias, shape, block_size: torch.zeros(*x.shape[:-1], shape[0]), "values differ"),
+        (lambda x, *rest: x, "values differ"),
         (checkpointed, "the input is kept"),
         (function_of(forward, two_axes_only), "bias beside a vector"),
         (function_of(forward, lambda ctx, grad: (None,) * 6), "gradient of the input: expected a tensor"),
@@ -118,14 +161,19 @@ def test_the_worked_answer_counts_what_is_there():
         lambda model, skip: check.base_bytes(model, ("lm_head",)),
         lambda model, skip: {key: float(round(value)) for key, value in check.base_bytes(model, skip).items()},
         lambda model, skip: {key: value for key, value in check.base_bytes(model, skip).items() if key != "codes"},
-        check.base_with(quantized=lambda name, module: name.endswith("proj")),
+        lambda model, skip: dict.fromkeys(check.base_bytes(model, skip), 0),
+        lambda model, skip: tuple(check.base_bytes(model, skip).values()),
+        lambda model, skip: {**check.base_bytes(model, skip), "bits per quantized weight": 4.127},
+        check.base_with(skips=lambda name, skip: name.endswith(tuple(skip))),
+        check.base_with(scales=lambda blocks: sum(5 * count for count in blocks)),
     ],
 )
 def test_sly_counts_are_refused(answer):
-    if answer.__qualname__.endswith("base_with.<locals>.answer"):
-        check.bytes_of_base(answer)  # it goes by names, and here that comes to the same
-    else:
-        refused(check.bytes_of_base, answer, ".")
+    refused(check.bytes_of_base, answer, ".")
+
+
+def test_layers_may_be_known_by_their_names():
+    check.bytes_of_base(check.base_with(quantized=lambda name, module: name.endswith(("proj", "head"))))
 
 
 def test_bits_of_a_quantized_weight_are_what_a_layer_takes():
@@ -149,6 +197,11 @@ def test_the_worked_break_even_is_one():
         lambda linears, others: {key: value / 2**30 for key, value in check.frozen_with()(linears, others).items()},
         lambda linears, others: check.frozen_with()(linears, 0),
         lambda linears, others: None,
+        lambda linears, others: dict.fromkeys(check.frozen_with()(linears, others), 0),
+        check.frozen_with(moment=lambda sizes: 2 * min(sizes)),
+        check.frozen_with(moment=lambda sizes: 2 * sizes[0]),
+        lambda linears, others: check.frozen_with(moment=lambda sizes: 2 * math.prod(max(linears)))(linears, others),
+        lambda linears, others: check.frozen_with()(linears, others + 1),
     ],
 )
 def test_sly_comparisons_are_refused(answer):
@@ -191,7 +244,7 @@ def mean_error(q, original, *rest):
     return {**found, "errors": {k: ((w.float() - trained).abs().mean() / trained.abs().mean()).item() for k, w in found["weights"].items()}}
 
 
-def changes_its_input(q, original, *rest):
+def all_in_float32(q, original, *rest):
     found = check.merges.reference(q, original, *rest)
     found["weights"] = {key: weight.float() for key, weight in found["weights"].items()}
     return found
@@ -199,7 +252,17 @@ def changes_its_input(q, original, *rest):
 
 @pytest.mark.parametrize(
     "answer, words",
-    [(only("weights"), "the error"), (only("errors"), "the weight"), (mean_error, "the error"), (changes_its_input, "bfloat16, got")],
+    [
+        (only("weights"), "missing: errors"),
+        (only("errors"), "missing: weights"),
+        (mean_error, "errors: dequantized"),
+        (all_in_float32, "bfloat16, got"),
+        (lambda *arguments: check.merges.reference(*arguments)["weights"], "missing: errors, weights"),
+        (lambda *arguments: list(check.merges.reference(*arguments)), "expected a dictionary, got list"),
+        (check.merge_with(scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
+        (check.merge_with(requantize=lambda q, decoded, original, delta: decoded), "weights: requantized"),
+        (check.merge_with(error=lambda merged, true, delta: ((merged - true) / true).abs().mean().item()), "errors: dequantized"),
+    ],
 )
 def test_sly_merges_are_refused(answer, words):
     refused(check.merges, answer, words)
@@ -221,10 +284,67 @@ def in_float32(baseline, candidate, tolerance, confidence):
     return {"estimate": estimate, "low": low, "high": high, "verdict": verdict}
 
 
-@pytest.mark.parametrize("answer", [by_the_lab, in_float32])
+def by_scipys_test(baseline, candidate, tolerance, confidence):
+    after, before = (losses.double().numpy().mean(1) for losses in (candidate, baseline))
+    interval = stats.ttest_rel(after, before).confidence_interval(confidence)
+    low, high = np.exp(interval.low) - 1, np.exp(interval.high) - 1
+    verdict = ("unknown" if low <= tolerance else "beyond") if high > tolerance else "within"
+    return {"verdict": verdict, "high": high, "low": low, "estimate": np.exp((after - before).mean()) - 1}
+
+
+@pytest.mark.parametrize("answer", [by_the_lab, in_float32, by_scipys_test])
 def test_other_right_rules_pass(answer):
-    for _ in range(5):
-        check.rule(answer)
+    for seed in range(5):
+        check.rule._judge(answer, seed)
+
+
+def bytes_by_pointers(model, skip):
+    """numpy's integers, and addresses of memory in place of identities."""
+    layers = [m for name, m in model.named_modules() if type(m) is nn.Linear and name.split(".")[-1] not in skip]
+    sizes = np.array([m.weight.shape.numel() for m in layers])
+    blocks = np.ceil(sizes / 64).astype(int)
+    codes, scales = ((sizes + 1) // 2).sum(), (blocks + 4 * np.ceil(blocks / 256).astype(int) + 4).sum()
+    gone = {m.weight.data_ptr() for m in layers}
+    rest = {p.data_ptr(): p.nbytes for p in model.parameters() if p.data_ptr() not in gone}
+    return {
+        "16 bits": sum(rest.values()),
+        "codes": codes,
+        "scales": scales,
+        "bits per quantized weight": 8 * (codes + scales) / sizes.sum(),
+    }
+
+
+def frozen_with_numpy(linears, others):
+    sizes = np.prod(np.array(linears), axis=1)
+    base = sizes.sum() * (4.125 + 1 / 512) / 8 + 2 * sizes.max()
+    first = 2 * (sizes.sum() + others)
+    third = base + 4 * others
+    return {
+        "LoRA": first,
+        "QLoRA": base + 2 * others,
+        "QLoRA, the rest in float32": third,
+        "QLoRA needs more from": others + (first - third) / 2,
+    }
+
+
+def merges_by_ranks(q, original, lora_A, lora_B, lora_alpha):
+    """In numpy's float64, one rank after the other."""
+    delta = sum(np.outer(b, a) for a, b in zip(lora_A.double().numpy(), lora_B.double().numpy().T, strict=True)) * lora_alpha / len(lora_A)
+    trained, base = dequantize_nf4(q, torch.float32).double().numpy() + delta, original.double().numpy()
+    narrow = {"dequantized": trained, "original": base + delta}
+    weights = {way: torch.from_numpy(weight).to(original.dtype) for way, weight in narrow.items()}
+    weights["requantized"] = dequantize_nf4(quantize_nf4(torch.from_numpy(trained).float(), q.block_size), torch.float32)
+    errors = {way: np.linalg.norm(weight.double().numpy() - trained) / np.linalg.norm(trained) for way, weight in weights.items()}
+    return {"errors": errors, "weights": weights}
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [(check.bytes_of_base, bytes_by_pointers), (check.frozen, frozen_with_numpy), (check.merges, merges_by_ranks)],
+)
+def test_right_answers_in_other_dress_pass_every_time(judge, answer):
+    for seed in range(5):
+        judge._judge(answer, seed)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +354,12 @@ def test_other_right_rules_pass(answer):
         (lambda b, c, tolerance, confidence: check.rule.reference(b, c, tolerance, 0.99), "low|high"),
         (lambda b, c, tolerance, confidence: {**check.rule.reference(b, c, tolerance, confidence), "verdict": "within"}, "verdict"),
         (lambda b, c, tolerance, confidence: check.rule.reference(b[:-1], c[:-1], tolerance, confidence), "estimate"),
-        (lambda b, c, tolerance, confidence: {"verdict": "within"}, "nothing was observed"),
+        (lambda b, c, tolerance, confidence: {"verdict": "within"}, "missing: estimate, high, low"),
+        (lambda b, c, tolerance, confidence: None, "expected a dictionary, got NoneType"),
+        (lambda *arguments: {**check.rule.reference(*arguments), "verdict": True}, "verdict: expected 'within', got True"),
+        (lambda b, c, tolerance, confidence: check.rule.reference(b, c, tolerance, 1 - confidence), "low"),
+        (check.rule_with(half=lambda lost, *_: check._student(lost, 0.95) * 2), "low"),
+        (check.rule_with(share=lambda value: math.exp(value)), "estimate"),
     ],
 )
 def test_sly_rules_are_refused(answer, words):

@@ -18,9 +18,9 @@ from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, quantize_linears
 
 
-def entries(found: object) -> dict[str, Any]:
-    """A dictionary that was asked for, or an empty one, whose entries are then missing."""
-    return dict(found) if isinstance(found, Mapping) else {}
+def entries(found: object, *names: str) -> Any:
+    """Of a dictionary the entries that were asked for; anything else as it is, so that the learner hears what it is."""
+    return {name: found[name] for name in names if name in found} if isinstance(found, Mapping) else found
 
 
 # ------------------------------------------------------------------------------------------------ the product and its gradient
@@ -46,7 +46,9 @@ def over_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def product_with(output=output, kept=keep_the_packed, through=through, bias_gradient=over_rows, waste=False, unscaled=False) -> Callable:
+def product_with(
+    output=output, kept=keep_the_packed, through=through, bias_gradient=over_rows, waste=False, unscaled=False, keep_y=False, back=None
+) -> Callable:
     """The worked answer, with pieces that can be replaced; as a function of (x, packed, absmax, bias, shape, block_size)."""
 
     class Answer(torch.autograd.Function):
@@ -55,12 +57,14 @@ def product_with(output=output, kept=keep_the_packed, through=through, bias_grad
             weight = decode(packed, absmax, shape, block_size, x.dtype)
             ctx.save_for_backward(packed, absmax, *kept(x, packed, absmax, weight))
             ctx.layout = shape, block_size
-            return output(x, weight, bias)
+            y = output(x, weight, bias)
+            ctx.y = y if keep_y else None
+            return y
 
         @staticmethod
         def backward(ctx, grad):
             packed, absmax, *_ = ctx.saved_tensors
-            weight = decode(packed, torch.ones_like(absmax) if unscaled else absmax, *ctx.layout, grad.dtype)
+            weight = decode(packed, torch.ones_like(absmax) if unscaled else absmax, *ctx.layout, back or grad.dtype)
             if waste:
                 rows = grad.reshape(-1, grad.shape[-1])
                 rows.T @ rows  # stands for ∂L/∂W: a product that nobody uses
@@ -101,17 +105,19 @@ def _in_float32(x, packed, absmax, bias, shape, block_size) -> Tensor:
 
 
 class _Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Whether a matrix product gave as many numbers as the weight has: its gradient. (How else a backward multiplies is its own affair.)"""
 
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "dot")
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
 
-    def __init__(self) -> None:
+    def __init__(self, weights: int) -> None:
         super().__init__()
-        self.count = 0
+        self.weights = weights
+        self.found = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in self.NAMES
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        self.found |= function.overloadpacket.__name__ in self.NAMES and result.numel() == self.weights
+        return result
 
 
 def _gradients(y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> list[Tensor | str]:
@@ -119,6 +125,35 @@ def _gradients(y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> list
         return ["none"] * len(leaves)
     found = torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=True)
     return ["none" if gradient is None else gradient for gradient in found]
+
+
+def _kept_bytes(answer, x: Tensor, arguments: tuple) -> int | str:
+    with LiveBytes() as live:
+        middle = x * 2.0  # not a leaf: it is freed as soon as nobody needs it
+        try:
+            y = answer(middle, *arguments)
+        except RuntimeError:
+            return "a RuntimeError"
+        total = y.sum()  # a sum needs its argument's shape only
+        del middle, y
+        return live.bytes - total.nbytes
+
+
+def _in_bfloat16(answer, x: Tensor, arguments: tuple, direction: Tensor) -> tuple[str, str]:
+    """The dtype of the output; whether both gradients are right, as far as bfloat16 goes."""
+    leaves = x.requires_grad_(), arguments[2]
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    right = _gradients(_dense(exact[0], *arguments[:2], exact[1], *arguments[3:]), tuple(exact), direction.float())
+    try:
+        y = answer(leaves[0], *arguments)
+    except RuntimeError as error:
+        return f"a RuntimeError: {error}", "none"
+    try:
+        found = _gradients(y, leaves, direction)
+    except RuntimeError as error:
+        return str(y.dtype), f"a RuntimeError: {error}"
+    near = [isinstance(g, Tensor) and bool((g.float() - r).norm() < 0.02 * r.norm()) for g, r in zip(found, right, strict=True)]
+    return str(y.dtype), "right" if all(near) else "wrong"
 
 
 def _observe_product(answer, seed: int) -> dict:
@@ -144,30 +179,22 @@ def _observe_product(answer, seed: int) -> dict:
     seen["the output requires a gradient where the input does"] = y.requires_grad
     if not y.requires_grad or y.shape != direction.shape:
         return seen
-    with _Products() as products:
+    with _Products(n * n) as products:
         gradients = _gradients(y, (x, bias), direction)
     for name, gradient in zip(("the input", "the bias"), gradients, strict=True):
         seen[f"the gradient of {name}"] = gradient
-    with LiveBytes() as live:
-        middle = x * 2.0  # not a leaf: it is freed as soon as nobody needs it
-        y = answer(middle, *arguments)
-        del middle
-        kept = live.bytes - y.nbytes
-    seen["bytes kept for the backward, beside the packed weight"] = kept
-    seen["matrix products in the backward"] = products.count
+    wide, x_wide = make(40, 24), draw(3, 24).requires_grad_()  # input, output and weight differ in size
+    seen["bytes kept for the backward, beside the packed weight"] = _kept_bytes(answer, x_wide, wide)
+    seen["the backward computes a gradient of the weight"] = products.found
     one = draw(n).requires_grad_()
     y = answer(one, *arguments)
     seen["the output of a vector"] = y
     seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = _gradients(y, (one, bias), direction[0, 0])
     frozen = answer(x, arguments[0], arguments[1], bias.detach(), *arguments[3:])
     seen["the gradient of the input when the bias is frozen"] = _gradients(frozen, (x,), direction)[0]
-    half = make(n, n, torch.bfloat16)
-    x_half = draw(5, n, dtype=torch.bfloat16).requires_grad_()
-    try:
-        seen["with bfloat16 the output is"] = str(answer(x_half, *half).dtype)
-    except RuntimeError:
-        seen["with bfloat16 the output is"] = "a RuntimeError"
-    wide, x_wide = make(40, 24), draw(3, 24).requires_grad_()
+    seen["with bfloat16 the output is"], seen["with bfloat16 the gradients are"] = _in_bfloat16(
+        answer, draw(5, n, dtype=torch.bfloat16), make(n, n, torch.bfloat16), draw(5, n, dtype=torch.bfloat16)
+    )
     try:
         y = answer(x_wide, *wide)
         seen["the output of a (40, 24) weight"] = y.detach()
@@ -204,10 +231,12 @@ product = Check(
         ),
         "the incoming gradient is passed on as it is: that is the straight-through estimator, for training what is rounded; here nothing "
         "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": product_with(through=lambda grad, weight: grad.clone()),
-        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": product_with(unscaled=True),
-        "the backward makes two matrix products, one of them for a gradient of the weight: it is frozen, return None for it": product_with(
-            waste=True
+        "the output is kept for the backward: the gradient of a product needs the weight only": product_with(keep_y=True),
+        "with a bfloat16 input the backward fails: decode to the dtype of the incoming gradient, not always to float32": product_with(
+            back=torch.float32
         ),
+        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": product_with(unscaled=True),
+        "the backward computes a gradient of the weight: it is frozen, return None for it": product_with(waste=True),
         "a bfloat16 input comes out as float32: dequantize to the dtype of x": _in_float32,
     },
     rtol=1e-3,
@@ -215,6 +244,9 @@ product = Check(
 )
 
 # ---------------------------------------------------------------------------------------------- bytes of a quantized model
+
+
+BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantized weight: code, 8-bit scale, scale of the scales
 
 
 def _blocks(linear: nn.Linear) -> int:
@@ -227,29 +259,33 @@ def _scale_bytes(blocks: int) -> int:
 
 def base_with(
     quantized: Callable[[str, nn.Module], bool] = lambda name, module: isinstance(module, nn.Linear),
-    skips: bool = True,
+    skips: Callable[[str, tuple[str, ...]], bool] = lambda name, skip: name.rpartition(".")[2] in skip,
+    half: Callable[[int], float] = lambda n: -(-n // 2),
+    blocks: Callable[[int], int] = lambda n: -(-n // 64),
     scales: Callable[[list[int]], int] = lambda blocks: sum(map(_scale_bytes, blocks)),
     rest: Callable[[str, nn.Parameter], bool] = lambda name, p: True,
     rest_bytes: int = 2,
     twice: bool = False,
     over_all: bool = False,
+    biases: bool = False,
+    beside: bool = False,
+    formula: bool = False,
 ) -> Callable:
     """The worked answer, with pieces that can be replaced."""
 
     def answer(model: nn.Module, skip: tuple[str, ...]) -> dict[str, float]:
-        chosen = [
-            module for name, module in model.named_modules() if quantized(name, module) and not (skips and name.rpartition(".")[2] in skip)
-        ]
-        inside = {id(module.weight) for module in chosen}
-        codes = sum(-(-module.weight.numel() // 2) for module in chosen)
-        constants = scales([-(-module.weight.numel() // 64) for module in chosen])
-        others = [(n, p) for n, p in model.named_parameters(remove_duplicate=not twice) if id(p) not in inside and rest(n, p)]
-        weights = sum(p.numel() for p in model.parameters()) if over_all else sum(m.weight.numel() for m in chosen)
+        chosen = [module for name, module in model.named_modules() if quantized(name, module) and not skips(name, skip)]
+        parts = [[module.weight, *([module.bias] if biases and module.bias is not None else [])] for module in chosen]
+        inside = set() if beside else {id(tensor) for tensors in parts for tensor in tensors}
+        sizes = [sum(tensor.numel() for tensor in tensors) for tensors in parts]
+        codes, constants = sum(map(half, sizes)), scales(list(map(blocks, sizes)))
+        others = [p for n, p in model.named_parameters(remove_duplicate=not twice) if id(p) not in inside and rest(n, p)]
+        weights = sum(p.numel() for p in model.parameters()) if over_all else sum(sizes)
         return {
             "codes": codes,
             "scales": constants,
-            "16 bits": rest_bytes * sum(p.numel() for _, p in others),
-            "bits per quantized weight": 8 * (codes + constants) / weights,
+            "16 bits": rest_bytes * sum(p.numel() for p in others),
+            "bits per quantized weight": BITS if formula else 8 * (codes + constants) / weights,
         }
 
     return answer
@@ -269,15 +305,18 @@ def _base_bytes_again(model: nn.Module, skip: tuple[str, ...]) -> dict[str, floa
     return {"codes": codes, "scales": scales, "16 bits": rest, "bits per quantized weight": (codes + scales) * 8 / weights}
 
 
-def _a_model(rng: random.Random, tied: bool) -> nn.Module:
-    """Embedding, a few blocks with norms and biases, head; in bfloat16, with sizes that are no multiples of a block."""
+def _a_model(rng: random.Random, tied: bool, full: bool = False) -> nn.Module:
+    """Embedding, a few blocks with norms and biases, head; in bfloat16. Sizes are odd, or whole multiples at both levels."""
     hidden, mlp, vocabulary = rng.randrange(91, 111, 2), rng.randrange(221, 261, 2), rng.randrange(301, 341, 2)
+    if full:  # no partly used byte, block or block of blocks
+        hidden, mlp = 128, 128 * rng.randint(1, 3)
     model = nn.Module()
     model.embed = nn.Embedding(vocabulary, hidden)
     model.blocks = nn.ModuleList(
         nn.ModuleDict({"norm": nn.RMSNorm(hidden), "up_proj": nn.Linear(hidden, mlp), "down_proj": nn.Linear(mlp, hidden, bias=False)})
         for _ in range(rng.randint(2, 4))
     )
+    model.last_down_proj = nn.Linear(hidden, hidden)  # ends in "down_proj", and is another name
     model.lm_head = nn.Linear(hidden, vocabulary, bias=False)
     if tied:
         model.lm_head.weight = model.embed.weight
@@ -286,11 +325,14 @@ def _a_model(rng: random.Random, tied: bool) -> nn.Module:
 
 def _observe_base(answer, seed: int) -> dict:
     rng, seen = random.Random(seed), {}
-    for tied in (False, True):
-        found = answer(_a_model(rng, tied), ("lm_head",))
-        seen |= {f"{'a tied' if tied else 'an untied'} head: {key}": value for key, value in entries(found).items()}
-    found = answer(_a_model(rng, False), ("lm_head", "down_proj"))
-    return seen | {f"lm_head and down_proj skipped: {key}": value for key, value in entries(found).items()}
+    for name, model, skip in (
+        ("an untied head", _a_model(rng, False), ("lm_head",)),
+        ("a tied head", _a_model(rng, True), ("lm_head",)),
+        ("lm_head and down_proj skipped", _a_model(rng, False), ("lm_head", "down_proj")),
+        ("all blocks full", _a_model(rng, False, full=True), ("lm_head",)),
+    ):
+        seen[name] = entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
+    return seen
 
 
 bytes_of_base = Check(
@@ -299,7 +341,31 @@ bytes_of_base = Check(
     reference=base_bytes,
     second=_base_bytes_again,
     misconceptions={
-        "skip is ignored: the layers that it names, here the output head, stay in 16 bits": base_with(skips=False),
+        "skip is ignored: the layers that it names, here the output head, stay in 16 bits": base_with(skips=lambda name, skip: False),
+        "skip is looked for inside of names: 'last_down_proj' is another layer than 'down_proj'; compare with what follows the last "
+        "dot": base_with(skips=lambda name, skip: any(part in name for part in skip)),
+        "the output head alone is skipped: skip may name other layers too, and 'down_proj' means every layer whose name ends in "
+        "'.down_proj'": base_with(skips=lambda name, skip: name in skip),
+        "an odd number of weights leaves half a byte unused, and it is stored: round up in each layer": base_with(half=lambda n: n / 2),
+        "half a byte is lost where a layer has an odd number of weights: round up in each layer, not down": base_with(
+            half=lambda n: n // 2
+        ),
+        "n // 2 + 1 is one byte too many where n is even; rounded up, n/2 is math.ceil(n / 2)": base_with(half=lambda n: n // 2 + 1),
+        "n // 64 + 1 is one block too many where the last one is full; rounded up, n/64 is math.ceil(n / 64)": base_with(
+            blocks=lambda n: n // 64 + 1
+        ),
+        "blocks // 256 + 1 is one too many where the last 256 are full; rounded up, it is math.ceil(blocks / 256)": base_with(
+            scales=lambda blocks: sum(k + 4 * (k // 256 + 1) + 4 for k in blocks)
+        ),
+        "a short last block has a scale too: round the number of blocks up in each layer": base_with(blocks=lambda n: n // 64),
+        "where the last group of 256 blocks is short it has a scale too: round their number up in each layer": base_with(
+            scales=lambda blocks: sum(k + 4 * (k // 256) + 4 for k in blocks)
+        ),
+        "the bias is quantized with the weight: it stays in 16 bits": base_with(biases=True),
+        "the quantized layers are counted in 16 bits too: what became codes is no longer there": base_with(beside=True),
+        "these are the bits of a large layer, by formula: divide the codes and scales of these layers by their weights": base_with(
+            formula=True
+        ),
         "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": base_with(
             quantized=lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
         ),
@@ -327,21 +393,28 @@ bytes_of_base = Check(
 
 # -------------------------------------------------------------------------------------------------- LoRA against QLoRA
 
-BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantized weight: code, 8-bit scale, scale of the scales
 
-
-def frozen_with(bits: float = BITS, moment=lambda sizes: 2 * max(sizes), wide: int = 4, wide_linears: bool = False, even: float = 1.0):
+def frozen_with(
+    bits: float = BITS,
+    moment: Callable[[list[int]], float] = lambda sizes: 2 * max(sizes),
+    wide: int = 4,
+    wide_linears: bool = False,
+    even: float = 1.0,
+    last: bool = False,
+    even_without_copy: bool = False,
+    unit: float = 1,
+) -> Callable:
     """The worked answer, with pieces that can be replaced."""
 
     def answer(linears: list[tuple[int, int]], others: int) -> dict[str, float]:
         sizes = [out * into for out, into in linears]
-        weights, transient = sum(sizes), moment(sizes)
+        weights, transient = sum(sizes), 2 * sizes[-1] if last else moment(sizes)
         small = weights * (4 if wide_linears else bits / 8)
-        saved = 2 * weights - weights * bits / 8 - transient
+        saved = 2 * weights - weights * bits / 8 - transient * (not even_without_copy)
         return {
-            "LoRA": 2 * weights + 2 * others,
-            "QLoRA": weights * bits / 8 + 2 * others + transient,
-            "QLoRA, the rest in float32": small + wide * others + transient,
+            "LoRA": unit * (2 * weights + 2 * others),
+            "QLoRA": unit * (weights * bits / 8 + 2 * others + transient),
+            "QLoRA, the rest in float32": unit * (small + wide * others + transient),
             "QLoRA needs more from": even * saved / 2,
         }
 
@@ -372,9 +445,10 @@ def _observe_frozen(answer, seed: int) -> dict:
     ):
         hidden = 64 * rng.randint(5, 20)
         linears = [size for _ in range(layers) for size in ((hidden, hidden), (3 * hidden, hidden), (hidden, 3 * hidden + 64))]
+        rng.shuffle(linears)
+        linears = [(hidden, hidden), *linears, (hidden, hidden)]  # the largest is neither the first nor the last
         others = int(share * sum(out * into for out, into in linears)) + hidden
-        found = answer(linears, others)
-        seen |= {f"{name}: {key}": value for key, value in entries(found).items()}
+        seen[name] = entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
     return seen
 
 
@@ -393,9 +467,11 @@ frozen = Check(
         "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": frozen_with(
             moment=lambda sizes: 4 * max(sizes)
         ),
-        "the copy is of the smallest layer, or of an average one: the peak is set by the largest": frozen_with(
-            moment=lambda sizes: 2 * sum(sizes) / len(sizes)
-        ),
+        "the copy is of the last layer, whatever its size: the peak is set by the largest": frozen_with(last=True),
+        "the copy is left out of the break-even: the third has it and the first has not": frozen_with(even_without_copy=True),
+        "these are bits: divide by 8": frozen_with(unit=8),
+        "these are gigabytes: return bytes": frozen_with(unit=1e-9),
+        "the copy is of an average layer: the peak is set by the largest": frozen_with(moment=lambda sizes: 2 * sum(sizes) / len(sizes)),
         "the scales are missing: a quantized weight takes 4 + 8/64 + 32/(64·256) bits": frozen_with(bits=4),
         "the scales are counted in float32, 4.5 bits a weight: with double quantization it is 4 + 8/64 + 32/(64·256)": frozen_with(
             bits=4.5
@@ -428,6 +504,8 @@ def merge_with(
     original_way=lambda decoded, original, delta: original + delta,
     truth=lambda decoded, original, delta: decoded + delta,
     error=lambda merged, true, delta: ((merged - true).norm() / true.norm()).item(),
+    before_rounding: bool = False,
+    in_16_bits: tuple[str, ...] = (),
 ) -> Callable:
     """The worked answer, with pieces that can be replaced."""
 
@@ -439,8 +517,11 @@ def merge_with(
             "requantized": requantize(q, decoded, wide, delta),
             "original": original_way(decoded, wide, delta).to(original.dtype),
         }
+        for way in in_16_bits:
+            merged[way] = (decoded if way == "dequantized" else wide).to(original.dtype) + delta.to(original.dtype)
         true = truth(decoded, wide, delta)
-        return {"weights": merged, "errors": {name: error(weight.float(), true, delta) for name, weight in merged.items()}}
+        judged = {**merged, "dequantized": decoded + delta, "original": wide + delta} if before_rounding else merged
+        return {"weights": merged, "errors": {name: error(weight.float(), true, delta) for name, weight in judged.items()}}
 
     return answer
 
@@ -463,16 +544,16 @@ def _merge_again(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor,
 def _observe_merge(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
     for dtype, block_size, n, r, alpha in ((torch.bfloat16, 32, 48, 2, 5), (torch.float16, 128, 32, 4, 6)):  # α/r = 2.5, 1.5
-        original = torch.randn(n, n, generator=g).to(dtype)
         # numbers with few digits, so that ΔW is exact in whatever order it is summed
         lora_A, lora_B = (torch.randint(-8, 9, shape, generator=g) / 16 for shape in ((r, n), (n, r)))
-        found = answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha)
-        found = entries(found)
-        for way in ("dequantized", "requantized", "original"):
-            weight = entries(found.get("weights")).get(way)
-            seen[f"{dtype}: the weight {way}"] = weight
-        for way in ("dequantized", "requantized", "original"):
-            seen[f"{dtype}: the error {way}"] = entries(found.get("errors")).get(way)
+        original = torch.randn(n, n, generator=g)
+        if dtype == torch.float16:  # an update that takes most of the weight away: then it matters which norm is the measure
+            original = original / 16 - 0.9 * (alpha / r) * lora_B @ lora_A
+        original = original.to(dtype)
+        found = entries(answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha), "weights", "errors")
+        if isinstance(found, Mapping):
+            found = {part: entries(inner, "dequantized", "requantized", "original") for part, inner in found.items()}
+        seen[str(dtype)] = found
     return seen
 
 
@@ -494,6 +575,32 @@ merges = Check(
         "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": merge_with(
             error=lambda merged, true, delta: ((merged - true).norm() / delta.norm()).item()
         ),
+        "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": merge_with(
+            error=lambda merged, true, delta: ((merged - true).norm() / merged.norm()).item()
+        ),
+        "the errors are in per cent: return ‖merged − trained‖ / ‖trained‖ as it is": merge_with(
+            error=lambda merged, true, delta: 100 * ((merged - true).norm() / true.norm()).item()
+        ),
+        "the errors are of the largest element: the Frobenius norm is the root of the sum of all squares": merge_with(
+            error=lambda merged, true, delta: ((merged - true).abs().max() / true.abs().max()).item()
+        ),
+        "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": merge_with(
+            error=lambda merged, true, delta: (torch.linalg.matrix_norm(merged - true, 2) / torch.linalg.matrix_norm(true, 2)).item()
+        ),
+        "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": merge_with(
+            before_rounding=True
+        ),
+        "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": merge_with(
+            in_16_bits=("dequantized", "original")
+        ),
+        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": merge_with(
+            in_16_bits=("dequantized",)
+        ),
+        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": merge_with(in_16_bits=("original",)),
+        "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": merge_with(
+            requantize=lambda q, decoded, original, delta: _round_trip((decoded + delta).to(q.dtype).float(), q.block_size)
+        ),
+        "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": merge_with(scale=lambda alpha, r: alpha / math.sqrt(r)),
         "the errors are absolute: divide by the norm of the trained weight": merge_with(
             error=lambda merged, true, delta: (merged - true).norm().item()
         ),
@@ -579,6 +686,20 @@ def _perplexity_points(baseline: Tensor, candidate: Tensor, tolerance: float, co
     return rule_with(share=lambda value: before * math.expm1(value))(baseline, candidate, tolerance, confidence)
 
 
+def _shares_first(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    return rule_with(differences=lambda b, c: (c - b).mean(1).expm1(), share=lambda value: value)(
+        baseline, candidate, tolerance, confidence
+    )
+
+
+def _by_the_slope(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    lost = (candidate.double() - baseline.double()).mean(1)
+    slope = math.exp(lost.mean().item())
+    low, estimate, high = (slope - 1 + sign * slope * _student(lost, confidence) for sign in (-1, 0, 1))
+    verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "unknown"
+    return {"estimate": estimate, "low": low, "high": high, "verdict": verdict}
+
+
 def _observe_rule(answer, seed: int) -> dict:
     g, rng, seen = torch.Generator().manual_seed(seed), random.Random(seed), {}
     # In units of the tolerance: how much is lost, and how much that varies between sequences; exactly, so that the verdict is sure.
@@ -587,6 +708,8 @@ def _observe_rule(answer, seed: int) -> dict:
         ("bad", 1.25, 0.1, 10),
         ("close above, few sequences", 1.2, 1.5, 9),
         ("close below, few sequences", 0.8, 1.5, 8),
+        ("better than the baseline", -1.5, 0.1, 9),
+        ("just beyond", 0.995, 0.001, 10),  # as a share of perplexity; in nats it would be within
     )
     for tolerance, confidence in ((0.02, rng.choice([0.9, 0.98])), (0.05, 0.95)):
         for name, shift, noise, rows in cases:
@@ -597,7 +720,7 @@ def _observe_rule(answer, seed: int) -> dict:
             baseline = hard + torch.rand(rows, 25, generator=g, dtype=torch.float64)
             candidate = baseline + lost + 0.3 * (words - words.mean(1, keepdim=True))
             found = answer(baseline.float(), candidate.float(), tolerance, confidence)
-            seen |= {f"{name} (tolerance {tolerance:g}, confidence {confidence:g}): {k}": v for k, v in entries(found).items()}
+            seen[f"{name} (tolerance {tolerance:g}, confidence {confidence:g})"] = entries(found, "estimate", "low", "high", "verdict")
     return seen
 
 
@@ -635,6 +758,27 @@ rule = Check(
         "what is not shown to be beyond counts as within: if the tolerance lies inside the interval, say 'unknown'": rule_with(
             verdict=lambda estimate, low, high, tolerance: "beyond" if low > tolerance else "within"
         ),
+        "the verdict compares nats with the tolerance: compare the shares, exp(Δ) − 1": rule_with(
+            verdict=lambda estimate, low, high, tolerance: (
+                "within" if math.log1p(high) <= tolerance else "beyond" if math.log1p(low) > tolerance else "unknown"
+            )
+        ),
+        "a model that is better by more than the tolerance is within it too: only a loss is limited": rule_with(
+            verdict=lambda estimate, low, high, tolerance: (
+                "within" if high <= tolerance and low >= -tolerance else "beyond" if low > tolerance else "unknown"
+            )
+        ),
+        "the verdict asks whether anything is lost at all: compare the interval with the tolerance, not with 0": rule_with(
+            verdict=lambda estimate, low, high, tolerance: "beyond" if low > 0 else "within"
+        ),
+        "the shares are in per cent: return exp(Δ) − 1 as it is": rule_with(share=lambda value: 100 * math.expm1(value)),
+        "each sequence's loss was made a share before the mean: take the mean and the interval in nats, then exp(…) − 1 of all "
+        "three": _shares_first,
+        "the interval is laid around the estimate as a share: take its ends in nats, then exp(…) − 1 of each": _by_the_slope,
+        "the variance stands where the standard deviation belongs: take its root": rule_with(
+            half=lambda lost, confidence, *_: t.ppf((1 + confidence) / 2, len(lost) - 1) * lost.var().item() / math.sqrt(len(lost))
+        ),
+        "the sample are the columns: average over the tokens, the second axis": rule_with(differences=lambda b, c: (c - b).mean(0)),
         "the tolerance is always 2 %: use the argument": lambda b, c, tolerance, confidence: rule_with()(b, c, 0.02, confidence),
         "the confidence is always 95 %: use the argument": lambda b, c, tolerance, confidence: rule_with()(b, c, tolerance, 0.95),
         "these are nats per token, not a share of perplexity: a loss of Δ nats is a rise of exp(Δ) − 1": rule_with(
