@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+MAX_RANK = 64  # whose factors' tiles fit every GPU's shared memory
 _TRITON = importlib.util.find_spec("triton") is not None
 _tensor_cores_wanted = True
 
@@ -33,7 +34,9 @@ def use_tensor_cores(wanted: bool) -> None:
 def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether :mod:`reference.kernels.low_rank` computes this update."""
     kinds = y.dtype == x.dtype == torch.bfloat16 and A.dtype == B.dtype == torch.float32
-    return _tensor_cores_wanted and _TRITON and kinds and x.is_cuda and x.numel() > 0
+    if not (_tensor_cores_wanted and _TRITON and kinds and x.is_cuda and x.numel() > 0 and len(A) <= MAX_RANK):
+        return False
+    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(x.device).major >= 8  # bfloat16 began with Ampere
 
 
 def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -217,6 +217,8 @@ def test_only_bfloat16_beside_float32_on_cuda_takes_the_kernels():
     half, factor = torch.zeros(2, 4, dtype=torch.bfloat16, device=DEVICE), torch.zeros(4, 4, device=DEVICE)
     assert lora_mixed.takes_kernels(half, half, factor, factor) == (CUDA and lora_mixed._TRITON)
     assert not lora_mixed.takes_kernels(half.half(), half.half(), factor, factor)
+    wide = torch.zeros(65, 4, device=DEVICE)
+    assert not lora_mixed.takes_kernels(half, half, wide, wide.T)
     lora_mixed.use_tensor_cores(False)
     assert not lora_mixed.takes_kernels(half, half, factor, factor)
     lora_mixed.use_tensor_cores(True)
