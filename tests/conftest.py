@@ -3,20 +3,22 @@
 import os
 from pathlib import Path
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it once: kernels then run on the CPU
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+
 import miniature
 import pytest
 
 from course.units import Unit
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -4,14 +4,10 @@ The interpreter has two faults of its own: it cuts bfloat16 off instead of round
 integers. So on a CPU bfloat16 is compared within one unit in the last place, and products are tried in float16.
 """
 
-import os
-
 import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from hypothesis import given, settings  # noqa: E402

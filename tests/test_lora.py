@@ -78,8 +78,10 @@ def assert_parity(base, ours, x, merge=True):
     direction = torch.randn_like(output)
     output.backward(direction)
     expected.backward(direction)
+    # Tensor cores, on which the factors' gradients are summed on CUDA, cut off what falls below a sum's last place instead of rounding it.
+    ulps = 16 if x.is_cuda else 4
     for mine, other in [*zip(factors, their_factors, strict=True), *[(x_ours, x_theirs)] * float_input]:
-        assert_same(mine.grad, other.grad)
+        assert_same(mine.grad, other.grad, ulps)
     assert all(parameter.grad is None for parameter in ours.base.parameters())
 
     target, layers = torch.randn_like(output, dtype=torch.float32), (ours, theirs)
