@@ -14,6 +14,7 @@ On CUDA, where Triton is installed, :mod:`reference.kernels.low_rank` computes t
 
 import importlib.util
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 MAX_RANK = 64  # whose factors' tiles fit every GPU's shared memory
 _TRITON = importlib.util.find_spec("triton") is not None
 _tensor_cores_wanted = True
+FEW_ROWS = 2048
 
 
 def use_tensor_cores(wanted: bool) -> None:
@@ -31,12 +33,24 @@ def use_tensor_cores(wanted: bool) -> None:
     _tensor_cores_wanted = wanted
 
 
+@lru_cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).major >= 8  # since Ampere
+
+
 def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether :mod:`reference.kernels.low_rank` computes this update."""
+    """Whether :mod:`reference.kernels.low_rank` computes this update.
+
+    Below ``FEW_ROWS`` rows launching its kernels takes longer than they save, except where nobody waits for launches: in a compiled layer
+    and in a CUDA graph.
+    """
     kinds = y.dtype == x.dtype == torch.bfloat16 and A.dtype == B.dtype == torch.float32
     if not (_tensor_cores_wanted and _TRITON and kinds and x.is_cuda and x.numel() > 0 and len(A) <= MAX_RANK):
         return False
-    return torch.compiler.is_compiling() or torch.cuda.get_device_properties(x.device).major >= 8  # bfloat16 began with Ampere
+    if torch.compiler.is_compiling():
+        return True
+    enough = x.numel() // x.shape[-1] >= FEW_ROWS or torch.cuda.is_current_stream_capturing()
+    return enough and _multiplies_bfloat16(x.device)
 
 
 def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -505,6 +505,61 @@ def fused_beats_both_at_64() -> bool:
     return rows_64_ours() < 0.7 * (dequantize_ours() + rows_64_16_bit())
 
 
+# Measured: whole training steps
+
+
+@functools.cache
+def _steps() -> dict:
+    rows = recorded.load("qlora_step", device="h100")["result"]["rows"]
+    return {(row["how"], row["sequence"]): row for row in rows}
+
+
+def _step(how: str, sequence: int, key: str = "seconds") -> float:
+    """Of a step with 1 × 512 or 4 × 2048 tokens."""
+    return _steps()[how, sequence][key]
+
+
+step_few_peft = functools.partial(_step, "peft", 512)
+step_few_ours = functools.partial(_step, "llama", 512)
+step_few_graph = functools.partial(_step, "llama, graph", 512)
+step_few_compiled = functools.partial(_step, "llama, compiled, graph", 512)
+step_many_peft = functools.partial(_step, "peft", 2048)
+step_many_ours = functools.partial(_step, "llama", 2048)
+step_many_graph = functools.partial(_step, "llama, graph", 2048)
+step_many_compiled = functools.partial(_step, "llama, compiled, graph", 2048)
+step_many_plain_update = functools.partial(_step, "llama, plain update", 2048)
+step_kernels_peft = functools.partial(_step, "peft", 512, "kernels")
+
+
+def step_few_times_faster() -> float:
+    return step_few_peft() / step_few_compiled()
+
+
+def step_many_times_faster() -> float:
+    return step_many_peft() / step_many_compiled()
+
+
+def step_few_busy_peft() -> float:
+    """Share of the step, in per cent, in which a kernel runs."""
+    return 100 * _step("peft", 512, "kernel_seconds") / step_few_peft()
+
+
+def step_many_peak_peft() -> float:
+    return _step("peft", 2048, "peak") / 1e9
+
+
+def step_many_peak_ours() -> float:
+    return _step("llama, compiled, graph", 2048, "peak") / 1e9
+
+
+def step_many_peak_whole_logits() -> float:
+    return _step("llama, whole logits", 2048, "peak") / 1e9
+
+
+def step_many_peak_chunked() -> float:
+    return _step("llama", 2048, "peak") / 1e9
+
+
 # Measured: quality of the tiny model
 
 
