@@ -1,21 +1,27 @@
 """The benchmark of training steps on a small shape, on the CPU: every variant trains the same model."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
-from benchmark_helpers import script
 
+from course import ROOT
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.qlora import NF4Linear
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    script("memory_peaks")
-    script("qlora_memory")
-    return script("qlora_step")
+def benchmark(request):
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    request.addfinalizer(lambda: sys.path.remove(folder))
+    spec = importlib.util.spec_from_file_location("qlora_step", ROOT / "benchmarks" / "qlora_step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def models_of(benchmark):

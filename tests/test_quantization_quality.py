@@ -1,15 +1,24 @@
 """The benchmark of quality: every run starts from the base that its name says, and what is recorded holds together."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 
 import pytest
 import torch
-from benchmark_helpers import script
 
+from course import ROOT
 from course.lab import recorded
 from course.lab.quantized import quantized_copy
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 gemma_lora = script("gemma_lora")
 benchmark = script("quantization_quality")
