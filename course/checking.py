@@ -111,6 +111,11 @@ def _tensor_difference(actual: Any, expected: Tensor, rtol: float, atol: float) 
     return f"values differ by up to {(actual.double() - expected.double()).abs().max().item():.3g}"
 
 
+def fresh_seed() -> int:
+    """Not one that the learner knows or sets: nothing can be tuned to it."""
+    return random.SystemRandom().randrange(2**31)
+
+
 @dataclass(frozen=True)
 class Check:
     """Judges one exercise; call it with the learner's answer.
@@ -138,7 +143,7 @@ class Check:
     def __call__(self, answer: Any) -> None:
         """Raise ``NotYet`` with words for the learner, or print that the answer is right."""
         for _ in range(self.rounds):
-            self._judge(answer, seed=random.SystemRandom().randrange(2**31))  # not the learner's seed: nothing can be tuned to it
+            self._judge(answer, fresh_seed())
         print(f"✓ {self.task}")
 
     def _judge(self, answer: Any, seed: int) -> None:

@@ -1,6 +1,7 @@
 """Shared by all tests: what a GPU is needed for is skipped without one, and a small course to try the machinery on."""
 
 import os
+import random
 from pathlib import Path
 
 import torch
@@ -9,10 +10,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it once: kernels then run on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
+import hypothesis
 import miniature
 import pytest
 
+from course import checking
 from course.units import Unit
+
+# The same examples every time, so that a test fails where it was broken and nowhere else; `--hypothesis-profile=default` searches further.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's random numbers depend on its own name, not on what ran before it. The same holds for the inputs that checks draw."""
+    own = random.Random(request.node.nodeid)
+    torch.manual_seed(own.randrange(2**31))
+    monkeypatch.setattr(checking, "fresh_seed", lambda: own.randrange(2**31))
 
 
 @pytest.fixture

@@ -353,7 +353,7 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
         (lambda b, c, tolerance, confidence: check.rule.reference(b, c, 0.02 if tolerance == 0.03 else 0.03, confidence), "."),
         (lambda b, c, tolerance, confidence: check.rule.reference(b, c, tolerance, 0.99), "low|high"),
         (lambda b, c, tolerance, confidence: {**check.rule.reference(b, c, tolerance, confidence), "verdict": "within"}, "verdict"),
-        (lambda b, c, tolerance, confidence: check.rule.reference(b[:-1], c[:-1], tolerance, confidence), "estimate"),
+        (lambda b, c, tolerance, confidence: check.rule.reference(b[:-1], c[:-1], tolerance, confidence), "estimate|low|high"),
         (lambda b, c, tolerance, confidence: {"verdict": "within"}, "missing: estimate, high, low"),
         (lambda b, c, tolerance, confidence: None, "expected a dictionary, got NoneType"),
         (lambda *arguments: {**check.rule.reference(*arguments), "verdict": True}, "verdict: expected 'within', got True"),

@@ -32,7 +32,7 @@ def gradients(loss, hidden, weight, targets, **options):
     return value.detach(), hidden.grad, weight.grad
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 23), st.integers(1, 80), st.integers(0, 999))
 def test_value_and_gradients_are_those_of_torch(rows, length, chunk, seed):
     ours = gradients(linear_cross_entropy, *case((rows, length), seed=seed), chunk=chunk)

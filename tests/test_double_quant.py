@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference.double_quant import QuantizedScales, bits_per_parameter, dequantize_scales, dynamic_codebook, quantize_scales
 from reference.nf4 import quantize_nf4
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=40)
 
 
 def restored(codes, state, offset):

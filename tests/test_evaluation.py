@@ -140,7 +140,7 @@ def test_no_change_in_few_questions_is_not_certainty():
     assert compare_answers([True] * 189, [True] * 189).verdict(0.02) == "within"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=8, max_size=60))
 def test_swapping_the_models_mirrors_the_interval(pairs):
     one, two = zip(*pairs, strict=True)

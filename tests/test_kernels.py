@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.bfloat16 if CUDA else torch.float16
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
-few = settings(max_examples=40 if CUDA else 15, deadline=None)
+few = settings(max_examples=40 if CUDA else 15)
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 300))
 
 

@@ -28,7 +28,7 @@ from reference.lora import (
     trainable_parameters,
 )
 
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=12)
 HALF = (torch.bfloat16, torch.float16)
 
 

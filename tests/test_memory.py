@@ -169,7 +169,7 @@ shapes = st.builds(
 targets_or_none = st.one_of(st.none(), st.just(ALL), st.sets(st.sampled_from(ALL), min_size=1, max_size=3).map(tuple))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, targets_or_none, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 3), st.integers(2, 9), st.booleans())
 def test_kept_bytes_are_exact(shape, targets, dtype, batch, sequence, fused):
     """Full training and LoRA on any linears, grouped queries, both dtypes, both attentions: not a byte off."""
@@ -324,7 +324,7 @@ def test_prints_the_formula_beside_each_line():
     assert max(map(len, text.splitlines())) < 120
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(list(SHAPES.values())), st.sampled_from(list(RECIPES.values())), st.integers(1, 8), st.integers(1, 4096), st.booleans()
 )

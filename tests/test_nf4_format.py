@@ -18,7 +18,7 @@ from reference.lora import LoRALinear
 from reference.nf4_format import STATE
 from reference.qlora import NF4Linear, quantize_linears
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -26,7 +26,7 @@ from reference.qlora import NF4Linear, merge_into_dequantized, quantize_linears
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Merge lora module", "ignore:`is_gradient_checkpointing`", "ignore:Initializing zero-element"
 )
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes, double_quants = st.sampled_from(DTYPES), st.booleans()
 

@@ -14,7 +14,7 @@ from course.lab import models
 from reference.lora import LoRALinear, inject_lora, lora_layers, merge_lora
 from reference.qlora import NF4Linear, merge_errors, merge_into_dequantized, merge_into_original, quantize_linears
 
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(max_examples=15)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -25,7 +25,7 @@ def random_tensor(shape, dtype, seed):
         max_size=5,
     )
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_the_library_reads_what_is_written_here_and_the_other_way_round(tmp_path_factory, cases):
     folder = tmp_path_factory.getbasetemp()
     tensors = {name: random_tensor(tuple(shape), dtype, seed) for name, (shape, dtype, seed) in cases.items()}

@@ -82,7 +82,7 @@ def test_prompts_begin_what_is_not_in_the_splits():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_byte_tokenizer_keeps_any_text(string):
     tokenizer = text.byte_tokenizer()
     ids = tokenizer(string).input_ids

@@ -95,7 +95,7 @@ def test_an_ambiguous_mixture_is_refused():
 
 
 @given(domain=st.sampled_from(DOMAINS), rows=st.integers(1, 3), length=st.integers(2, 40), seed=st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_samples_have_the_shape_asked_for_and_can_be_scored(domain, rows, length, seed):
     world = World()
     ids = world.sample(domain, rows, length, seed)
