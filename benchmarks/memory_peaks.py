@@ -105,8 +105,8 @@ class MasterAdamW(torch.optim.Optimizer):
                 del gradient, denominator  # before the next tensor's are made
 
 
-def config_of(shape: ModelShape, kind: type = LlamaConfig):
-    """The library's configuration of ``shape``."""
+def config_of(shape: ModelShape, kind: type = LlamaConfig, **settings):
+    """The library's configuration of ``shape``; ``settings`` are those that a shape leaves open."""
     return kind(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -117,6 +117,7 @@ def config_of(shape: ModelShape, kind: type = LlamaConfig):
         vocab_size=shape.vocab,
         tie_word_embeddings=shape.tied,
         use_cache=False,
+        **settings,
     )
 
 

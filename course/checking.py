@@ -102,13 +102,23 @@ def _tensor_difference(actual: Any, expected: Tensor, rtol: float, atol: float) 
         return f"expected {expected.dtype}, got {actual.dtype}"
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
     if not (expected.is_floating_point() or expected.is_complex()):
-        wrong = int((actual != expected).sum())
-        return None if wrong == 0 else f"{wrong} of {expected.numel()} values differ"
+        wrong = actual != expected
+        return f"{int(wrong.sum())} of {expected.numel()} values differ, {_at(wrong, actual, expected)}" if wrong.any() else None
     if torch.allclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True):
         return None
     if not torch.isfinite(actual).all() and torch.isfinite(expected).all():
         return "the result holds NaN or infinity"
-    return f"values differ by up to {(actual.double() - expected.double()).abs().max().item():.3g}"
+    largest = (actual.double() - expected.double()).abs().max().item()
+    wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+    return f"values differ by up to {largest:.3g}, {_at(wrong, actual, expected)}"
+
+
+def _at(wrong: Tensor, actual: Tensor, expected: Tensor) -> str:
+    """The first place where ``wrong`` is true, and what is there."""
+    place = tuple(wrong.nonzero()[0].tolist())
+    one, other = actual[place].item(), expected[place].item()
+    words = _two_numbers(one, other) if isinstance(other, float) else f"expected {other}, got {one}"
+    return f"first at {list(place)}: {words}"
 
 
 def fresh_seed() -> int:

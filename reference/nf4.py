@@ -79,6 +79,13 @@ def nearest_codes(scaled: Tensor) -> Tensor:
     return codes
 
 
+def check_packable(block_size: int) -> None:
+    """Raise unless ``block_size`` is a power of two, and at least 2."""
+    check_block_size(block_size)
+    if block_size < 2:
+        raise ValueError("block_size must be at least 2: a block of one value would share a byte with the next block")
+
+
 @torch.no_grad()
 def quantize_nf4(weight: Tensor, block_size: int = 64) -> NF4Tensor:
     """Quantize to NF4 in blocks of the flattened weight.
@@ -92,9 +99,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64) -> NF4Tensor:
         ValueError: ``weight`` is empty or holds NaN or infinity, ``block_size`` is out of range.
     """
     check_tensor(weight, "weight")
-    check_block_size(block_size)
-    if block_size < 2:
-        raise ValueError("block_size must be at least 2: a block of one value would share a byte with the next block")
+    check_packable(block_size)
     flat = weight.detach().reshape(-1)
     n = len(flat)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)

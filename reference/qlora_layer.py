@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from reference.blockwise import check_block_size
+from reference.nf4 import check_packable
 from reference.nf4_format import belongs, read_state, write_state
 from reference.nf4_ops import nf4_product
 from reference.nf4_product import SCALES_BLOCK, Layout, Packed, pack, unpack
@@ -46,9 +46,7 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        check_block_size(block_size)
-        if block_size < 2:
-            raise ValueError("block_size must be at least 2: a block of one value would share a byte with the next block")
+        check_packable(block_size)
         if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
             raise TypeError(f"compute_dtype must be a floating dtype such as torch.bfloat16, got {compute_dtype!r}")
         self.in_features, self.out_features = in_features, out_features

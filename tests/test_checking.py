@@ -50,11 +50,13 @@ def test_equal_observations_have_no_difference(actual, expected):
         (torch.ones(2, 3), torch.ones(3, 2), "expected shape (3, 2), got (2, 3)"),
         (torch.ones(2).half(), torch.ones(2), "expected torch.float32, got torch.float16"),
         (torch.ones(3).half(), torch.ones(2), "expected shape (2,), got (3,)"),  # shape comes before dtype
-        (torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]), "1 of 3 values differ"),
+        (torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]), "1 of 3 values differ, first at [2]: expected 3, got 4"),
+        (torch.tensor([[True, False]]), torch.tensor([[True, True]]), "1 of 2 values differ, first at [0, 1]: expected True, got False"),
         (torch.tensor([1.0, float("nan")]), torch.ones(2), "the result holds NaN or infinity"),
         (torch.tensor([1.0, float("inf")]), torch.ones(2), "the result holds NaN or infinity"),
-        (torch.tensor([1.0, 1.5]), torch.ones(2), "values differ by up to 0.5"),
-        (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf"),
+        (torch.tensor([1.0, 1.5]), torch.ones(2), "values differ by up to 0.5, first at [1]: expected 1, got 1.5"),
+        (torch.tensor(2.0), torch.tensor(1.0), "values differ by up to 1, first at []: expected 1, got 2"),
+        (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf, first at [0]: expected inf, got 1"),
         (2.5, 3, "expected 3, got 2.5"),
         (np.int64(4), 3, "expected 3, got 4"),
         ("3", 3, "expected a number, got str"),
@@ -158,7 +160,7 @@ def test_another_wrong_answer_hears_the_first_difference():
     assert refusal(lambda x: 3 * x + 1).startswith("the result: values differ by up to 1")
     assert refusal(lambda x: (3 * x)[:1]) == "the result: expected shape (4,), got (1,)"
     assert refusal(lambda x: None) == "the result: expected a tensor, got NoneType"
-    assert refusal(lambda x: 3 * x if x.any() else x + 1) == "for zeros: values differ by up to 1"
+    assert refusal(lambda x: 3 * x if x.any() else x + 1) == "for zeros: values differ by up to 1, first at [0]: expected 0, got 1"
 
 
 def test_the_stub_and_a_failing_answer_are_refused_politely():

@@ -2,21 +2,15 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
-import sys
 import time
 
+import gemma_lora
 import pytest
 import torch
 
-from course import ROOT
 from course.lab import recorded
 from reference.lowrank import truncated_svd
-
-spec = importlib.util.spec_from_file_location("gemma_lora", ROOT / "benchmarks" / "gemma_lora.py")
-gemma_lora = sys.modules["gemma_lora"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gemma_lora)
 
 SMALLEST = dataclasses.replace(gemma_lora.QUICK, length=16, rows=1, steps=2, every=1, ranks=(1,), shown=1, seeds=(0, 1), probe_step=160)
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from memory_peaks import config_of
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from course.lab import models
 from course.lab.live import LiveBytes
@@ -20,19 +21,8 @@ CPU = torch.device("cpu")
 
 def theirs_of(shape, dtype=torch.float32, theta=10_000.0):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.mlp,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": theta, "rope_type": "default"},
-        initializer_range=0.2,
-    )
+    rope = {"rope_theta": theta, "rope_type": "default"}
+    config = config_of(shape, rms_norm_eps=1e-5, rope_parameters=rope, initializer_range=0.2)
     return LlamaForCausalLM(config).to(dtype)
 
 

@@ -3,9 +3,9 @@
 import copy
 import math
 import pickle
-import runpy
 import warnings
 
+import lora_layer
 import peft
 import pytest
 import torch
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from lora_helpers import ULP, assert_same, tiny_bert, tiny_llama
 from torch import nn
 
-from course import ROOT
 from reference.lora import (
     LoRAConv2d,
     LoRAEmbedding,
@@ -754,7 +753,7 @@ def test_targets_that_cannot_be():
 
 
 def test_the_benchmark_runs_at_a_small_size():
-    result = runpy.run_path(str(ROOT / "benchmarks" / "lora_layer.py"))["measure"](small=True)
+    result = lora_layer.measure(small=True)
     for row in result["training"].values():
         assert set(row["milliseconds"]) == {"ours", "peft", "frozen layer", "full training"} and row["ratio"] > 0
     kept = result["training"]["float32 factors, α/r = 2"]["kept_bytes"]

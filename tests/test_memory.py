@@ -6,10 +6,10 @@ vectors and autograd's order of freeing.
 
 import dataclasses
 import math
-import runpy
 import weakref
 from contextlib import nullcontext
 
+import memory_peaks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from course import ROOT
 from course.lab import recorded
 from reference import activations
 from reference.activations import Run
@@ -41,7 +40,6 @@ from reference.recipes import (
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMALL = ModelShape("small", 64, 4, 4, 2, 16, 256, 64, tied=True)
-peaks = runpy.run_path(str(ROOT / "benchmarks" / "memory_peaks.py"))  # benchmarks are scripts, no package
 
 
 def config_of(shape: ModelShape):
@@ -49,7 +47,7 @@ def config_of(shape: ModelShape):
         return GPT2Config(
             n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_positions=shape.positions, vocab_size=shape.vocab
         )
-    return peaks["config_of"](shape, Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig)
+    return memory_peaks.config_of(shape, Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig)
 
 
 def model_of(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -132,9 +130,9 @@ def test_adam_8bit_bytes_are_those_of_bitsandbytes(elements):
 def test_what_a_real_model_holds_between_steps(recipe):
     """Weights and states after two steps, in every recipe that the benchmark runs; the few kB over are rotary tables and code books."""
     live, held = Live(), {}
-    configuration = peaks["Configuration"](SMALL, recipe, 2, 16, rank=4)
+    configuration = memory_peaks.Configuration(SMALL, recipe, 2, 16, rank=4)
     with live:
-        peaks["steps"](configuration, torch.device("cpu"), lambda moment: held.setdefault(moment, []).append(live.bytes), count=2)
+        memory_peaks.steps(configuration, torch.device("cpu"), lambda moment: held.setdefault(moment, []).append(live.bytes), count=2)
     lines = training_memory(SMALL, recipe, 2, 16, rank=4).lines
     expected = sum(lines[kind].bytes for kind in lines if kind.endswith(("weights", "states")))
     assert 0 <= held["held"][-1] - expected < 5_000
@@ -206,7 +204,7 @@ def test_kept_bytes_are_exact_for_peft(targets, adapter_dtype):
 
 def test_kept_bytes_are_exact_over_four_bit_weights():
     model = model_of(SMALL, torch.bfloat16)
-    peaks["quantize"](model)
+    memory_peaks.quantize(model)
     inject_lora(model, 4, 12)
     assert kept_by_autograd(model, torch.randint(64, (2, 9))) == activations.kept(SMALL, Run(2, 9, 2, False, ALL, 4))
 
@@ -256,7 +254,7 @@ def real_peaks(configuration, count: int = 2) -> dict[str, int]:
         highest[moment], live.peak = live.peak, live.bytes
 
     with live:
-        peaks["steps"](configuration, torch.device("cpu"), note, count)
+        memory_peaks.steps(configuration, torch.device("cpu"), note, count)
     return highest
 
 
@@ -265,7 +263,7 @@ def real_peaks(configuration, count: int = 2) -> dict[str, int]:
 @pytest.mark.parametrize("sequence, vocab, tied", [(16, 64, True), (256, 64, True), (128, 2048, False), (4, 4096, True), (4, 16, True)])
 def test_peak_of_a_real_step(recipe, checkpointing, sequence, vocab, tied):
     shape = dataclasses.replace(SMALL, vocab=vocab, tied=tied)
-    configuration = peaks["Configuration"](shape, recipe, 2, sequence, checkpointing, rank=4)
+    configuration = memory_peaks.Configuration(shape, recipe, 2, sequence, checkpointing, rank=4)
     highest = real_peaks(configuration)
     expected = training_memory(shape, recipe, 2, sequence, 4, checkpointing=checkpointing)
     step = sum(expected.moments["optimizer's step"].values())
@@ -293,9 +291,9 @@ def test_adamw_needs_a_fifth_copy_unless_fused():
 def test_recorded_peaks_are_within_the_bar():
     """Every configuration of the benchmark as it was measured on a GPU, against what the code predicts today."""
     rows = {row["name"]: row for row in recorded.load("memory_peaks")["result"]["rows"]}
-    assert set(rows) == {configuration.name for configuration in peaks["CONFIGURATIONS"]}, "run benchmarks/memory_peaks.py again"
-    for configuration in peaks["CONFIGURATIONS"]:
-        predicted, row = peaks["predict"](configuration), rows[configuration.name]
+    assert set(rows) == {configuration.name for configuration in memory_peaks.CONFIGURATIONS}, "run benchmarks/memory_peaks.py again"
+    for configuration in memory_peaks.CONFIGURATIONS:
+        predicted, row = memory_peaks.predict(configuration), rows[configuration.name]
         assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks/memory_peaks.py again"
         assert predicted.peak == pytest.approx(row["measured"], rel=0.05 if row["activation_share"] < 0.5 else 0.15), configuration.name
 
@@ -306,8 +304,9 @@ def test_recorded_peaks_are_within_the_bar():
 @pytest.mark.parametrize("batch, sequence, checkpointing", [(1, 256, False), (4, 1024, False), (4, 1024, True)])
 def test_peak_on_a_gpu(recipe, batch, sequence, checkpointing):
     shape = ModelShape("a fifth of a billion", 1024, 8, 16, 4, 64, 4096, 64_000)
-    peaks["free"]()
-    row = peaks["measure_one"](peaks["Configuration"](shape, recipe, batch, sequence, checkpointing), peaks["held_by_libraries"]())
+    memory_peaks.free()
+    configuration = memory_peaks.Configuration(shape, recipe, batch, sequence, checkpointing)
+    row = memory_peaks.measure_one(configuration, memory_peaks.held_by_libraries())
     assert row["ratio"] == pytest.approx(1, abs=0.05 if row["activation_share"] < 0.5 else 0.15), row
 
 

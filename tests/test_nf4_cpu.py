@@ -1,29 +1,26 @@
 """What benchmarks/nf4_cpu.py compares gives equal results, and what it recorded is within the bars."""
 
-import runpy
-
+import nf4_cpu as benchmark
 import pytest
 import torch
 
-from course import ROOT
 from course.lab import recorded
 
-BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "nf4_cpu.py"))
 BARS = {"quantize": 1.0, "dequantize": 3.0}  # ours / bitsandbytes'
 
 
-@pytest.mark.parametrize("name", BENCHMARK["DTYPES"])
+@pytest.mark.parametrize("name", benchmark.DTYPES)
 def test_both_sides_do_the_same_work(name):
-    calls = BENCHMARK["contestants"](512, BENCHMARK["DTYPES"][name])
+    calls = benchmark.contestants(512, benchmark.DTYPES[name])
     ours, (packed, state) = calls["quantize"]["ours"](), calls["quantize"]["bitsandbytes"]()
     assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
     values = {who: call() for who, call in calls["dequantize"].items()}
-    assert values["ours"].dtype == BENCHMARK["DTYPES"][name] and torch.equal(values["ours"], values["bitsandbytes"])
+    assert values["ours"].dtype == benchmark.DTYPES[name] and torch.equal(values["ours"], values["bitsandbytes"])
 
 
 def test_a_small_run_has_every_figure():
-    result = BENCHMARK["measure_here"](side=256, rounds=2)
-    assert {work: set(rows) for work, rows in result.items()} == {work: set(BENCHMARK["DTYPES"]) for work in BARS}
+    result = benchmark.measure_here(side=256, rounds=2)
+    assert {work: set(rows) for work, rows in result.items()} == {work: set(benchmark.DTYPES) for work in BARS}
     for rows in result.values():
         for row in rows.values():
             assert set(row) == {"ours", "bitsandbytes", "ratio"} and all(value > 0 for value in row.values())
@@ -31,9 +28,9 @@ def test_a_small_run_has_every_figure():
 
 def test_turns_are_taken_and_the_first_is_not_counted(monkeypatch):
     clock = iter([0, 9, 9, 19, *(t for start in (20, 30, 40) for t in (start, start + 1, start + 1, start + 3))])
-    monkeypatch.setattr(BENCHMARK["time"], "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
     order = []
-    measured = BENCHMARK["in_turns"]({"ours": lambda: order.append("o"), "bitsandbytes": lambda: order.append("b")}, rounds=3)
+    measured = benchmark.in_turns({"ours": lambda: order.append("o"), "bitsandbytes": lambda: order.append("b")}, rounds=3)
     assert order == ["o", "b"] * 4
     assert measured == {"ours": 1000, "bitsandbytes": 2000, "ratio": 0.5}
 

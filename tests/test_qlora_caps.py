@@ -1,27 +1,13 @@
 """The benchmark of capped QLoRA training on a small shape: it trains, and it measures what reference.memory counts."""
 
-import importlib.util
-import sys
-
 import pytest
+import qlora_caps as benchmark
 import torch
 
-from course import ROOT
 from course.lab import recorded
 
 
-@pytest.fixture(scope="module")
-def benchmark(request):
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    request.addfinalizer(lambda: sys.path.remove(folder))
-    spec = importlib.util.spec_from_file_location("qlora_caps", ROOT / "benchmarks" / "qlora_caps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_small_model_trains_and_is_counted(benchmark):
+def test_a_small_model_trains_and_is_counted():
     cpu = torch.device("cpu")
     with benchmark.Meter(cpu) as meter:
         row = benchmark.attempt("smoke", meter, cpu)
@@ -32,7 +18,7 @@ def test_a_small_model_trains_and_is_counted(benchmark):
     assert "smoke" in benchmark.table([row])
 
 
-def test_a_cap_that_is_too_small_is_a_row(benchmark, monkeypatch):
+def test_a_cap_that_is_too_small_is_a_row(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -41,7 +27,7 @@ def test_a_cap_that_is_too_small_is_a_row(benchmark, monkeypatch):
     assert row == {"name": "7B", "error": "CUDA out of memory. Tried to allocate 2.00 GiB."} and "FAILED" in benchmark.table([row])
 
 
-def test_recorded_models_stayed_below_their_caps(benchmark):
+def test_recorded_models_stayed_below_their_caps():
     for row in recorded.load("qlora_caps")["result"]["rows"]:
         case = benchmark.CASES[row["name"]]
         assert row["context"] + row["reserved"] <= row["cap"] == case.cap and row["shape"] == case.shape.name

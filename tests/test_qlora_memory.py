@@ -1,29 +1,18 @@
 """The memory benchmark of QLoRA on small shapes, on the CPU: both ways of building are what they say, and the numbers make sense."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 
 import pytest
+import qlora_memory as benchmark
 import torch
 
-from course import ROOT
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.model_shapes import LLAMA_2_7B
 from reference.qlora import NF4Linear
 
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script("memory_peaks")
-benchmark = script("qlora_memory")
 CPU = torch.device("cpu")
 
 

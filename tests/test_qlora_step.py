@@ -1,36 +1,23 @@
 """The benchmark of training steps on a small shape, on the CPU: every variant trains the same model."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
+import qlora_step as benchmark
 import torch
 
-from course import ROOT
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.qlora import NF4Linear
 
 
-@pytest.fixture(scope="module")
-def benchmark(request):
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    request.addfinalizer(lambda: sys.path.remove(folder))
-    spec = importlib.util.spec_from_file_location("qlora_step", ROOT / "benchmarks" / "qlora_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def models_of(benchmark):
+def models_of():
     cpu = torch.device("cpu")
     return benchmark.Models(benchmark.SMOKE_SHAPE, benchmark.Meter(cpu), cpu)
 
 
-def test_every_variant_trains(benchmark):
-    models = models_of(benchmark)
+def test_every_variant_trains():
+    models = models_of()
     rows = [benchmark.attempt(name, (1, 24), models) for name in dict(benchmark.ORDER)]
     assert not [row for row in rows if "error" in row]
     first = rows[0]["losses"][0]
@@ -42,8 +29,8 @@ def test_every_variant_trains(benchmark):
     assert "compiled, graph" in benchmark.table(rows)
 
 
-def test_ours_is_quantized_once_and_a_compiled_layer_can_be_plain_again(benchmark):
-    models = models_of(benchmark)
+def test_ours_is_quantized_once_and_a_compiled_layer_can_be_plain_again():
+    models = models_of()
     model = models.get("llama, graph")
     assert len([layer for _, layer in lora_layers(model) if isinstance(layer.base, NF4Linear)]) == 7 * benchmark.SMOKE_SHAPE.layers
     assert models.get("llama, compiled") is model and model.model.layers[0]._compiled_call_impl is not None
@@ -51,8 +38,8 @@ def test_ours_is_quantized_once_and_a_compiled_layer_can_be_plain_again(benchmar
     assert models.get("library") is not model
 
 
-def test_a_failure_is_a_row(benchmark):
-    row = benchmark.attempt("llama", (1, 0), models_of(benchmark))
+def test_a_failure_is_a_row():
+    row = benchmark.attempt("llama", (1, 0), models_of())
     assert "error" in row and "FAILED" in benchmark.table([row]) and benchmark.compared([row]) == {}
 
 

@@ -1,27 +1,17 @@
 """The benchmark of quality: every run starts from the base that its name says, and what is recorded holds together."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 
+import gemma_lora
 import pytest
+import quantization_quality as benchmark
 import torch
 
-from course import ROOT
 from course.lab import recorded
 from course.lab.quantized import quantized_copy
 
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gemma_lora = script("gemma_lora")
-benchmark = script("quantization_quality")
 SMALLEST = dataclasses.replace(benchmark.STAND_IN, length=16, rows=1, steps=2, every=1, probe_step=32, kinds=("NF4+DQ", "INT8", "INT4"))
 SMALLEST = dataclasses.replace(SMALLEST, trained=("16-bit", "INT4"))
 

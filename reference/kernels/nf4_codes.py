@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.blockwise import check_block_size, check_finite, check_tensor, midpoints
+from reference.blockwise import check_finite, check_tensor, midpoints
 from reference.double_quant import QuantizedScales, dequantize_scales, dynamic_codebook
-from reference.nf4 import NF4_CODEBOOK, NF4Tensor
+from reference.nf4 import NF4_CODEBOOK, NF4Tensor, check_packable
 from reference.nf4 import dequantize_nf4 as dequantize_with_torch
 from reference.nf4 import quantize_nf4 as quantize_with_torch
 
@@ -103,9 +103,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, check: bool = True) -> NF
             check a broken block has an absmax of NaN or infinity.
     """
     check_tensor(weight, "weight")
-    check_block_size(block_size)
-    if block_size < 2:
-        raise ValueError("block_size must be at least 2: a block of one value would share a byte with the next block")
+    check_packable(block_size)
     flat = weight.detach().reshape(-1)
     n, blocks = len(flat), len(flat) // block_size
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
