@@ -1,5 +1,6 @@
 """Read notebooks with errors that a person can act on, and write them so that only real changes make a difference."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from course.units import CourseError
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
+_BAR = re.compile(r"\[(\d+:)?\d\d:\d\d.*\]$")  # how tqdm ends its bars: 0/3 [00:00<?, ?it/s]
 
 
 def read(path: Path) -> NotebookNode:
@@ -37,12 +39,19 @@ def read(path: Path) -> NotebookNode:
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """Remove, in place, what differs between two equal runs or two machines: times, version numbers, the state of widgets."""
+    """Remove, in place, what differs between two equal runs or two machines, and progress bars, which a page would show as they began."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     for cell in notebook.cells:
         for name in ("execution", "collapsed", "scrolled", "jupyter", "ExecuteTime"):
             cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
     return notebook
+
+
+def _is_bar(output: NotebookNode) -> bool:
+    data = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in data and bool(_BAR.search(data.get("text/plain", "").strip()))
 
 
 def as_text(notebook: NotebookNode) -> str:

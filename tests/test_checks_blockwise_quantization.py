@@ -171,6 +171,17 @@ def test_a_zero_point_that_is_not_rounded_is_refused_for_every_seed(rounded):
             check.affine._judge(affine_with_a_zero_point(rounded), seed)
 
 
+def test_sixteen_bits_are_told_from_float32_for_every_seed():
+    """What rounds the step, and what rounds the quotient: neither passes, and neither is taken for the other."""
+    mistakes = {message: wrong for message, wrong in check.absmax.misconceptions.items() if "16-bit" in message}
+    assert len(mistakes) == 2
+    for seed in (1030, 1046, 1066, *range(150)):
+        for message, wrong in mistakes.items():
+            with pytest.raises(NotYet) as caught:
+                check.absmax._judge(wrong, seed)
+            assert str(caught.value) == message, seed
+
+
 def no_guard(function):
     """With the guard against zeros, the one mistake of ``function`` would be its only one; learners make two."""
 

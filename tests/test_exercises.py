@@ -185,6 +185,16 @@ def test_saved_notebooks_are_tidied(unit: Unit):
     assert read(unit.notebook).cells[2].outputs, "outputs stay"
 
 
+@pytest.mark.parametrize("text, stays", [("  0%|          | 0/3 [00:00<?, ?it/s]", False), ("VBox(children=(IntSlider(value=6),))", True)])
+def test_a_progress_bar_is_not_saved_and_a_slider_is(text: str, stays: bool):
+    """A saved bar would stand at its beginning: what it became lives in the browser."""
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": text}
+    printed = v4.new_output("stream", text="done\n")
+    cell = v4.new_code_cell("", outputs=[v4.new_output("display_data", data=widget), printed])
+    outputs = tidy(v4.new_notebook(cells=[cell])).cells[0].outputs
+    assert len(outputs) == 1 + stays and outputs[-1] == printed
+
+
 # judging
 
 

@@ -30,6 +30,22 @@ def _largest_is(sign: int, x: Tensor) -> Tensor:
     return flat.view(x.shape)
 
 
+def _harder_in_16_bits(x: Tensor, g: torch.Generator) -> Tensor:
+    """``x`` (16 bits) such that a step rounded to its dtype always shows in the scale, and a quotient rounded to bfloat16 in the codes."""
+    flat = x.flatten().clone()
+    at = flat.abs().argmax()
+    tops = flat[at] * torch.linspace(1, 1.25, 100, dtype=x.dtype)
+    steps = tops.abs().double() / 127
+    flat[at] = tops[(steps.to(x.dtype) / steps - 1).abs() > 5e-4][0]  # five times what a check lets pass
+    step = flat[at].abs().double() / 127
+    values = (torch.linspace(64.5, 125.5, 1000).double() * step).to(x.dtype).unique()  # up there bfloat16 counts in half steps
+    values = _off_the_borders(values, step)
+    twice = values[(values / step.float()).round() != (values.double() / step).round()]
+    others = torch.randperm(flat.numel() - 1, generator=g)[:3]
+    flat[others + (others >= at)] = twice[torch.randint(len(twice), (3,), generator=g)]
+    return flat.view(x.shape)
+
+
 def _number(value) -> object:
     """A tensor of one element as a number; anything else as it is."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
@@ -104,6 +120,8 @@ def _observe_absmax(answer, seed: int) -> dict:
         ("a float16 tensor of three dimensions", (3, 5, 4), torch.float16, 1),
     ):
         x = _largest_is(sign, torch.randn(shape, generator=g) * 0.7).to(dtype)
+        if dtype == torch.bfloat16:
+            x = _harder_in_16_bits(x, g)
         x = _off_the_borders(x, x.double().abs().max() / 127)
         result = answer(x.clone())
         if not _tuple_of(2, result) or not isinstance(result[0], Tensor):
