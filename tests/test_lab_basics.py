@@ -167,6 +167,13 @@ def test_a_shown_figure_carries_its_alt_text_and_its_caption(displayed):
     assert not plt.fignum_exists(figure.number)  # a figure left open is drawn twice and keeps its memory
 
 
+def test_a_figure_as_a_png_is_closed():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])
+    assert plotting.png(figure).startswith(b"\x89PNG")
+    assert not plt.fignum_exists(figure.number)
+
+
 @pytest.mark.parametrize("texts", [{"caption": " ", "alt": "x"}, {"caption": "x", "alt": ""}])
 def test_a_figure_without_words_is_refused(displayed, texts):
     figure, _ = plt.subplots()

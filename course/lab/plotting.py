@@ -48,11 +48,16 @@ def show(figure: Figure, caption: str, alt: str) -> None:
     """
     if not caption.strip() or not alt.strip():
         raise ValueError("a figure needs a caption that says what to see and an alt text that says what is shown")
+    display({"image/png": png(figure), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+    display(Markdown(f"*{caption}*"))
+
+
+def png(figure: Figure) -> bytes:
+    """``figure`` as the bytes of a PNG, for the value of an ``ipywidgets.Image``; the figure is closed."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight")
     plt.close(figure)
-    display({"image/png": picture.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
-    display(Markdown(f"*{caption}*"))
+    return picture.getvalue()
 
 
 def with_spread(axes, x, runs, label: str, **style) -> None:
