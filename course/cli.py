@@ -259,9 +259,12 @@ def train_tiny() -> None:
     train()
 
 
-@app.command()
-def bench(name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None) -> None:
-    """Measure something side by side with other libraries, and record the result."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None,
+) -> None:
+    """Measure something side by side with other libraries, and record the result. What follows the name is passed on to it."""
     import ast
 
     folder = ROOT / "benchmarks"
@@ -274,6 +277,7 @@ def bench(name: Annotated[str | None, typer.Argument(help="The measurement; list
     if name not in known:
         raise CourseError(f"there is no measurement {name!r}. There are: {', '.join(known) or 'none yet'}")
     sys.path.insert(0, str(folder))  # measurements may share helpers
+    sys.argv = [str(known[name]), *context.args]  # and they read their options as if started by themselves
     spec = importlib.util.spec_from_file_location(name, known[name])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

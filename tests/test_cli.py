@@ -184,6 +184,17 @@ def test_bench_lists_and_runs(course):
     assert status == 2 and "there is no measurement 'other'. There are: counting" in printed
 
 
+def test_bench_passes_on_what_follows_the_name(course, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["course", "bench", "told", "--smoke", "--only", "a"])  # and puts it back afterwards
+    folder = course.unit.root / "benchmarks"
+    folder.mkdir()
+    lines = ['"""Told."""', "import argparse", "def main():", "    parser = argparse.ArgumentParser()"]
+    lines += ["    parser.add_argument('--smoke', action='store_true')", "    parser.add_argument('--only')", "    print(parser.parse_args())"]
+    (folder / "told.py").write_text("\n".join(lines))
+    assert course("bench", "told", "--smoke", "--only", "a") == (0, "Namespace(smoke=True, only='a')\n")
+    assert course("bench", "told") == (0, "Namespace(smoke=False, only=None)\n")
+
+
 def test_lead_commands_are_wired():
     import inspect
 
