@@ -24,11 +24,10 @@ from qlora_memory import ALPHA, OURS, RANK, Case, Extra, Meter, build
 from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.memory import training_memory
-from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, ModelShape
+from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_33B, ModelShape
 from reference.recipes import QLORA
 
 STEPS, RATE = 20, 1e-3
-LLAMA_33B = ModelShape("Llama-33B", 6656, 60, 52, 52, 128, 17920, 32000)  # of the first generation, which had no 34B
 
 
 @dataclasses.dataclass(frozen=True)

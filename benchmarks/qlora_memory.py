@@ -62,6 +62,7 @@ class Case:
     shape: ModelShape
     checkpointing: bool
     batches: tuple[tuple[int, int], ...]  # (rows, tokens)
+    rank: int = RANK
 
 
 def tiny_shape() -> ModelShape:
@@ -143,11 +144,11 @@ def build(how: str, case: Case, device: torch.device, extra: "Extra") -> nn.Modu
     elif case.checkpointing:
         model.gradient_checkpointing_enable(**options)
     if how in (OURS, DENSE):
-        inject_lora(model, RANK, ALPHA)
+        inject_lora(model, case.rank, ALPHA)
     else:
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules="all-linear"))
     return model.train()
 
 

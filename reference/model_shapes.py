@@ -148,10 +148,14 @@ class ModelShape:
 
 LLAMA_2_7B = ModelShape("Llama-2-7B", 4096, 32, 32, 32, 128, 11008, 32000)
 LLAMA_2_13B = ModelShape("Llama-2-13B", 5120, 40, 40, 40, 128, 13824, 32000)
+LLAMA_33B = ModelShape("Llama-33B", 6656, 60, 52, 52, 128, 17920, 32000)  # of the first generation; the second had none of its size
 LLAMA_2_70B = ModelShape("Llama-2-70B", 8192, 80, 64, 8, 128, 28672, 32000)
 LLAMA_3_8B = ModelShape("Llama-3-8B", 4096, 32, 32, 8, 128, 14336, 128256)
 LLAMA_3_70B = ModelShape("Llama-3-70B", 8192, 80, 64, 8, 128, 28672, 128256)
 LLAMA_3_2_1B = ModelShape("Llama-3.2-1B", 2048, 16, 32, 8, 64, 8192, 128256, tied=True)
 GPT_3 = ModelShape("GPT-3 175B", 12288, 96, 96, 96, 128, 49152, 50257, tied=True, gated=False, biases=True, positions=2048)
 GEMMA_3_270M = ModelShape("Gemma-3-270M", 640, 18, 4, 1, 256, 2048, 262144, tied=True, norms=4, qk_norm=True)
-SHAPES = {shape.name: shape for shape in (GEMMA_3_270M, LLAMA_3_2_1B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_70B, GPT_3)}
+SHAPES = {
+    shape.name: shape
+    for shape in (GEMMA_3_270M, LLAMA_3_2_1B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_2_13B, LLAMA_33B, LLAMA_2_70B, LLAMA_3_70B, GPT_3)
+}
