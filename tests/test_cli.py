@@ -188,11 +188,12 @@ def test_bench_passes_on_what_follows_the_name(course, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["course", "bench", "told", "--smoke", "--only", "a"])  # and puts it back afterwards
     folder = course.unit.root / "benchmarks"
     folder.mkdir()
-    lines = ['"""Told."""', "import argparse", "def main():", "    parser = argparse.ArgumentParser()"]
-    lines += ["    parser.add_argument('--smoke', action='store_true')", "    parser.add_argument('--only')", "    print(parser.parse_args())"]
-    (folder / "told.py").write_text("\n".join(lines))
-    assert course("bench", "told", "--smoke", "--only", "a") == (0, "Namespace(smoke=True, only='a')\n")
-    assert course("bench", "told") == (0, "Namespace(smoke=False, only=None)\n")
+    (folder / "told.py").write_text(
+        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument('--only')\n"
+        "    parser.add_argument('--smoke', action='store_true')\n    print(parser.parse_args())\n"
+    )
+    assert course("bench", "told", "--smoke", "--only", "a") == (0, "Namespace(only='a', smoke=True)\n")
+    assert course("bench", "told") == (0, "Namespace(only=None, smoke=False)\n")
 
 
 def test_lead_commands_are_wired():
