@@ -1,9 +1,9 @@
 """What unit 06 states: bytes from shapes, identities checked on small tensors, and what the GPU and the tiny model measured."""
 
 import copy
-import functools
 import math
 import statistics
+from functools import cache, partial
 
 import torch
 from scipy.stats import ttest_ind
@@ -34,24 +34,14 @@ def saved_bytes_per_weight() -> float:
 
 
 def _gigabytes(shape: ModelShape, recipe) -> float:
+    """Of the weights alone; in 4 bits with embedding and head in 16."""
     return weights(shape, recipe).bytes / 1e9
 
 
-def llama7b_weights_16_bit() -> float:
-    return _gigabytes(LLAMA_2_7B, LORA)
-
-
-def llama7b_weights_4_bit() -> float:
-    """Embedding and head in 16 bits."""
-    return _gigabytes(LLAMA_2_7B, QLORA)
-
-
-def llama70b_weights_16_bit() -> float:
-    return _gigabytes(LLAMA_2_70B, LORA)
-
-
-def llama70b_weights_4_bit() -> float:
-    return _gigabytes(LLAMA_2_70B, QLORA)
+llama7b_weights_16_bit = partial(_gigabytes, LLAMA_2_7B, LORA)
+llama7b_weights_4_bit = partial(_gigabytes, LLAMA_2_7B, QLORA)
+llama70b_weights_16_bit = partial(_gigabytes, LLAMA_2_70B, LORA)
+llama70b_weights_4_bit = partial(_gigabytes, LLAMA_2_70B, QLORA)
 
 
 def llama70b_peak() -> float:
@@ -90,7 +80,7 @@ def break_even_share() -> float:
 # Identities
 
 
-@functools.cache
+@cache
 def _layer() -> tuple[nn.Linear, NF4Linear]:
     g = torch.Generator().manual_seed(0)
     linear = nn.Linear(256, 192, bias=False)
@@ -139,29 +129,19 @@ def _adapted(size: float, seed: int = 0) -> tuple[LoRALinear, Tensor]:
 
 
 def _merge_error(way: str, size: float) -> float:
-    """In multiples of the update's own norm."""
+    """In multiples of the update's own norm, for an update of ``size`` of the weight's norm; 16 bits are bfloat16."""
     layer, original = _adapted(size)
-    error = merge_errors(layer, original)[way]
-    whole = (layer.base.dequantize() + layer.delta_weight()).norm()
-    return error * (whole / layer.delta_weight().norm()).item()
+    trained = layer.base.dequantize() + layer.delta_weight()
+    error = merge_errors(layer, original)[way] * trained.norm() if way != "dequantized" else (trained.bfloat16() - trained).norm()
+    return (error / layer.delta_weight().norm()).item()
 
 
-def requantized_error_large() -> float:
-    """An update of half the weight's norm."""
-    return _merge_error("requantized", 0.5)
-
-
-def requantized_error_small() -> float:
-    """An update of a hundredth of the weight's norm: all of it and more."""
-    return _merge_error("requantized", 0.01)
-
-
-def original_error_large() -> float:
-    return _merge_error("original", 0.5)
-
-
-def original_error_small() -> float:
-    return _merge_error("original", 0.01)
+dequantized_error_large = partial(_merge_error, "dequantized", 0.5)
+dequantized_error_small = partial(_merge_error, "dequantized", 0.01)
+requantized_error_large = partial(_merge_error, "requantized", 0.5)
+requantized_error_small = partial(_merge_error, "requantized", 0.01)
+original_error_large = partial(_merge_error, "original", 0.5)
+original_error_small = partial(_merge_error, "original", 0.01)
 
 
 def requantized_update_tiny_is_lost() -> bool:
@@ -202,19 +182,19 @@ def one_in_twenty_is_often_not_seen() -> bool:
     return 0.95**20 > 1 / 3
 
 
-def pairing_narrows_tenfold() -> bool:
-    """64 sequences, INT4 with one scale a matrix, the tiny model: the paired interval against that of two averages."""
+def pairing_narrows() -> float:
+    """64 sequences, INT4 with one scale a matrix, the tiny model: the interval of two averages over the paired one."""
     world, model = World(), models.load("tiny", where=torch.device("cpu"))[0]
     ids = world.sample("general", 64, 48, seed=11)
     before, after = (evaluation.sequence_losses(m, ids) for m in (model, quantized_copy(model, "INT4", 1 << 16)))
     paired, averages = evaluation.compare_losses(before, after), ttest_ind(after, before).confidence_interval()
-    return bool(averages.high - averages.low > 10 * (paired.high - paired.low))
+    return float((averages.high - averages.low) / (paired.high - paired.low))
 
 
 # Measured: memory
 
 
-@functools.cache
+@cache
 def _memory() -> dict:
     rows = recorded.load("qlora_memory", device="h100")["result"]["rows"]
     return {(row["shape"], row["batch"], row["sequence"], row["how"]): row for row in rows if "error" not in row}
@@ -224,20 +204,16 @@ def _peak(shape: str, batch: int, sequence: int, how: str) -> float:
     return _memory()[shape, batch, sequence, how]["peak"] / 1e9
 
 
-def llama7b_peak_lora() -> float:
-    return _peak("Llama-2-7B", 4, 512, "LoRA")
-
-
-def llama7b_peak_qlora() -> float:
-    return _peak("Llama-2-7B", 4, 512, "QLoRA")
-
-
-def llama7b_peak_peers() -> float:
-    return _peak("Llama-2-7B", 4, 512, "QLoRA, peft + bitsandbytes")
-
-
-def llama7b_peak_prepared() -> float:
-    return _peak("Llama-2-7B", 4, 512, "QLoRA, peft + bitsandbytes, prepared")
+SMALL = "Llama with Gemma-3-270M's sizes"
+PEERS = "QLoRA, peft + bitsandbytes"
+llama7b_peak_lora = partial(_peak, "Llama-2-7B", 4, 512, "LoRA")
+llama7b_peak_qlora = partial(_peak, "Llama-2-7B", 4, 512, "QLoRA")
+llama7b_peak_peers = partial(_peak, "Llama-2-7B", 4, 512, PEERS)
+llama7b_peak_prepared = partial(_peak, "Llama-2-7B", 4, 512, f"{PEERS}, prepared")
+small_peak_lora = partial(_peak, SMALL, 1, 128, "LoRA")
+small_peak_qlora = partial(_peak, SMALL, 1, 128, "QLoRA")
+small_peak_peers = partial(_peak, SMALL, 1, 128, PEERS)
+small_peak_prepared = partial(_peak, SMALL, 1, 128, f"{PEERS}, prepared")
 
 
 def llama7b_peak_predicted() -> float:
@@ -250,43 +226,24 @@ def ours_over_peers() -> float:
     return max(ratio for case, ratio in ratios.items() if case.startswith("Llama-2-7B"))
 
 
-SMALL = "Llama with Gemma-3-270M's sizes"
-
-
-def small_peak_lora() -> float:
-    return _peak(SMALL, 1, 128, "LoRA")
-
-
-def small_peak_qlora() -> float:
-    return _peak(SMALL, 1, 128, "QLoRA")
-
-
-def small_peak_prepared() -> float:
-    return _peak(SMALL, 1, 128, "QLoRA, peft + bitsandbytes, prepared")
-
-
 def small_prepared_needs_more() -> bool:
     return small_peak_prepared() > small_peak_lora() > small_peak_qlora()
 
 
 def _slower(batch: int, sequence: int) -> float:
     """Time of peft's step over bitsandbytes' packed layers, over that of its step over bf16 layers."""
-    times = [_memory()["Llama-2-7B", batch, sequence, how]["seconds"] for how in ("QLoRA, peft + bitsandbytes", "LoRA, peft")]
+    times = [_memory()["Llama-2-7B", batch, sequence, how]["seconds"] for how in (PEERS, "LoRA, peft")]
     return times[0] / times[1]
 
 
-def slower_few_tokens() -> float:
-    return _slower(1, 512)
-
-
-def slower_many_tokens() -> float:
-    return _slower(4, 2048)
+slower_few_tokens = partial(_slower, 1, 512)
+slower_many_tokens = partial(_slower, 4, 2048)
 
 
 # Measured: whole steps in processes under a cap
 
 
-@functools.cache
+@cache
 def _capped() -> dict:
     """Name of a model, "70B" -> what was measured, with bytes in GB."""
     found = {}
@@ -301,30 +258,26 @@ def _of_capped(name: str, what: str) -> float:
     return _capped()[name][what]
 
 
-capped_70b_cap = functools.partial(_of_capped, "70B", "cap")
-capped_70b_weights = functools.partial(_of_capped, "70B", "weights")
-capped_70b_peak = functools.partial(_of_capped, "70B", "peak")
-capped_70b_predicted = functools.partial(_of_capped, "70B", "predicted")
-capped_70b_process = functools.partial(_of_capped, "70B", "process")
-capped_70b_seconds = functools.partial(_of_capped, "70B", "seconds")
-capped_33b_cap = functools.partial(_of_capped, "33B", "cap")
-capped_33b_weights = functools.partial(_of_capped, "33B", "weights")
-capped_33b_peak = functools.partial(_of_capped, "33B", "peak")
-capped_33b_predicted = functools.partial(_of_capped, "33B", "predicted")
-capped_33b_process = functools.partial(_of_capped, "33B", "process")
-capped_33b_seconds = functools.partial(_of_capped, "33B", "seconds")
-capped_13b_cap = functools.partial(_of_capped, "13B", "cap")
-capped_13b_weights = functools.partial(_of_capped, "13B", "weights")
-capped_13b_peak = functools.partial(_of_capped, "13B", "peak")
-capped_13b_predicted = functools.partial(_of_capped, "13B", "predicted")
-capped_13b_process = functools.partial(_of_capped, "13B", "process")
-capped_13b_seconds = functools.partial(_of_capped, "13B", "seconds")
-capped_7b_cap = functools.partial(_of_capped, "7B", "cap")
-capped_7b_weights = functools.partial(_of_capped, "7B", "weights")
-capped_7b_peak = functools.partial(_of_capped, "7B", "peak")
-capped_7b_predicted = functools.partial(_of_capped, "7B", "predicted")
-capped_7b_process = functools.partial(_of_capped, "7B", "process")
-capped_7b_seconds = functools.partial(_of_capped, "7B", "seconds")
+capped_70b_cap = partial(_of_capped, "70B", "cap")
+capped_70b_peak = partial(_of_capped, "70B", "peak")
+capped_70b_predicted = partial(_of_capped, "70B", "predicted")
+capped_70b_process = partial(_of_capped, "70B", "process")
+capped_70b_seconds = partial(_of_capped, "70B", "seconds")
+capped_33b_cap = partial(_of_capped, "33B", "cap")
+capped_33b_peak = partial(_of_capped, "33B", "peak")
+capped_33b_predicted = partial(_of_capped, "33B", "predicted")
+capped_33b_process = partial(_of_capped, "33B", "process")
+capped_33b_seconds = partial(_of_capped, "33B", "seconds")
+capped_13b_cap = partial(_of_capped, "13B", "cap")
+capped_13b_peak = partial(_of_capped, "13B", "peak")
+capped_13b_predicted = partial(_of_capped, "13B", "predicted")
+capped_13b_process = partial(_of_capped, "13B", "process")
+capped_13b_seconds = partial(_of_capped, "13B", "seconds")
+capped_7b_cap = partial(_of_capped, "7B", "cap")
+capped_7b_peak = partial(_of_capped, "7B", "peak")
+capped_7b_predicted = partial(_of_capped, "7B", "predicted")
+capped_7b_process = partial(_of_capped, "7B", "process")
+capped_7b_seconds = partial(_of_capped, "7B", "seconds")
 
 
 def capped_70b_first_loss() -> float:
@@ -355,7 +308,7 @@ def capped_predictions_hold() -> bool:
 # Measured: kernels
 
 
-@functools.cache
+@cache
 def _speed() -> dict:
     return recorded.load("nf4_kernels", device="h100")["result"]
 
@@ -370,24 +323,27 @@ def copy_rate() -> float:
     return _speed()["copy_gigabytes_per_second"]
 
 
-quantize_torch = functools.partial(_milliseconds, "quantize", "torch")
-quantize_bitsandbytes = functools.partial(_milliseconds, "quantize", "bitsandbytes")
-quantize_ours = functools.partial(_milliseconds, "quantize", "ours")
-quantize_floor = functools.partial(_milliseconds, "quantize", "floor")
-dequantize_torch = functools.partial(_milliseconds, "dequantize", "torch")
-dequantize_compiled = functools.partial(_milliseconds, "dequantize", "torch.compile")
-dequantize_bitsandbytes = functools.partial(_milliseconds, "dequantize", "bitsandbytes")
-dequantize_ours = functools.partial(_milliseconds, "dequantize", "ours")
-dequantize_floor = functools.partial(_milliseconds, "dequantize", "floor")
+quantize_torch = partial(_milliseconds, "quantize", "torch")
+quantize_bitsandbytes = partial(_milliseconds, "quantize", "bitsandbytes")
+quantize_ours = partial(_milliseconds, "quantize", "ours")
+quantize_floor = partial(_milliseconds, "quantize", "floor")
+dequantize_torch = partial(_milliseconds, "dequantize", "torch")
+dequantize_compiled = partial(_milliseconds, "dequantize", "torch.compile")
+dequantize_bitsandbytes = partial(_milliseconds, "dequantize", "bitsandbytes")
+dequantize_ours = partial(_milliseconds, "dequantize", "ours")
+dequantize_floor = partial(_milliseconds, "dequantize", "floor")
 
 
-def quantize_speedup() -> float:
-    """Over bitsandbytes."""
-    return quantize_bitsandbytes() / quantize_ours()
+def _over_bitsandbytes(work: str, rows: int | None = None) -> float:
+    """How many times as fast as bitsandbytes."""
+    return _milliseconds(work, "bitsandbytes", rows) / _milliseconds(work, "ours", rows)
 
 
-def dequantize_speedup() -> float:
-    return dequantize_bitsandbytes() / dequantize_ours()
+quantize_speedup = partial(_over_bitsandbytes, "quantize")
+dequantize_speedup = partial(_over_bitsandbytes, "dequantize")
+one_row_over_bitsandbytes = partial(_over_bitsandbytes, "linear", 1)
+rows_16_over_bitsandbytes = partial(_over_bitsandbytes, "linear", 16)
+rows_2048_over_bitsandbytes = partial(_over_bitsandbytes, "linear", 2048)
 
 
 def kernels_give_the_same() -> bool:
@@ -400,7 +356,7 @@ def bytes_that_must_move() -> float:
     return 2 + 0.5 + 4 / 64
 
 
-@functools.cache
+@cache
 def _moved(work: str) -> float:
     """Bytes a weight that plain torch's operators read and write."""
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -410,15 +366,22 @@ def _moved(work: str) -> float:
     return moved.bytes / weight.numel()
 
 
-quantize_moved = functools.partial(_moved, "quantize")
-dequantize_moved = functools.partial(_moved, "dequantize")
+quantize_moved = partial(_moved, "quantize")
+dequantize_moved = partial(_moved, "dequantize")
+
+
+def _moved_milliseconds(work: str) -> float:
+    """The counted bytes of plain torch's operators, at the rate of a copy."""
+    return _moved(work) * _speed()["side"] ** 2 / (1e6 * copy_rate())
+
+
+quantize_moved_milliseconds = partial(_moved_milliseconds, "quantize")
+dequantize_moved_milliseconds = partial(_moved_milliseconds, "dequantize")
 
 
 def moved_bytes_explain_plain_torch() -> bool:
-    """The counted bytes, at the rate of a copy, take three quarters of the measured time or more, and not more than it."""
-    per_millisecond = 1e6 * copy_rate() / _speed()["side"] ** 2
-    shares = [_moved(work) / per_millisecond / _milliseconds(work, "torch") for work in ("quantize", "dequantize")]
-    return all(0.75 < share < 1 for share in shares)
+    """They take three quarters of the measured time or more, and not more than it."""
+    return all(0.75 < _moved_milliseconds(work) / _milliseconds(work, "torch") < 1 for work in ("quantize", "dequantize"))
 
 
 def one_comparison_is_enough() -> bool:
@@ -432,31 +395,36 @@ def _linear(who: str, rows: int) -> float:
     return _milliseconds("linear", who, rows)
 
 
-one_row_ours = functools.partial(_linear, "ours", 1)
-one_row_bitsandbytes = functools.partial(_linear, "bitsandbytes", 1)
-one_row_16_bit = functools.partial(_linear, "bf16 weights", 1)
-rows_16_ours = functools.partial(_linear, "ours", 16)
-rows_16_bitsandbytes = functools.partial(_linear, "bitsandbytes", 16)
-rows_16_16_bit = functools.partial(_linear, "bf16 weights", 16)
-rows_64_ours = functools.partial(_linear, "ours", 64)
-rows_64_bitsandbytes = functools.partial(_linear, "bitsandbytes", 64)
-rows_64_16_bit = functools.partial(_linear, "bf16 weights", 64)
-rows_512_ours = functools.partial(_linear, "ours", 512)
-rows_512_bitsandbytes = functools.partial(_linear, "bitsandbytes", 512)
-rows_512_16_bit = functools.partial(_linear, "bf16 weights", 512)
-rows_8192_ours = functools.partial(_linear, "ours", 8192)
-rows_8192_bitsandbytes = functools.partial(_linear, "bitsandbytes", 8192)
-rows_8192_16_bit = functools.partial(_linear, "bf16 weights", 8192)
+one_row_ours = partial(_linear, "ours", 1)
+one_row_bitsandbytes = partial(_linear, "bitsandbytes", 1)
+one_row_16_bit = partial(_linear, "bf16 weights", 1)
+one_row_floor = partial(_linear, "floor", 1)
+rows_2_ours = partial(_linear, "ours", 2)
+rows_16_ours = partial(_linear, "ours", 16)
+rows_16_bitsandbytes = partial(_linear, "bitsandbytes", 16)
+rows_16_16_bit = partial(_linear, "bf16 weights", 16)
+rows_16_floor = partial(_linear, "floor", 16)
+rows_64_ours = partial(_linear, "ours", 64)
+rows_64_bitsandbytes = partial(_linear, "bitsandbytes", 64)
+rows_64_16_bit = partial(_linear, "bf16 weights", 64)
+rows_64_floor = partial(_linear, "floor", 64)
+rows_512_ours = partial(_linear, "ours", 512)
+rows_512_bitsandbytes = partial(_linear, "bitsandbytes", 512)
+rows_512_16_bit = partial(_linear, "bf16 weights", 512)
+rows_512_floor = partial(_linear, "floor", 512)
+rows_2048_ours = partial(_linear, "ours", 2048)
+rows_2048_bitsandbytes = partial(_linear, "bitsandbytes", 2048)
+rows_2048_16_bit = partial(_linear, "bf16 weights", 2048)
+rows_2048_floor = partial(_linear, "floor", 2048)
+rows_8192_ours = partial(_linear, "ours", 8192)
+rows_8192_bitsandbytes = partial(_linear, "bitsandbytes", 8192)
+rows_8192_16_bit = partial(_linear, "bf16 weights", 8192)
+rows_8192_floor = partial(_linear, "floor", 8192)
 
 
 def _operations_per_second() -> float:
     """Of a product of bf16 matrices, 8192 × 8192 each."""
     return 2 * _speed()["side"] ** 3 / (1e-3 * _linear("floor", 8192))
-
-
-def capped_70b_products_seconds() -> float:
-    """Of the products with all linears at that rate: forward, again, and for the gradient; 2 operations a weight and token each."""
-    return 6 * LLAMA_2_70B.linear_parameters * _capped()["70B"]["sequence"] / _operations_per_second()
 
 
 def fewer_bytes() -> float:
@@ -481,6 +449,37 @@ def one_row_share_of_the_rate_16_bit() -> float:
 def flat_to_64_rows() -> float:
     """How much longer bf16 weights take for 64 rows than for one, per cent."""
     return 100 * (rows_64_16_bit() / one_row_16_bit() - 1)
+
+
+def _compiled(rows: str, what: str) -> float:
+    """Of the kernel's loop as it is compiled for an H100: instructions a weight, milliseconds that starting all of them takes at least."""
+    return recorded.load("nf4_instructions", device="cpu")["result"][rows][what]
+
+
+one_row_instructions = partial(_compiled, "1 row", "instructions")
+one_row_starting = partial(_compiled, "1 row", "milliseconds")
+few_rows_instructions = partial(_compiled, "16 rows", "instructions")
+few_rows_starting = partial(_compiled, "16 rows", "milliseconds")
+
+
+def one_row_takes_the_sum() -> bool:
+    """Bytes and instructions one after the other: to within a twentieth."""
+    return abs((one_row_floor() + one_row_starting()) / one_row_ours() - 1) < 0.05
+
+
+def nested_fewer_bytes() -> float:
+    """With double quantization, per cent."""
+    return 100 * (1 - bits_per_weight() / (4 + 32 / 64))
+
+
+def nested_more_instructions() -> float:
+    """For one row, per cent."""
+    return 100 * (_compiled("1 row, double quantization", "instructions") / one_row_instructions() - 1)
+
+
+def nested_more_time() -> float:
+    """For one row, per cent."""
+    return 100 * (_linear("ours, double quantization", 1) / one_row_ours() - 1)
 
 
 def rows_that_fill_the_arithmetic() -> float:
@@ -508,7 +507,7 @@ def fused_beats_both_at_64() -> bool:
 # Measured: whole training steps
 
 
-@functools.cache
+@cache
 def _steps() -> dict:
     rows = recorded.load("qlora_step", device="h100")["result"]["rows"]
     return {(row["how"], row["sequence"]): row for row in rows}
@@ -519,16 +518,18 @@ def _step(how: str, sequence: int, key: str = "seconds") -> float:
     return _steps()[how, sequence][key]
 
 
-step_few_peft = functools.partial(_step, "peft", 512)
-step_few_ours = functools.partial(_step, "llama", 512)
-step_few_graph = functools.partial(_step, "llama, graph", 512)
-step_few_compiled = functools.partial(_step, "llama, compiled, graph", 512)
-step_many_peft = functools.partial(_step, "peft", 2048)
-step_many_ours = functools.partial(_step, "llama", 2048)
-step_many_graph = functools.partial(_step, "llama, graph", 2048)
-step_many_compiled = functools.partial(_step, "llama, compiled, graph", 2048)
-step_many_plain_update = functools.partial(_step, "llama, plain update", 2048)
-step_kernels_peft = functools.partial(_step, "peft", 512, "kernels")
+step_few_peft = partial(_step, "peft", 512)
+step_few_ours = partial(_step, "llama", 512)
+step_few_graph = partial(_step, "llama, graph", 512)
+step_few_compiled = partial(_step, "llama, compiled, graph", 512)
+step_many_peft = partial(_step, "peft", 2048)
+step_many_ours = partial(_step, "llama", 2048)
+step_many_graph = partial(_step, "llama, graph", 2048)
+step_many_compiled = partial(_step, "llama, compiled, graph", 2048)
+step_many_plain_update = partial(_step, "llama, plain update", 2048)
+step_few_plain_update = partial(_step, "llama, plain update", 512)
+step_many_whole_logits = partial(_step, "llama, whole logits", 2048)
+step_kernels_peft = partial(_step, "peft", 512, "kernels")
 
 
 def step_few_times_faster() -> float:
@@ -544,26 +545,28 @@ def step_few_busy_peft() -> float:
     return 100 * _step("peft", 512, "kernel_seconds") / step_few_peft()
 
 
-def step_many_peak_peft() -> float:
-    return _step("peft", 2048, "peak") / 1e9
+def _step_peak(how: str, sequence: int) -> float:
+    """GB."""
+    return _step(how, sequence, "peak") / 1e9
 
 
-def step_many_peak_ours() -> float:
-    return _step("llama, compiled, graph", 2048, "peak") / 1e9
+step_many_peak_peft = partial(_step_peak, "peft", 2048)
+step_many_peak_ours = partial(_step_peak, "llama, compiled, graph", 2048)
+step_many_peak_graph = partial(_step_peak, "llama, graph", 2048)
+step_many_peak_chunked = partial(_step_peak, "llama", 2048)
+step_many_peak_plain_update = partial(_step_peak, "llama, plain update", 2048)
+step_many_peak_whole_logits = partial(_step_peak, "llama, whole logits", 2048)
 
 
-def step_many_peak_whole_logits() -> float:
-    return _step("llama, whole logits", 2048, "peak") / 1e9
-
-
-def step_many_peak_chunked() -> float:
-    return _step("llama", 2048, "peak") / 1e9
+def step_many_less_memory() -> float:
+    """Peak of peft + bitsandbytes over that of the compiled step."""
+    return step_many_peak_peft() / step_many_peak_ours()
 
 
 # Measured: quality of the tiny model
 
 
-@functools.cache
+@cache
 def _tiny() -> dict:
     return recorded.load("quantization_quality_tiny", device="cpu")["result"]
 
@@ -573,35 +576,22 @@ def _format(kind: str) -> dict:
     return row
 
 
-def tiny_nf4_lost() -> float:
+def _lost(kind: str) -> float:
     """Nats per token on the general domain."""
-    return _format("NF4+DQ")["lost_nats"]["general"]["estimate"]
+    return _format(kind)["lost_nats"]["general"]["estimate"]
 
 
-def tiny_nf2_lost() -> float:
-    return _format("NF2")["lost_nats"]["general"]["estimate"]
+tiny_nf4_lost = partial(_lost, "NF4+DQ")
 
 
-def tiny_int2_lost() -> float:
-    return _format("INT2")["lost_nats"]["general"]["estimate"]
+def _in_units(kind: str, what: str, unit: float) -> float:
+    return _format(kind)[what] / unit
 
 
-def tiny_nf2_facts() -> float:
-    """Per cent."""
-    return 100 * _format("NF2")["facts"]
-
-
-def tiny_int2_facts() -> float:
-    return 100 * _format("INT2")["facts"]
-
-
-def tiny_nf4_divergence() -> float:
-    """Nats per token, in thousandths."""
-    return 1e3 * _format("NF4")["divergence"]
-
-
-def tiny_int4_divergence() -> float:
-    return 1e3 * _format("INT4")["divergence"]
+tiny_nf2_facts = partial(_in_units, "NF2", "facts", 0.01)  # per cent
+tiny_int2_facts = partial(_in_units, "INT2", "facts", 0.01)
+tiny_nf4_divergence = partial(_in_units, "NF4", "divergence", 1e-3)  # thousandths of a nat per token
+tiny_int4_divergence = partial(_in_units, "INT4", "divergence", 1e-3)
 
 
 def four_bits_cost_the_tiny_model_nothing() -> bool:
@@ -619,20 +609,15 @@ def tiny_int2_before() -> float:
     return _won("general", "INT2")[0]
 
 
-def tiny_int2_after() -> float:
-    return statistics.fmean(_won("general", "INT2")[1])
+def _after(domain: str, kind: str) -> float:
+    """Nats above the floor after LoRA; mean over seeds."""
+    return statistics.fmean(_won(domain, kind)[1])
 
 
-def tiny_base_after() -> float:
-    return statistics.fmean(_won("general", "16-bit")[1])
-
-
-def tiny_clinic_base() -> float:
-    return statistics.fmean(_won("clinic", "16-bit")[1])
-
-
-def tiny_clinic_nf4() -> float:
-    return statistics.fmean(_won("clinic", "NF4")[1])
+tiny_int2_after = partial(_after, "general", "INT2")
+tiny_base_after = partial(_after, "general", "16-bit")
+tiny_clinic_base = partial(_after, "clinic", "16-bit")
+tiny_clinic_nf4 = partial(_after, "clinic", "NF4")
 
 
 def clinic_seeds_overlap() -> bool:
@@ -640,104 +625,62 @@ def clinic_seeds_overlap() -> bool:
     return max(_won("clinic", "16-bit")[1]) > min(_won("clinic", "NF4")[1])
 
 
-def lora_wins_back_most() -> bool:
-    """Of what INT2 and NF2 lost on known text, over 90 % and 90 %, in every seed, against LoRA on the 16-bit base."""
+def lora_wins_back() -> float:
+    """Of what INT2 and NF2 lost on known text, against LoRA on the 16-bit base: the smallest share over bases and seeds, per cent."""
     shares = []
     for kind in ("INT2", "NF2"):
         before, after = _won("general", kind)
         base_before, base_after = _won("general", "16-bit")
         shares += [1 - (a - b) / (before - base_before) for a, b in zip(after, base_after, strict=True)]
-    return min(shares) > 0.9
+    return 100 * min(shares)
 
 
 # Measured: quality of Gemma 3 270M
 
 
-@functools.cache
+@cache
 def _gemma() -> dict:
     return recorded.load("quantization_quality_gemma", device="h100")["result"]
 
 
 def _perplexity(kind: str, text: str = "passages") -> float:
+    """On prose (the passages) or another text."""
     return math.exp(_gemma()["formats"][kind][text])
 
 
-def gemma_16_bit() -> float:
-    """Perplexity on the passages."""
-    return _perplexity("16-bit")
-
-
-def gemma_int8() -> float:
-    return _perplexity("INT8")
-
-
-def gemma_nf4() -> float:
-    return _perplexity("NF4")
-
-
-def gemma_nf4_dq() -> float:
-    return _perplexity("NF4+DQ")
-
-
-def gemma_fp4() -> float:
-    return _perplexity("FP4")
-
-
-def gemma_int4() -> float:
-    return _perplexity("INT4")
-
-
-def gemma_code_16_bit() -> float:
-    return _perplexity("16-bit", "code")
-
-
-def gemma_code_int8() -> float:
-    return _perplexity("INT8", "code")
-
-
-def gemma_code_nf4() -> float:
-    return _perplexity("NF4", "code")
-
-
-def gemma_code_nf4_dq() -> float:
-    return _perplexity("NF4+DQ", "code")
-
-
-def gemma_code_fp4() -> float:
-    return _perplexity("FP4", "code")
-
-
-def gemma_code_int4() -> float:
-    return _perplexity("INT4", "code")
+gemma_16_bit = partial(_perplexity, "16-bit")
+gemma_int8 = partial(_perplexity, "INT8")
+gemma_nf4 = partial(_perplexity, "NF4")
+gemma_nf4_dq = partial(_perplexity, "NF4+DQ")
+gemma_fp4 = partial(_perplexity, "FP4")
+gemma_int4 = partial(_perplexity, "INT4")
+gemma_code_16_bit = partial(_perplexity, "16-bit", "code")
+gemma_code_int8 = partial(_perplexity, "INT8", "code")
+gemma_code_nf4 = partial(_perplexity, "NF4", "code")
+gemma_code_nf4_dq = partial(_perplexity, "NF4+DQ", "code")
+gemma_code_fp4 = partial(_perplexity, "FP4", "code")
+gemma_code_int4 = partial(_perplexity, "INT4", "code")
 
 
 def _facts(kind: str) -> float:
+    """Answered rightly, per cent."""
     return 100 * _gemma()["formats"][kind]["cloze"]
 
 
-def gemma_facts_16_bit() -> float:
-    """Per cent."""
-    return _facts("16-bit")
+gemma_facts_16_bit = partial(_facts, "16-bit")
+gemma_facts_int8 = partial(_facts, "INT8")
+gemma_facts_nf4 = partial(_facts, "NF4")
+gemma_facts_nf4_dq = partial(_facts, "NF4+DQ")
+gemma_facts_fp4 = partial(_facts, "FP4")
+gemma_facts_int4 = partial(_facts, "INT4")
 
 
-def gemma_facts_int8() -> float:
-    return _facts("INT8")
+def _asked(questions: str) -> int:
+    return _gemma()["two_percent_rule"]["lost"]["8-bit"][questions]["count"]
 
 
-def gemma_facts_nf4() -> float:
-    return _facts("NF4")
-
-
-def gemma_facts_nf4_dq() -> float:
-    return _facts("NF4+DQ")
-
-
-def gemma_facts_fp4() -> float:
-    return _facts("FP4")
-
-
-def gemma_facts_int4() -> float:
-    return _facts("INT4")
+gemma_facts_asked = partial(_asked, "cloze")
+gemma_pairs_asked = partial(_asked, "pairs")
 
 
 def _gap(kind: str, text: str, when: str) -> float:
@@ -757,12 +700,8 @@ def _rise(kind: str, text: str = "passages") -> float:
     return 100 * (_perplexity(kind, text) / _perplexity("16-bit", text) - 1)
 
 
-def gemma_nf4_rise() -> float:
-    return _rise("NF4+DQ")
-
-
-def gemma_int8_rise() -> float:
-    return _rise("INT8")
+gemma_nf4_rise = partial(_rise, "NF4+DQ")
+gemma_int8_rise = partial(_rise, "INT8")
 
 
 def gemma_nf4_is_beyond_two_percent() -> bool:
@@ -795,12 +734,8 @@ def _share_won(kind: str, text: str) -> float:
     return 100 * (1 - _gap(kind, text, "after") / _gap(kind, text, "before"))
 
 
-def gemma_nf4_code_won() -> float:
-    return _share_won("NF4", "code")
-
-
-def gemma_nf4_prose_won() -> float:
-    return _share_won("NF4", "passages")
+gemma_nf4_code_won = partial(_share_won, "NF4", "code")
+gemma_nf4_prose_won = partial(_share_won, "NF4", "passages")
 
 
 def gemma_more_is_won_where_it_is_trained() -> bool:
@@ -812,49 +747,15 @@ def gemma_more_is_won_where_it_is_trained() -> bool:
     return True
 
 
-def gemma_fp4_code_before() -> float:
-    return _gap("FP4", "code", "before")
-
-
-def gemma_fp4_code_after() -> float:
-    return _gap("FP4", "code", "after")
-
-
-def gemma_fp4_prose_before() -> float:
-    return _gap("FP4", "passages", "before")
-
-
-def gemma_fp4_prose_after() -> float:
-    return _gap("FP4", "passages", "after")
-
-
-def gemma_nf4_code_before() -> float:
-    return _gap("NF4", "code", "before")
-
-
-def gemma_nf4_code_after() -> float:
-    return _gap("NF4", "code", "after")
-
-
-def gemma_int4_code_before() -> float:
-    return _gap("INT4", "code", "before")
-
-
-def gemma_int4_code_after() -> float:
-    return _gap("INT4", "code", "after")
-
-
-def gemma_nf4_prose_before() -> float:
-    return _gap("NF4", "passages", "before")
-
-
-def gemma_nf4_prose_after() -> float:
-    return _gap("NF4", "passages", "after")
-
-
-def gemma_int4_prose_before() -> float:
-    return _gap("INT4", "passages", "before")
-
-
-def gemma_int4_prose_after() -> float:
-    return _gap("INT4", "passages", "after")
+gemma_nf4_code_before = partial(_gap, "NF4", "code", "before")
+gemma_nf4_code_after = partial(_gap, "NF4", "code", "after")
+gemma_nf4_prose_before = partial(_gap, "NF4", "passages", "before")
+gemma_nf4_prose_after = partial(_gap, "NF4", "passages", "after")
+gemma_int4_code_before = partial(_gap, "INT4", "code", "before")
+gemma_int4_code_after = partial(_gap, "INT4", "code", "after")
+gemma_int4_prose_before = partial(_gap, "INT4", "passages", "before")
+gemma_int4_prose_after = partial(_gap, "INT4", "passages", "after")
+gemma_fp4_code_before = partial(_gap, "FP4", "code", "before")
+gemma_fp4_code_after = partial(_gap, "FP4", "code", "after")
+gemma_fp4_prose_before = partial(_gap, "FP4", "passages", "before")
+gemma_fp4_prose_after = partial(_gap, "FP4", "passages", "after")

@@ -1,0 +1,92 @@
+"""What the compiler makes of the NF4 linear kernels for an H100: instructions a weight in the loop over the weight.
+
+    python benchmarks/nf4_instructions.py         # no GPU, Triton on Linux; seconds; saves the recorded result "nf4_instructions"
+
+A scheduler starts one instruction of a warp in each clock, and an SM has four of them. So the count gives a time that no schedule can beat,
+as the bytes over the memory's rate give another; which of the two is longer says what a faster kernel would have to save.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from course.lab import recorded
+
+SIDE, BLOCK, LANES = 8192, 64, 32
+SMS, SCHEDULERS, CLOCK = 132, 4, 1.98e9  # of an H100 SXM, at its highest clock
+POINTERS = {"x_ptr": "*bf16", "packed_ptr": "*i32", "nested_ptr": "*fp32", "offset_ptr": "*fp32", "dynamic_ptr": "*fp32"}
+POINTERS |= {"levels_ptr": "*fp32", "bias_ptr": "*bf16"}
+
+
+def loop(listing: str) -> list[str]:
+    """Names of the instructions ("FFMA", "SHFL") in the longest loop of a listing by nvdisasm."""
+    instructions, labels, longest = [], {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*);", line):
+            instructions.append(code[1])
+            target = re.search(r"`\((\.L_\w+)\)", code[2])
+            if code[1] == "BRA" and target and labels.get(target[1], len(instructions)) < len(instructions) - len(longest):
+                longest = instructions[labels[target[1]] :]
+    return longest
+
+
+def compiled(kernel, out: str, double: bool, sizes: tuple[str, ...], options: dict, constants: dict) -> str:
+    """The kernel's listing for compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
+    from triton.compiler import ASTSource
+
+    constants = constants | {"BLOCK": BLOCK, "NESTED": 256 if double else 1, "DOUBLE": double}
+    kinds = POINTERS | {"absmax_ptr": "*u8" if double else "*fp32", "out_ptr": out} | dict.fromkeys(sizes, "i32")
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants and name != "M"}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, LANES), options=options).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = Path(compiler.__file__).parent / "bin" / "nvdisasm"
+        return subprocess.run([tool, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def measure() -> dict:
+    import triton
+
+    from reference.kernels import nf4_linear
+
+    found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
+    kernels = {"1 row": (nf4_linear._row_kernel, "*bf16", nf4_linear.ROW, {"BIAS": False})}
+    kernels["16 rows"] = nf4_linear._rows_kernel, "*fp32", nf4_linear.ROWS, {"ROWS_X": 16}
+    for name, (kernel, out, settings, extra) in kernels.items():
+        options = {key: value for key, value in settings.items() if key.startswith("num_")}
+        constants = extra | {key: value for key, value in settings.items() if key not in options}
+        for double in (False, True):
+            names = loop(compiled(kernel, out, double, ("M", "N", "K_WORDS", "K_BLOCKS"), options, constants))
+            a_lane = settings["ROWS"] * 8 * settings["WORDS"] / (LANES * settings["num_warps"])  # weights
+            each = len(names) / a_lane
+            found[name + ", double quantization" * double] = {
+                "instructions": each,
+                "kinds": {kind: count / a_lane for kind, count in Counter(names).most_common(12)},
+                "milliseconds": 1e3 * each * SIDE**2 / (SMS * SCHEDULERS * LANES * CLOCK),
+            }
+    return found
+
+
+def main() -> None:
+    result = measure()
+    for name, row in result.items():
+        if isinstance(row, dict):
+            kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in row["kinds"].items())
+            print(f"{name:30}{row['instructions']:5.2f} instructions a weight, {row['milliseconds']:.4f} ms to start them: {kinds}")
+    print(recorded.save("nf4_instructions", result, where=torch.device("cpu")).name)
+
+
+if __name__ == "__main__":
+    main()
