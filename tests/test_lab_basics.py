@@ -211,3 +211,15 @@ def test_the_style_is_set_for_the_whole_process():
         plotting.use_style()
         assert plt.rcParams["axes.prop_cycle"].by_key()["color"] == plotting.COLOURS
         assert not plt.rcParams["axes.spines.top"]
+
+
+@pytest.mark.parametrize("horizontal", [False, True])
+def test_stacked_bars_add_up_and_leave_room_at_their_end(horizontal):
+    _, axes = plt.subplots()
+    total = plotting.stacked(axes, ["a", "b"], {"one": [1, 2], "two": [3, 0], "none": [0, 0]}, horizontal)
+    assert total.tolist() == [4, 2]
+    starts = [bar.get_x() if horizontal else bar.get_y() for bar in axes.patches]
+    assert starts == [0, 0, 1, 2, 4, 2]
+    assert [text.get_text() for text in axes.legend().get_texts()] == ["one", "two", "none"]
+    assert (axes.get_xlim if horizontal else axes.get_ylim)()[1] > 4
+    plt.close("all")

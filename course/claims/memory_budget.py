@@ -217,6 +217,20 @@ def row_8b_gb() -> float:
     return qlora_8b_two_rows_gb() - qlora_8b_gb()
 
 
+def _rows_that_fit(shape: ModelShape, gb: float = 23.0) -> int:
+    """Rows of 2,048 tokens whose predicted QLoRA peak stays below ``gb``, with checkpointing."""
+    return next(rows for rows in range(100) if training_memory(shape, QLORA, rows + 1, 2048, checkpointing=True).peak > 1e9 * gb)
+
+
+def rows_8b() -> int:
+    return _rows_that_fit(LLAMA_3_8B)
+
+
+def rows_8b_small_vocabulary() -> int:
+    """The same layers with 32,000 words."""
+    return _rows_that_fit(dataclasses.replace(LLAMA_3_8B, vocab=32_000))
+
+
 def gemma_16bit_gb() -> float:
     return 2 * GEMMA_3_270M.parameters / 1e9
 

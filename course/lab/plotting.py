@@ -67,3 +67,19 @@ def with_spread(axes, x, runs, label: str, **style) -> None:
     runs = np.asarray(runs, dtype=float)
     (line,) = axes.plot(x, runs.mean(0), label=label, **style)
     axes.fill_between(x, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def stacked(axes, names, parts, horizontal: bool = False, **style):
+    """Draw a bar for each of ``names``, made of ``parts``: label -> a number for each name. Returns the bars' lengths."""
+    import numpy as np
+
+    draw, start = (axes.barh, "left") if horizontal else (axes.bar, "bottom")
+    total = np.zeros(len(names))
+    for (label, numbers), colour in zip(parts.items(), COLOURS, strict=False):
+        draw(names, numbers, label=label, color=colour, **{start: total}, **style)
+        total = total + np.asarray(numbers, dtype=float)
+    # A last part of no length would pin the axis to the end of the bars.
+    (axes.set_xlim if horizontal else axes.set_ylim)(0, 1.05 * total.max())
+    if horizontal:
+        axes.invert_yaxis()
+    return total
