@@ -1,23 +1,35 @@
-"""Figures of the README that come from recorded results: ``python -m course.figures`` draws them again after a new measurement.
+"""Figures of README and lessons that come from recorded results: ``python -m course.figures`` draws them after a new measurement.
 
 A picture carries the fingerprint of what it was drawn from, so that a test sees when the results have moved on.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from course import ROOT
 from course.lab import plotting, recorded
+from reference.memory import training_memory
+from reference.model_shapes import LLAMA_2_7B, SHAPES, ModelShape
+from reference.recipes import QLORA
 
-FIGURE = ROOT / "lessons" / "figures" / "four_bits.png"
-RESULTS = ("nf4_kernels", "qlora_caps")
+FOLDER = ROOT / "lessons" / "figures"
+FIGURE, GROWTH = FOLDER / "four_bits.png", FOLDER / "growth.png"
 
 
-def results() -> dict[str, dict]:
-    return {name: recorded.load(name, device="h100") for name in RESULTS}
+def results(path: Path = FIGURE) -> dict[str, dict]:
+    """The recorded entries that a figure shows."""
+    if path == FIGURE:
+        return {name: recorded.load(name, device="h100") for name in ("nf4_kernels", "qlora_caps")}
+    entries = {"growth on a CPU": recorded.load("growth", device="cpu")}
+    try:
+        return entries | {"growth on a GPU": recorded.load("growth", device="h100")}
+    except FileNotFoundError:  # not recorded there yet: other measurements have some of its points
+        return entries | {name: recorded.load(name, device="h100") for name in ("qlora_caps", "qlora_memory", "memory_peaks")}
 
 
 def fingerprint(entries: dict[str, dict]) -> str:
@@ -53,13 +65,151 @@ def draw_speed(axes: plt.Axes, rows: list[dict]) -> None:
     axes.set(xscale="log", xlim=(1, 400), xlabel="time / floor: the bytes at the rate of a copy", title="NF4, 8192 × 8192 weights")
 
 
-def main(path: Path = FIGURE) -> Path:
-    """Draw, save and return the figure's path."""
-    entries = results()
-    plotting.use_style()
+# How cost grows
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A measured step of one row of tokens, or of several as good as one: bytes don't depend on how tokens are cut into rows."""
+
+    shape: str
+    tokens: int
+    rank: int
+    checkpointing: bool
+    attention: str
+    peak: int
+    gpu: bool
+
+
+def points(entries: dict[str, dict]) -> list[Point]:
+    """All QLoRA steps in ``entries`` that failed in nothing."""
+    found = []
+    for name, entry in entries.items():
+        for row in entry["result"]["rows"]:
+            ours = {"qlora_memory": row.get("how") == "QLoRA", "memory_peaks": row.get("recipe") == "QLoRA"}.get(name, True)
+            if "error" not in row and ours:
+                checkpointing, peak = row.get("checkpointing", name == "qlora_caps"), row["measured" if name == "memory_peaks" else "peak"]
+                setting = row.get("rank", 16), checkpointing, row.get("attention", "fused")
+                found.append(Point(row["shape"], row["batch"] * row["sequence"], *setting, peak, name != "growth on a CPU"))
+    return found
+
+
+def shapes(entries: dict[str, dict]) -> dict[str, ModelShape]:
+    """Every shape by its name: the named ones, and those that the measurement made up."""
+    return SHAPES | {name: ModelShape(**sizes) for name, sizes in entries["growth on a CPU"]["result"]["shapes"].items()}
+
+
+SETTINGS = {  # (checkpointing, attention) -> (label, colour, dashes)
+    (True, "fused"): ("checkpointing", plotting.BLUE, "-"),
+    (False, "fused"): ("no checkpointing", plotting.RED, "--"),
+    (False, "math"): ("no checkpointing, attention stores its scores", plotting.PINK, ":"),
+}
+LENGTHS, RANKS, WORDS = [2**i for i in range(7, 14)], [2**i for i in range(2, 9)], 32_000
+
+
+def mark(axes: plt.Axes, x: float, point: Point, colour: str) -> None:
+    """A measured point: a square for the GPU, a disc for the CPU."""
+    axes.plot(x, point.peak / 1e9, "s" if point.gpu else "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+
+
+def peak_gb(shape: ModelShape, **settings) -> float:
+    return training_memory(shape, QLORA, 1, **settings).peak / 1e9
+
+
+def short(count: float) -> str:
+    """120,773,760 -> "121M"."""
+    return f"{count / 1e6:.0f}M" if count < 1e9 else f"{count / 1e9:.0f}B"
+
+
+def label_of(shape: ModelShape) -> str:
+    """What people call it: "70B" for Llama-2-70B, which has 69 billion parameters."""
+    last = shape.name.rpartition("-")[2]
+    return last if last[:-1].isdigit() and last.endswith("B") else short(shape.parameters)
+
+
+def draw_sizes(axes: plt.Axes, entries: dict[str, dict]) -> None:
+    """One row of 512 tokens, r = 16, checkpointing, from a million parameters to 70 billion."""
+    known, labelled = shapes(entries), set()
+    measured = [p for p in points(entries) if (p.tokens, p.rank, p.checkpointing, p.attention) == (512, 16, True, "fused")]
+    family = {known[p.shape] for p in measured if known[p.shape].vocab == WORDS} | {s for s in SHAPES.values() if s.vocab == WORDS}
+    family = sorted(family, key=lambda shape: shape.parameters)
+    sizes = [shape.parameters for shape in family]
+    axes.plot(sizes, [peak_gb(shape, sequence=512, checkpointing=True) for shape in family], color=plotting.BLUE)
+    axes.plot(sizes, [training_memory(shape, QLORA)["weights"] / 1e9 for shape in family], "-.", color=plotting.BLACK, linewidth=1)
+    axes.annotate("weights\nalone", (7e8, 0.13), fontsize=8)
+    for p in measured:
+        shape = known[p.shape]
+        mark(axes, shape.parameters, p, plotting.BLUE)
+        if shape not in family:  # another vocabulary: no point of the line
+            axes.plot(
+                shape.parameters, peak_gb(shape, sequence=512, checkpointing=True), "_", color=plotting.BLACK, markersize=13, zorder=4
+            )
+        if shape not in labelled:
+            labelled.add(shape)
+            words = f"{shape.vocab / 1000:.0f}k" if shape.vocab > 1000 else shape.vocab
+            text = label_of(shape) + (f"\n{words} words" if shape not in family else "")
+            where = (8, -4, "left") if shape.parameters < 1e8 else (-9, -16, "right") if shape.vocab > 2e5 else (2, 5, "right")
+            place = {"xytext": where[:2], "ha": where[2], "textcoords": "offset points"}
+            axes.annotate(text, (shape.parameters, p.peak / 1e9), **place, fontsize=8, linespacing=1)
+    axes.set(xscale="log", yscale="log", xlim=(6e5, 1.4e11), ylim=(0.005, 90), xlabel="parameters", ylabel="peak of a step, GB")
+    axes.set_xticks([10**i for i in range(6, 12)], [short(10**i) for i in range(6, 12)])
+    axes.set_title("Model size")
+
+
+def draw_swept(axes: plt.Axes, entries: dict[str, dict], quantity: str) -> None:
+    """Two shapes along ``quantity``, "tokens" or "rank", all else as in the panel of sizes."""
+    known, swept = shapes(entries), entries["growth on a CPU"]["result"]["swept"]
+    values, key = (LENGTHS, "sequence") if quantity == "tokens" else (RANKS, "rank")
+    chosen = SETTINGS if quantity == "tokens" else list(SETTINGS)[:1]
+    for name in (LLAMA_2_7B.name, swept):
+        for checkpointing, attention in chosen:
+            _, colour, dashes = SETTINGS[checkpointing, attention]
+            start = {"sequence": 512, "rank": 16, "checkpointing": checkpointing, "attention": attention}
+            line = [peak_gb(known[name], **start | {key: value}) for value in values]
+            axes.plot(values, line, color=colour, linestyle=dashes, linewidth=1.5)
+            if checkpointing:
+                axes.annotate(label_of(known[name]), (values[0], line[0]), (0, -13), textcoords="offset points", fontsize=8, ha="left")
+            for p in points(entries):
+                own = (p.shape, p.checkpointing, p.attention) == (name, checkpointing, attention)
+                if own and (p.rank == 16 if quantity == "tokens" else p.tokens == 512):
+                    mark(axes, getattr(p, quantity), p, colour)
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", ylim=(0.1, 400) if quantity == "tokens" else (0.2, 30))
+    axes.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("tokens in a step" if quantity == "tokens" else "rank r, on all linears")
+    axes.set_title(quantity.capitalize())
+
+
+def four_bits(entries: dict[str, dict]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.25, 1))
     draw_memory(left, sorted(entries["qlora_caps"]["result"]["rows"], key=lambda row: -row["cap"]))
     draw_speed(right, entries["nf4_kernels"]["result"]["rows"][:2])
+    return figure
+
+
+def growth(entries: dict[str, dict]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.3))
+    draw_sizes(axes[0], entries)
+    draw_swept(axes[1], entries, "tokens")
+    draw_swept(axes[2], entries, "rank")
+    for each in axes:
+        each.yaxis.set_major_formatter(lambda gb, _: f"{gb:g}")
+    keys = [Line2D([], [], color=colour, linestyle=dashes, label=f"predicted, {label}") for label, colour, dashes in SETTINGS.values()]
+    keys.append(Line2D([], [], color=plotting.BLACK, marker="_", linestyle="", markersize=13, label="predicted, another vocabulary"))
+    on_gpu = entries.get("growth on a GPU") or entries["qlora_caps"]
+    for symbol, device in (("s", on_gpu["device"]), ("o", "CPU")):
+        keys.append(Line2D([], [], color="#777777", marker=symbol, linestyle="", markersize=7, label=f"measured, {device}"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def main(path: Path = FIGURE, name: str = FIGURE.name) -> Path:
+    """Draw the figure called ``name``, save it as ``path`` and return that."""
+    source, draw = {FIGURE.name: (FIGURE, four_bits), GROWTH.name: (GROWTH, growth)}[name]
+    entries = results(source)
+    plotting.use_style()
+    figure = draw(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Source": fingerprint(entries)})
     plt.close(figure)
@@ -67,4 +217,5 @@ def main(path: Path = FIGURE) -> Path:
 
 
 if __name__ == "__main__":
-    print(main().relative_to(ROOT))
+    for drawn in (FIGURE, GROWTH):
+        print(main(drawn, drawn.name).relative_to(ROOT))

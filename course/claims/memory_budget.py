@@ -11,7 +11,7 @@ from reference import activations
 from reference.activations import Run
 from reference.lora import LoRALinear
 from reference.memory import training_memory
-from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
+from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
 from reference.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, QLORA, Recipe
 
 QV = ("q_proj", "v_proj")
@@ -503,3 +503,211 @@ def lora_7b_2048_plain() -> float:
 
 def qlora_7b_2048_plain() -> float:
     return _peak_gb("Llama-2-7B QLoRA all-linear 1×2048")
+
+
+# How cost grows: a QLoRA step of 1 × 512 tokens, r = 16 on all linears, checkpointing, and one thing changed at a time
+
+
+def _grown(shape: ModelShape = LLAMA_2_7B, sequence: int = 512, rank: int = 16, checkpointing: bool = True, attention: str = "fused"):
+    return training_memory(shape, QLORA, 1, sequence, rank, checkpointing=checkpointing, attention=attention)
+
+
+def _grown_gb(**settings) -> float:
+    return _grown(**settings).peak / 1e9
+
+
+@functools.cache
+def _growth() -> list[dict]:
+    return recorded.load("growth", device="cpu")["result"]["rows"]
+
+
+def _on_a_cpu(shape: str, sequence: int = 512, rank: int = 16, checkpointing: bool = True, attention: str = "fused") -> float:
+    """Measured peak in GB; ``shape`` is the beginning of its name."""
+    wanted = {"sequence": sequence, "rank": rank, "checkpointing": checkpointing, "attention": attention}
+    (row,) = [row for row in _growth() if row["shape"].startswith(shape) and all(row[key] == value for key, value in wanted.items())]
+    return row["peak"] / 1e9
+
+
+def growth_rows() -> int:
+    return len(_growth())
+
+
+def growth_worst_percent() -> float:
+    """Largest distance of the prediction from the CPU's count; a test holds the recorded predictions to today's code."""
+    return max(abs(100 * (row["ratio"] - 1)) for row in _growth())
+
+
+def growth_worst_gpu_percent() -> float:
+    """The same for the H100's points in the figure."""
+    caps = recorded.load("qlora_caps", device="h100")["result"]["rows"]
+    swept = [row for row in recorded.load("qlora_memory", device="h100")["result"]["rows"] if row["how"] == "QLoRA"]
+    on_7b = [row for row in swept if row["shape"] == LLAMA_2_7B.name] + [
+        {"predicted": row["predicted"], "peak": row["measured"]} for name, row in _rows().items() if name.startswith("Llama-2-7B QLoRA")
+    ]
+    return max(abs(100 * (row["predicted"] / row["peak"] - 1)) for row in caps + on_7b)
+
+
+@functools.cache
+def _capped() -> dict[str, float]:
+    """Measured on the H100, 7B to 70B: name -> GB."""
+    return {row["name"]: row["peak"] / 1e9 for row in recorded.load("qlora_caps", device="h100")["result"]["rows"]}
+
+
+def growth_7b_gb() -> float:
+    return _capped()["7B"]
+
+
+def growth_13b_gb() -> float:
+    return _capped()["13B"]
+
+
+def growth_70b_gb() -> float:
+    return _capped()["70B"]
+
+
+def growth_gb_a_billion() -> float:
+    """Measured, between 7B and 70B."""
+    return (growth_70b_gb() - growth_7b_gb()) / (LLAMA_2_70B.parameters - LLAMA_2_7B.parameters) * 1e9
+
+
+def growth_7b_weights_percent() -> float:
+    """Share of the weights in the step's peak."""
+    return 100 * _grown()["weights"] / _grown().peak
+
+
+def growth_70b_weights_percent() -> float:
+    return 100 * _grown(LLAMA_2_70B)["weights"] / _grown(LLAMA_2_70B).peak
+
+
+growth_gemma_gb = functools.partial(_on_a_cpu, "Llama with Gemma")
+growth_1b_gb = functools.partial(_on_a_cpu, "Llama-3.2-1B")
+growth_small_gb = functools.partial(_on_a_cpu, "Gemma-3-270M's layers")
+growth_small_plain_512_gb = functools.partial(growth_small_gb, checkpointing=False)
+growth_small_plain_gb = functools.partial(growth_small_gb, sequence=1024, checkpointing=False)
+growth_small_scores_512_gb = functools.partial(growth_small_gb, checkpointing=False, attention="math")
+growth_small_scores_gb = functools.partial(growth_small_gb, sequence=1024, checkpointing=False, attention="math")
+
+
+def growth_loss_decides_below_a_billion() -> bool:
+    """268 million parameters with 262,144 words need more than 1.24 billion with 128,256."""
+    return growth_gemma_gb() > growth_1b_gb() > growth_small_gb()
+
+
+def growth_token_mb() -> float:
+    """Measured on the H100, from 2,048 to 8,192 tokens."""
+    rows = recorded.load("qlora_memory", device="h100")["result"]["rows"]
+    peaks = {row["batch"] * row["sequence"]: row["peak"] for row in rows if row["how"] == "QLoRA" and row["shape"] == LLAMA_2_7B.name}
+    return (peaks[8192] - peaks[2048]) / (8192 - 2048) / 1e6
+
+
+def growth_token_loss_mb() -> float:
+    return 12 * LLAMA_2_7B.vocab / 1e6
+
+
+def growth_token_inputs_mb() -> float:
+    """What checkpointing keeps: the input of each layer in bf16."""
+    return 2 * LLAMA_2_7B.hidden * LLAMA_2_7B.layers / 1e6
+
+
+def growth_token_plain_mb() -> float:
+    """Predicted, without checkpointing, between the same lengths."""
+    return 1e3 * (_grown_gb(sequence=8192, checkpointing=False) - _grown_gb(sequence=2048, checkpointing=False)) / (8192 - 2048)
+
+
+def growth_token_times() -> float:
+    return growth_token_plain_mb() / growth_token_mb()
+
+
+def growth_7b_128_gb() -> float:
+    """Predicted, 128 tokens: the flat part."""
+    return _grown_gb(sequence=128)
+
+
+def growth_7b_flat_below_256_tokens() -> bool:
+    """There the fullest moment is the optimizer's step, where no token is left."""
+    return _grown(sequence=128).peak == _grown(sequence=256).peak and _grown(sequence=256).moment == "optimizer's step"
+
+
+def growth_7b_1024_percent() -> float:
+    """More than with 512 tokens."""
+    return 100 * (_grown_gb(sequence=1024) / _grown_gb() - 1)
+
+
+def growth_7b_1024_plain_percent() -> float:
+    return 100 * (_grown_gb(sequence=1024, checkpointing=False) / _grown_gb(checkpointing=False) - 1)
+
+
+def growth_13b_percent() -> float:
+    """Measured: 13B over 7B."""
+    return 100 * (growth_13b_gb() / growth_7b_gb() - 1)
+
+
+def growth_rank_32_percent() -> float:
+    return 100 * (_grown_gb(rank=32) / _grown_gb() - 1)
+
+
+def growth_scores_8192_gb() -> float:
+    """All scores of Llama-2-7B in float32, one row of 8,192 tokens."""
+    return 4 * LLAMA_2_7B.layers * LLAMA_2_7B.heads * 8192**2 / 1e9
+
+
+def growth_8192_gb() -> float:
+    """Predicted, one row of 8,192 tokens with checkpointing and fused attention."""
+    return _grown_gb(sequence=8192)
+
+
+def growth_8192_scores_gb() -> float:
+    """The same where attention stores the scores of the layer that runs again."""
+    return _grown_gb(sequence=8192, attention="math")
+
+
+def _attention_percent(sequence: int) -> float:
+    """Share of the two causal attention products in a decoder layer's multiplications; half of the pairs are needed."""
+    linear = LLAMA_2_7B.linear_parameters // LLAMA_2_7B.layers
+    attention = sequence * LLAMA_2_7B.heads * LLAMA_2_7B.head_dim
+    return 100 * attention / (linear + attention)
+
+
+growth_attention_2048_percent = functools.partial(_attention_percent, 2048)
+growth_attention_8192_percent = functools.partial(_attention_percent, 8192)
+
+
+def growth_rank_millions() -> float:
+    """Parameters of one more unit of rank on all linears of the 7B."""
+    return LLAMA_2_7B.adapter_parameters(1) / 1e6
+
+
+def growth_rank_mb() -> float:
+    """Twenty bytes each in the optimizer's step: weight, gradient, two moments, and the root that it makes for a moment."""
+    return 1e3 * (_grown_gb(rank=256) - _grown_gb(rank=128)) / 128
+
+
+def growth_rank_16_percent() -> float:
+    """How much the peak grows from r = 4 to r = 16."""
+    return 100 * (_grown_gb() / _grown_gb(rank=4) - 1)
+
+
+def growth_rank_256_gb() -> float:
+    return _grown_gb(rank=256)
+
+
+def growth_rank_256_adapters_gb() -> float:
+    """Adapters, their gradients, states and the step's buffer."""
+    budget = _grown(rank=256)
+    return sum(budget[kind] for kind in ("adapter weights", "adapter gradients", "adapter states", "step buffer")) / 1e9
+
+
+def growth_rank_256_over_weights() -> float:
+    return 1e9 * growth_rank_256_adapters_gb() / _grown(rank=256)["weights"]
+
+
+def _seconds(how: str) -> float:
+    """16 times the tokens in how many times the seconds, on the H100."""
+    rows = {
+        (row["how"], row["sequence"]): row for row in recorded.load("qlora_step", device="h100")["result"]["rows"] if "error" not in row
+    }
+    return rows[how, 2048]["seconds"] / rows[how, 512]["seconds"]
+
+
+growth_seconds_times = functools.partial(_seconds, "llama, compiled, graph")
+growth_seconds_waiting_times = functools.partial(_seconds, "library")
