@@ -344,7 +344,7 @@ def observe_dequantize(answer, seed: int) -> dict:
 
 
 dequantize = Check(
-    task="restoring packed NF4: right nibble first, each block its scale, one rounding, any shape and length",
+    task="restoring packed NF4: the high nibble first, each block its scale, one rounding, any shape and length",
     observe=observe_dequantize,
     reference=restorer(),
     second=dequantize_by_pairs,

@@ -209,8 +209,8 @@ def uniform_db() -> float:
     return _db("uniform", 4, 64)
 
 
-def uniform_whole_db() -> float:
-    return _db("uniform", 4, WHOLE)
+def uniform_4096_db() -> float:
+    return _db("uniform", 4, 4096)
 
 
 def normal_db() -> float:

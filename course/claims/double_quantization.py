@@ -73,6 +73,11 @@ def third_level_7b_megabytes() -> float:
     return LLAMA_2_7B.linear_parameters * third_level_bits() / 8e6
 
 
+def lowest_level() -> float:
+    """Of the dynamic map, whose highest is 1."""
+    return dynamic_codebook().min().item()
+
+
 def map_bytes() -> int:
     """The 256 levels that a file in bitsandbytes' format carries for every weight."""
     return dynamic_codebook().nbytes
