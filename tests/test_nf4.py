@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from course import ROOT
 from reference.blockwise import mean_absolute_error, relative_rmse
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, normal_float_codebook, quantize_nf4
 
@@ -41,6 +42,12 @@ def assert_equals_bitsandbytes(weight, block_size):
 
 
 lengths = st.one_of(st.integers(1, 200), st.sampled_from([4095, 4096, 4097, 8191, 65_536, 65_537, 70_000, 131_105]))
+
+
+def test_the_lesson_prints_the_codebook():
+    lines = (ROOT / "lessons" / "04_nf4.md").read_text(encoding="utf-8").splitlines()
+    cells = [cell for line in lines if line.startswith("| level |") for cell in line.strip("|").split("|")[1:]]
+    assert [float(cell.replace("−", "-")) for cell in cells] == [round(level, 3) for level in NF4_CODEBOOK.tolist()]
 
 
 @few
