@@ -49,7 +49,7 @@ def test_a_gpu_gets_seventy_billion_8192_tokens_and_rank_256():
 
 
 def test_small_shapes_are_measured_as_predicted(rows):
-    """Within 1 %: what plain torch decodes at a time, up to 28,672 weights, is not in the prediction, and shapes are small here."""
+    """Within 1 %: layers share the tables of levels that are predicted for each, and shapes are so small that those count."""
     assert len(rows) == len(PLAN.points())
     for row in rows:
         assert "error" not in row, row
