@@ -1,6 +1,6 @@
 """How the cost of a QLoRA step grows with model size, tokens and rank: measured points beside what reference.memory predicts.
 
-    python benchmarks/growth.py                   # 70B, 8,192 tokens and r = 256 on a CUDA device with 80 GB, under three minutes;
+    python benchmarks/growth.py                   # up to 70B, 8,192 tokens and r = 256 on a CUDA device with 80 GB;
                                                   # on a CPU smaller models and fewer tokens, about five minutes; saves the result "growth"
     python benchmarks/growth.py --only rank       # one of the three; saves to a temporary folder
     python benchmarks/growth.py --smoke           # small shapes on the CPU, in seconds; saves to a temporary folder
