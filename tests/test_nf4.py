@@ -5,7 +5,7 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from course import ROOT
@@ -38,7 +38,10 @@ def assert_equals_bitsandbytes(weight, block_size):
     # flat: bitsandbytes' AVX-512 kernel takes other scales where a row of a matrix ends inside a block
     state.shape = torch.Size([weight.numel()])
     theirs = bnb.dequantize_4bit(packed, state).view(weight.shape)
-    assert dequantize_nf4(q).dtype == weight.dtype and torch.equal(dequantize_nf4(q), theirs)
+    ours = dequantize_nf4(q)
+    if weight.dtype == torch.bfloat16:  # a CPU's own instruction for rounding to it (AVX512-BF16) makes zeros of subnormal numbers
+        ours = ours.masked_fill((ours.abs() < torch.finfo(torch.float32).tiny) & (theirs == 0), 0)
+    assert ours.dtype == weight.dtype and torch.equal(ours, theirs)
 
 
 lengths = st.one_of(st.integers(1, 200), st.sampled_from([4095, 4096, 4097, 8191, 65_536, 65_537, 70_000, 131_105]))
@@ -52,6 +55,7 @@ def test_the_lesson_prints_the_codebook():
 
 @few
 @given(lengths, st.sampled_from(BLOCKS), st.sampled_from(DTYPES), st.integers(0, 999), st.sampled_from([1.0, 1e-6, 1e-39, 1e4]))
+@example(4096, 32, torch.bfloat16, 0, 1e-39)
 def test_codes_scales_bytes_and_values(n, block_size, dtype, seed, size):
     weight = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
     assert_equals_bitsandbytes(weight, block_size)
