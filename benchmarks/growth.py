@@ -170,8 +170,8 @@ def measure_group(shape: ModelShape, rank: int, points: list[Point], meter: Mete
         return
     for point in points:
         try:
-            measured = measure(point, model, adam, meter)
-            yield described(point) | measured | {"ratio": described(point)["predicted"] / measured["peak"]}
+            row = described(point) | measure(point, model, adam, meter)
+            yield row | {"ratio": row["predicted"] / row["peak"]}
         except Exception as error:
             adam.zero_grad(set_to_none=True)
             yield described(point) | {"error": message(error)}

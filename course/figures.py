@@ -37,18 +37,19 @@ def fingerprint(entries: dict[str, dict]) -> str:
 
 
 def draw_memory(axes: plt.Axes, rows: list[dict]) -> None:
-    """Each model's memory by part as a stacked bar, beside the prediction of its peak and its cap."""
-    kinds = ("weights, 4 bits", "adapters", "optimizer's states", "other tensors", "CUDA and its allocator")
+    """Each model's memory by part as a stacked bar, beside the prediction of its peak and its cap. The first row is the upper one."""
+    parts = {
+        "weights, 4 bits": [row["built"] - row["adapters"] for row in rows],
+        "adapters": [row["adapters"] for row in rows],
+        "optimizer's states": [row["held"] - row["built"] for row in rows],
+        "other tensors": [row["peak"] - row["held"] for row in rows],
+        "CUDA and its allocator": [row["context"] + row["reserved"] - row["peak"] for row in rows],
+    }
+    parts = {kind: [count / 1e9 for count in counts] for kind, counts in parts.items()}
+    plotting.stacked(axes, [row["shape"] for row in rows], parts, horizontal=True, colours=(*plotting.COLOURS[:4], "#BDBDBD"))
     for i, row in enumerate(rows):
-        parts = [row["built"] - row["adapters"], row["adapters"], row["held"] - row["built"], row["peak"] - row["held"]]
-        parts.append(row["context"] + row["reserved"] - row["peak"])
-        start = 0
-        for kind, part, colour in zip(kinds, parts, (*plotting.COLOURS[:4], "#BDBDBD"), strict=True):
-            axes.barh(i, part / 1e9, left=start / 1e9, color=colour, label=None if i else kind)
-            start += part
         for at, style, label in ((row["predicted"], "-", "peak of tensors, predicted"), (row["cap"], ":", "cap of the process")):
             axes.plot([at / 1e9] * 2, [i - 0.46, i + 0.46], style, color="black", label=None if i else label)
-    axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
     axes.set(xlabel="GB, a whole training step of 1 × 512 tokens", xlim=(0, 50), title="QLoRA under a cap: measured, predicted")
     axes.legend(fontsize=8, loc="upper right")
 
@@ -183,7 +184,7 @@ def draw_swept(axes: plt.Axes, entries: dict[str, dict], quantity: str) -> None:
 
 def four_bits(entries: dict[str, dict]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.25, 1))
-    draw_memory(left, sorted(entries["qlora_caps"]["result"]["rows"], key=lambda row: -row["cap"]))
+    draw_memory(left, sorted(entries["qlora_caps"]["result"]["rows"], key=lambda row: row["cap"]))
     draw_speed(right, entries["nf4_kernels"]["result"]["rows"][:2])
     return figure
 

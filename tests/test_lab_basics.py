@@ -222,4 +222,6 @@ def test_stacked_bars_add_up_and_leave_room_at_their_end(horizontal):
     assert starts == [0, 0, 1, 2, 4, 2]
     assert [text.get_text() for text in axes.legend().get_texts()] == ["one", "two", "none"]
     assert (axes.get_xlim if horizontal else axes.get_ylim)()[1] > 4
+    with pytest.raises(ValueError, match="parts has 2 entries, but there are 1 colours"):  # none is left out in silence
+        plotting.stacked(axes, ["a"], {"one": [1], "two": [2]}, horizontal, colours=["black"])
     plt.close("all")

@@ -69,13 +69,15 @@ def with_spread(axes, x, runs, label: str, **style) -> None:
     axes.fill_between(x, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def stacked(axes, names, parts, horizontal: bool = False, **style):
+def stacked(axes, names, parts, horizontal: bool = False, colours=COLOURS, **style):
     """Draw a bar for each of ``names``, made of ``parts``: label -> a number for each name. Returns the bars' lengths."""
     import numpy as np
 
+    if len(parts) > len(colours):
+        raise ValueError(f"parts has {len(parts)} entries, but there are {len(colours)} colours: give more colours, or join parts")
     draw, start = (axes.barh, "left") if horizontal else (axes.bar, "bottom")
     total = np.zeros(len(names))
-    for (label, numbers), colour in zip(parts.items(), COLOURS, strict=False):
+    for (label, numbers), colour in zip(parts.items(), colours, strict=False):
         draw(names, numbers, label=label, color=colour, **{start: total}, **style)
         total = total + np.asarray(numbers, dtype=float)
     # A last part of no length would pin the axis to the end of the bars.
