@@ -5,12 +5,14 @@ order: type, shape, dtype, value. On a difference it runs the *known wrong answe
 the learner's answer gave, the learner reads that mistake's own words. Otherwise the first difference is named.
 """
 
+import functools
+import inspect
 import math
 import numbers
 import random
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -121,6 +123,31 @@ def _at(wrong: Tensor, actual: Tensor, expected: Tensor) -> str:
     return f"first at {list(place)}: {words}"
 
 
+def _watched(answer: Any, changed: list[str]) -> Any:
+    """A function, noting which of the tensors that it is given it changes in place. A class is left alone: it may train itself."""
+    if not inspect.isfunction(answer):
+        return answer
+
+    @functools.wraps(answer)
+    def watched(*arguments, **settings):
+        given = {f"argument {i}": value for i, value in enumerate(arguments, 1)} | settings
+        tensors = [(name, tensor, tensor.detach().clone()) for name, value in given.items() for tensor in _tensors(value)]
+        result = answer(*arguments, **settings)
+        changed.extend(name for name, tensor, before in tensors if first_difference(tensor.detach(), before, 0, 0) is not None)
+        return result
+
+    return watched
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those that ``value`` is, or holds as a list, a tuple or a dataclass."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, each.name) for each in fields(value)]
+    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -184,7 +211,9 @@ class Check:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            return self.observe(answer, seed)
+            changed: list[str] = []
+            seen = self.observe(_watched(answer, changed), seed)
+            return {**seen, "what the answer was given": f"changed in place: {changed[0]}" if changed else "as it was"}
 
     def _first(self, actual: Observations, expected: Observations) -> tuple[str, str] | None:
         for label, value in expected.items():

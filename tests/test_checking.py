@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -196,9 +197,29 @@ def test_a_warning_from_a_right_answer_costs_nothing(capfd, recwarn):
 
 def test_what_was_not_observed_is_named():
     def partly(answer, seed):
-        return {"first": 1, "second": 2} if answer is scale else {"first": 1}
+        return {"first": 1, "second": 2} if answer(torch.ones(1)) == 3 else {"first": 1}
 
     assert refusal(added, Check("partly", partly, scale, scale)) == "second: nothing was observed"
+
+
+def test_an_answer_that_changes_what_it_is_given_is_told_so():
+    @dataclass
+    class Pair:
+        one: torch.Tensor
+        other: torch.Tensor
+
+    def observe(answer, seed):
+        return {"the sum": answer(torch.ones(2), pair=Pair(torch.ones(2), torch.ones(2)))}
+
+    def right(x, pair):
+        return x + pair.one + pair.other
+
+    def in_place(x, pair):
+        return pair.other.add_(x).add_(pair.one)
+
+    words = "what the answer was given: expected 'as it was', got 'changed in place: pair'"
+    assert refusal(in_place, Check("a sum", observe, right, right)) == words
+    assert refusal(lambda x, pair: x.add_(2), Check("a sum", observe, right, right)) == words.replace("pair", "argument 1")
 
 
 def test_every_round_has_its_own_seed_and_leaves_the_learners_random_numbers_alone():

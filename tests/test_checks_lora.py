@@ -1,5 +1,6 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
 
+import copy
 import math
 
 import pytest
@@ -175,3 +176,41 @@ def test_nearest_is_strict():
     rounded = exact.to(torch.bfloat16)
     assert check.nearest(rounded, exact)
     assert not check.nearest(torch.nextafter(rounded, torch.full_like(rounded, math.inf)), exact)
+
+
+def by_full_training(model, x, y, steps, lr):
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(trained.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(trained(x), y).backward()
+        optimizer.step()
+    inject_lora(trained, 2, 6)
+    with torch.no_grad():
+        trained[2].lora_B.fill_(1e-6)
+    return trained
+
+
+def at_another_rank(model, x, y, steps, lr):
+    inject_lora(model, 4, 12)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    "judge, answer, words",
+    [
+        (check.inject, lambda model, targets, r, lora_alpha: inject_lora(model, r, 9.5, target_modules=targets), "the update"),
+        (check.inject, lambda model, targets, r, lora_alpha: inject_lora(model, 1, lora_alpha, target_modules=targets), "ranks"),
+        (check.repair, by_full_training, "base weights"),
+        (check.repair, at_another_rank, "the adapters"),
+    ],
+)
+def test_what_the_task_names_is_looked_at(judge, answer, words):
+    for seed in range(3):
+        with pytest.raises(NotYet, match=words):
+            judge._judge(answer, seed)

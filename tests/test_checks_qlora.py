@@ -36,6 +36,12 @@ def by_the_reference(x, packed, absmax, bias, shape, block_size):
     return NF4Product.apply(x, bias, packed, absmax, None, None, Layout(shape, block_size, x.dtype))
 
 
+def test_the_block_size_is_an_argument():
+    for seed in range(3):
+        with pytest.raises(NotYet):
+            check.product._judge(lambda *given: by_the_reference(*given[:5], 64), seed)
+
+
 def function_of(forward, backward):
     return type("Answer", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
 

@@ -115,11 +115,12 @@ def _observe_absmax(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
     for name, shape, dtype, sign in (
         ("a float32 matrix, largest value negative", (7, 9), torch.float32, -1),
+        ("tiny values", (30,), torch.float32, 1),  # nothing added to the scale is small beside it
         ("a float32 vector, largest value positive", (50,), torch.float32, 1),
         ("a bfloat16 matrix", (12, 11), torch.bfloat16, -1),
         ("a float16 tensor of three dimensions", (3, 5, 4), torch.float16, 1),
     ):
-        x = _largest_is(sign, torch.randn(shape, generator=g) * 0.7).to(dtype)
+        x = _largest_is(sign, torch.randn(shape, generator=g) * (1e-7 if name == "tiny values" else 0.7)).to(dtype)
         if dtype == torch.bfloat16:
             x = _harder_in_16_bits(x, g)
         x = _off_the_borders(x, x.double().abs().max() / 127)

@@ -554,6 +554,7 @@ def observe_parameter_count(answer, seed: int) -> dict:
         ["model.layers.1.self_attn.k_proj"],
         ["lm_head", "o_proj"],
         ["self_attn"],
+        ["q_proj", "self_attn.q_proj"],  # two names of one layer
     )
     ranks = [draw(2, 40) for _ in cases]
     return {f"r = {r}, targets {targets}": answer(dict(shapes), r, list(targets)) for r, targets in zip(ranks, cases, strict=True)}
@@ -688,14 +689,17 @@ def freeze_wrapped_only(model: nn.Module, targets, r: int, lora_alpha: float) ->
 
 
 def observe_inject(answer, seed: int) -> dict:
-    ids = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 9, (2, 5), generator=g)
+    r, lora_alpha = (int(torch.randint(*ends, (), generator=g)) for ends in ((2, 5), (5, 9)))
     seen = {}
     cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], "all-linear")
     for targets in cases:
+        torch.manual_seed(seed)  # the same model, however much randomness the answer took before
         model = ToyModel()
         before = model(ids).detach()
         try:
-            names = answer(model, targets, 2, 5)
+            names = answer(model, targets, r, lora_alpha)
         except ValueError:
             seen[f"targets {targets}"] = "refused with a ValueError"
             continue
@@ -704,10 +708,17 @@ def observe_inject(answer, seed: int) -> dict:
         seen[f"targets {targets}: what trains"] = trainable(model)
         seen[f"targets {targets}: the model's output before training"] = model(ids).detach() - before
         seen[f"targets {targets}: names returned"] = sorted(names) if isinstance(names, (list, tuple, set)) else names
+        factors = {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+        seen[f"targets {targets}: ranks"] = sorted({p.shape[0] for name, p in factors.items() if name.endswith("A")})
+        seen[f"targets {targets}: lora_A is random"] = all(p.any().item() for name, p in factors.items() if name.endswith("A"))
+        with torch.no_grad():
+            for factor in factors.values():
+                factor.fill_(0.1)
+            seen[f"targets {targets}: the update of the output when all factors are 0.1"] = model(ids) - before
     for targets in (["no_such_layer"], ["attn"]):  # the second is a block, not a linear layer
         model = ToyModel()
         before = trainable(model)
-        seen[f"targets {targets}"] = raised(answer, model, targets, 2, 5)
+        seen[f"targets {targets}"] = raised(answer, model, targets, r, lora_alpha)
         seen["what trains after that error"] = "as before" if trainable(model) == before else "changed"
     return seen
 
@@ -880,7 +891,8 @@ def observe_repair(answer, seed: int) -> dict:
     if not isinstance(result, nn.Module):
         return {"the run": f"gave {type(result).__name__} instead of the model"}
     factors = {name: p for name, p in result.named_parameters() if "lora_" in name}
-    moved = any(not torch.equal(p, old) for p, old in zip(weights, base, strict=True))
+    others = [p for name, p in result.named_parameters() if "lora_" not in name]  # a copy's, if the model was copied
+    moved = any(not torch.equal(p, old) for found in (weights, others) for p, old in zip(found, base, strict=False))
     a, b = ([p for name, p in factors.items() if letter in name] for letter in ("lora_A", "lora_B"))
     with torch.no_grad():
         after = F.mse_loss(result(x), y).item()
@@ -895,7 +907,12 @@ def observe_repair(answer, seed: int) -> dict:
         state = "lora_B never moved" + (", though it has gradients" if gradients else ", and it has no gradients")
     else:
         state = "it learned" if after < 0.5 * before else "the factors moved, but the error did not halve"
-    return {"the run": state, "what trains": sorted({name.split(".")[-1] for name, p in result.named_parameters() if p.requires_grad})}
+    adapters = {name: m for name, m in result.named_modules() if isinstance(m, LoRALinear)}
+    return {
+        "the run": state,
+        "what trains": sorted({name.split(".")[-1] for name, p in result.named_parameters() if p.requires_grad}),
+        "the adapters": [f"{name}: r = {m.r}, α/r = {m.scaling:g}" for name, m in adapters.items()],
+    }
 
 
 repair = Check(

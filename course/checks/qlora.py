@@ -159,10 +159,10 @@ def _in_bfloat16(answer, x: Tensor, arguments: tuple, direction: Tensor) -> tupl
 def _observe_product(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
 
-    def make(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> tuple:
-        q = quantize_nf4(torch.randn(out_features, in_features, generator=g), 64)
+    def make(out_features: int, in_features: int, dtype: torch.dtype = torch.float32, block_size: int = 64) -> tuple:
+        q = quantize_nf4(torch.randn(out_features, in_features, generator=g), block_size)
         bias = torch.randn(out_features, generator=g).to(dtype).requires_grad_()
-        return q.packed, q.absmax, bias, (out_features, in_features), 64
+        return q.packed, q.absmax, bias, (out_features, in_features), block_size
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
@@ -183,7 +183,7 @@ def _observe_product(answer, seed: int) -> dict:
         gradients = _gradients(y, (x, bias), direction)
     for name, gradient in zip(("the input", "the bias"), gradients, strict=True):
         seen[f"the gradient of {name}"] = gradient
-    wide, x_wide = make(40, 24), draw(3, 24).requires_grad_()  # input, output and weight differ in size
+    wide, x_wide = make(40, 24, block_size=32), draw(7, 24).requires_grad_()  # input, output and packed weight differ in size
     seen["bytes kept for the backward, beside the packed weight"] = _kept_bytes(answer, x_wide, wide)
     seen["the backward computes a gradient of the weight"] = products.found
     one = draw(n).requires_grad_()

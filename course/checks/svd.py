@@ -416,13 +416,14 @@ def observe_subspace_step(answer, seed: int) -> dict:
 
     orthonormal = torch.linalg.qr(torch.randn(many, few, generator=g)).Q
     start, seen = torch.randn(many, generator=g), {}
+    lr = 0.05 + 0.3 * torch.rand((), generator=g).item()
     for name, projection in (
         ("orthonormal columns", orthonormal),
         ("columns of other lengths", 1.5 * torch.rand(many, few, generator=g) - 0.2),
     ):
         z = torch.randn(few, generator=g)
         kept = z.clone()
-        result = answer(start, projection, z, gradient, 0.1)
+        result = answer(start, projection, z, gradient, lr)
         seen[f"the shape of z after one step, P with {name}"] = (
             str(tuple(result.shape)) if isinstance(result, Tensor) else type(result).__name__
         )
