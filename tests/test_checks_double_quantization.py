@@ -9,7 +9,7 @@ import torch
 from course.checking import NotYet
 from course.checks import double_quantization as check
 from reference.double_quant import bits_per_parameter, dequantize_scales, dynamic_codebook, quantize_scales
-from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
+from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
 
 def test_the_judges_map_is_the_references():
@@ -163,9 +163,24 @@ def drops_the_short_block(absmax, levels, block_size):
     return codes[: whole * block_size], largest[:whole], offset
 
 
+def guarded(guard, what=slice(0, 1)):
+    """A block's scale is changed by ``guard``: by default where the block is divided by it, with slice(0, 2) also where it is returned."""
+
+    def answer(*arguments):
+        found = check._quantize_with(largest_of=lambda block, raw: guard(block.abs().max()))(*arguments)
+        return found[what] + check.quantize(*arguments)[what.stop :]
+
+    return answer
+
+
 @pytest.mark.parametrize(
     "answer, words",
     [
+        (guarded(lambda largest: largest.clamp(min=1e-6)), "codes, 96 scales of about 1e-6"),
+        (guarded(lambda largest: largest.clamp(min=1e-6), slice(0, 2)), "scales of scales, 96 scales of about 1e-6"),
+        (guarded(lambda largest: largest + torch.finfo(torch.float32).eps), "codes, 96 scales of about 1e-6"),
+        (guarded(lambda largest: largest + 1e-8), "1e-8 is added to what a block is divided by"),
+        (guarded(lambda largest: largest + 1e-8, slice(0, 2)), "1e-8 is added to a block's scale"),
         (changed(0, lambda codes: codes.long()), "codes.*uint8"),
         (changed(0, lambda codes: codes.roll(1)), "codes"),
         (changed(1, lambda largest: largest[:, None]), "scales of scales.*shape"),
@@ -193,19 +208,37 @@ def divides_as_a_library(absmax, levels, block_size):
     return (scaled[:, None] - levels.double()).abs().argmin(1).byte(), largest, offset
 
 
-def test_another_order_of_operations_passes_every_time():
+@pytest.mark.parametrize(
+    "answer",
+    [divides_as_a_library, guarded(lambda largest: largest + 1e-12, slice(0, 2)), guarded(lambda largest: largest.clamp(min=1e-12))],
+)
+def test_another_order_of_operations_and_a_harmless_epsilon_pass_every_time(answer):
     for seed in range(30):
-        check.scales._judge(divides_as_a_library, seed)
+        check.scales._judge(answer, seed)
 
 
 def with_one_dtype(q):
     return check.dequantize(q._replace(dtype=torch.float32))
 
 
+def with_two_axes(q):
+    rows, columns = q.shape
+    return check.dequantize(q).view(rows, columns)
+
+
+def by_the_nf4_of_others(q):
+    """The scales are right, and the function that reads the weight knows its own levels only."""
+    scales = q.dynamic[q.codes.int()] * q.absmax.repeat_interleave(q.second_block)[: len(q.codes)] + q.offset
+    return dequantize_nf4(NF4Tensor(q.packed, scales, torch.Size(q.shape), q.dtype, q.block_size))
+
+
 @pytest.mark.parametrize(
     "answer, words",
     [
         (with_one_dtype, "dtype"),
+        (with_two_axes, "ValueError: not enough values to unpack"),
+        (by_the_nf4_of_others, "NF4's levels by heart"),
+        (lambda q: check.dequantize(q).half() if q.dtype != torch.float32 else check.dequantize(q), "expected torch.bfloat16, got"),
         (lambda q: check.dequantize(q._replace(offset=q.offset * 1.01)), "values differ"),
         (lambda q: check.dequantize(q._replace(levels=q.levels.flip(0))), "values differ"),
         (lambda q: check.dequantize(q).T, "shape"),
@@ -226,6 +259,7 @@ def test_sly_weights_are_refused(answer, words):
         lambda budget, second: check.smallest_block(budget, second) or False,
         lambda budget, second: check.smallest_block(budget, second and 256),
         lambda budget, second: check.smallest_block(budget + 1e-3, second),
+        lambda budget, second: 8 if budget < 4 else check.smallest_block(budget, second),  # a quotient that became negative
         lambda budget, second: None if budget <= 4 else (32 if second is None else 8 + 32 / second) / (budget - 4),
     ],
 )

@@ -269,12 +269,16 @@ def _one_scale(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor,
     return codes, largest, offset
 
 
+def _with_epsilon(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantize_with(largest_of=lambda block, raw: block.abs().max() + 1e-8)(absmax, levels, block_size)
+
+
 def _decided(absmax: Tensor, levels: Tensor, block_size: int) -> bool:
-    """No scaled value is so close to a midpoint that the order of two operations decides its code."""
+    """No scaled value is so close to a midpoint that the last digits decide its code."""
     middle = (levels[:-1] + levels[1:]).double() / 2
     offset = absmax.double().mean()
     scaled = torch.cat([block / block.abs().max() for block in (absmax.double() - offset).split(block_size)])
-    return bool(((scaled[:, None] - middle).abs() > 1e-6).all())
+    return bool(((scaled[:, None] - middle).abs() > 2e-5).all())
 
 
 def _scales(generator: torch.Generator, count: int, block_size: int, levels: Tensor) -> Tensor:
@@ -288,10 +292,12 @@ def _scales(generator: torch.Generator, count: int, block_size: int, levels: Ten
 
 def _observe_quantize(answer, seed: int) -> dict:
     generator, seen = torch.Generator().manual_seed(seed), {}
-    for levels, count, block_size in ((dynamic_map(5), 150, 64), (torch.linspace(-1, 1, 31), 83, 16), (dynamic_map(7), 96, 32)):
-        absmax = _scales(generator, count, block_size, levels)
+    small = 2.0**-20  # about 1e-6: an epsilon of 1e-8 moves many codes, one of 1e-12 none
+    cases = ((dynamic_map(5), 150, 64, 1.0), (torch.linspace(-1, 1, 31), 83, 16, 1.0), (dynamic_map(7), 96, 32, small))
+    for levels, count, block_size, size in cases:
+        absmax = _scales(generator, count, block_size, levels) * size  # a power of two: the scaled values stay what they are
         codes, largest, offset = answer(absmax.clone(), levels.clone(), block_size)
-        where = f"{count} scales in blocks of {block_size}, {len(levels)} levels"
+        where = f"{count} {'scales' if size == 1 else 'scales of about 1e-6'} in blocks of {block_size}, {len(levels)} levels"
         seen |= {f"offset, {where}": offset, f"scales of scales, {where}": largest, f"codes, {where}": codes}
     return seen
 
@@ -347,8 +353,15 @@ scales = Check(
         "the code is that of the nearest level; you took the next level above": _quantize_with(
             code_of=lambda scaled, levels: torch.searchsorted(levels, scaled).clamp(max=len(levels) - 1)
         ),
+        "1e-8 is added to a block's scale: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": _with_epsilon,
+        "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add "
+        "nothing": lambda absmax, levels, block_size: (
+            _with_epsilon(absmax, levels, block_size)[0],
+            *quantize(absmax, levels, block_size)[1:],
+        ),
     },
     rtol=1e-5,
+    atol=1e-12,
 )
 
 # -------------------------------------------------------------------------------------------------- a weight read back
@@ -358,15 +371,15 @@ class Stored(NamedTuple):
     """A doubly quantized weight, as plain tensors.
 
     Attributes:
-        packed: uint8, ((n + 1) // 2,): two NF4 codes a byte, the first in the high four bits.
-        levels: float32, (16,): NF4's.
+        packed: uint8, ((n + 1) // 2,): two 4-bit codes a byte, the first in the high four bits.
+        levels: float32, (16,): of the weight's codes; NF4's, or others.
         codes: uint8, (blocks,): of the scales.
-        dynamic: float32, (256,): the levels of the scales' codes.
+        dynamic: float32, (256,): of the scales' codes; the dynamic map, or others.
         absmax: float32: the scales' scales.
         offset: float32, no axes.
         block_size: weights that share a scale; the last block may be short.
         second_block: scales that share a scale; the last block may be short.
-        shape, dtype: of the weight.
+        shape, dtype: of the weight; any number of axes; float32, float16 or bfloat16.
     """
 
     packed: Tensor
@@ -432,17 +445,24 @@ def _but_for_ties(weight: object, right: Tensor) -> object:
 
 def _observe_dequantize(answer, seed: int) -> dict:
     generator, seen = torch.Generator().manual_seed(seed), {}
-    cases = [((11, 37), torch.float32, 16, 8), ((48, 64), torch.float32, 64, 16), ((29, 5), torch.bfloat16, 16, 4)]
-    for shape, dtype, block_size, second_block in cases:
+    usual, even = (NF4_CODEBOOK, dynamic_codebook()), (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 256))
+    cases = [
+        ((11, 37), torch.float32, 16, 8, usual),
+        ((48, 64), torch.float32, 64, 16, usual),
+        ((29, 5), torch.bfloat16, 16, 4, usual),
+        ((331,), torch.float16, 32, 4, even),
+    ]
+    for shape, dtype, block_size, second_block, (levels, dynamic) in cases:
         spread = 1 + torch.rand(shape, generator=generator).view(-1).cumsum(0).view(shape) / 50  # blocks of unlike size
         q = quantize_nf4((torch.randn(shape, generator=generator) * spread).to(dtype), block_size)
         s = quantize_scales(q.absmax, second_block)
         stored = Stored(
-            *(q.packed.view(-1), NF4_CODEBOOK.clone(), s.codes, dynamic_codebook()),
+            *(q.packed.view(-1), levels.clone(), s.codes, dynamic.clone()),
             *(s.absmax, s.offset, block_size, second_block, shape, dtype),
         )
         weight = answer(stored)
-        where = f"{shape[0]} × {shape[1]}, blocks of {block_size}, scales in blocks of {second_block}"
+        size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} weights on one axis"
+        where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own' * (levels is not NF4_CODEBOOK)}"
         seen[f"weight, {where}"] = weight if dtype == torch.float32 else _but_for_ties(weight, dequantize(stored))
     return seen
 
@@ -480,6 +500,16 @@ restore = Check(
         "the products are in 16 bits: level · scale in float32, then one rounding": _in_16_bits,
         "the scales were rounded to 16 bits before the product: keep them in float32, and round once, at the end": lambda q: (
             _dequantize_with(spread=lambda scales, q, n: scales.to(q.dtype).float().repeat_interleave(q.block_size)[:n])(q)
+        ),
+        "every 16-bit weight comes out as bfloat16: there is float16 too, so take q.dtype": _dequantize_with(
+            last=lambda weight, q: weight.to(torch.float32 if q.dtype == torch.float32 else torch.bfloat16).view(q.shape)
+        ),
+        "NF4's levels by heart: codes are indices into q.levels, whatever they are": lambda q: dequantize(q._replace(levels=NF4_CODEBOOK)),
+        "the dynamic map by heart: the scales' codes are indices into q.dynamic, whatever it is": lambda q: dequantize(
+            q._replace(dynamic=dynamic_codebook())
+        ),
+        "both code books by heart: use q.levels and q.dynamic, whatever they are": lambda q: dequantize(
+            q._replace(levels=NF4_CODEBOOK, dynamic=dynamic_codebook())
         ),
         "the two block sizes are swapped, or one is used for both levels": _dequantize_with(
             second=lambda q: q.absmax.repeat_interleave(q.block_size)[: len(q.codes)]
@@ -535,7 +565,9 @@ def _smallest_with(
 
 def _observe_smallest(answer, seed: int) -> dict:
     rng, seen = random.Random(seed), {}
-    seen |= {f"a budget of 4 bits, scales {words}": answer(4.0, second) for words, second in (("in float32", None), ("in 8 bits", 256))}
+    for bits in (4.0, 3.5):  # the codes alone take all of it, or more
+        for words, second in (("in float32", None), ("in 8 bits", 256)):
+            seen[f"a budget of {bits:g} bits, scales {words}"] = answer(bits, second)
     for second in (None, 64, rng.choice([32, 128, 256, 512])):
         words = "in float32" if second is None else f"in 8 bits, in blocks of {second}"
         for block in (*rng.sample(BLOCKS[1:-1], 4), 8, 4096):  # the ends too: above the first and below the last there is nothing
