@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course.checking import Check, raised
+from course.checks.svd import nearest
 from reference import lora
 from reference.lora import LoRALinear, inject_lora
 
@@ -394,13 +395,6 @@ def remembered_delta(layer: Mergeable) -> Tensor:
 def merge_and_wipe(layer: Mergeable) -> None:
     Mergeable.merge(layer)
     layer.lora_B.data.zero_()
-
-
-def nearest(weight: Tensor, exact: Tensor) -> bool:
-    """Is every number of ``weight`` a nearest one of its dtype to ``exact`` (float64)? The slack is float32's own rounding."""
-    lower, upper = (torch.nextafter(weight, torch.full_like(weight, side)).double() for side in (-math.inf, math.inf))
-    error, slack = (weight.double() - exact).abs(), 1e-6
-    return bool((error <= (lower - exact).abs() + slack).all() and (error <= (upper - exact).abs() + slack).all())
 
 
 def observe_merge(answer, seed: int) -> dict:

@@ -70,7 +70,7 @@ def _full_with(change):
 
 def _observe_full(answer, seed: int) -> dict:
     rng = random.Random(seed)
-    parameters = rng.randint(10**8, 10**11)
+    parameters = 256 * rng.randint(10**6, 10**8)  # whole blocks: who counts blocks and rounds up is right too
     return {f"{recipe}, {parameters:,} parameters": answer(parameters, recipe) for recipe in FULL}
 
 
@@ -166,8 +166,7 @@ def _observe_lora(answer, seed: int) -> dict:
     rng, seen = random.Random(seed), {}
     for others in (["k_proj", "down_proj"], ["v_proj"], ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]):
         sizes, rank = _sizes(rng, tied=False), rng.randint(2, 64)
-        for label, number in dict(answer(sizes, rank, ["q_proj", *others])).items():
-            seen[f"{label}, rank {rank} on q_proj, {', '.join(others)}, {sizes}"] = number
+        seen[f"rank {rank} on q_proj, {', '.join(others)}, {sizes}"] = answer(sizes, rank, ["q_proj", *others])
     return seen
 
 
@@ -338,12 +337,15 @@ def _observe_mlp(answer, seed: int) -> dict:
         "trained in full": (True, set()),
         "frozen, no adapter in it": (False, set()),
         "frozen, LoRA on gate_proj": (False, {"gate_proj"}),
+        "frozen, LoRA on up_proj": (False, {"up_proj"}),
         "frozen, LoRA on down_proj": (False, {"down_proj"}),
         "frozen, LoRA on gate_proj and up_proj": (False, {"gate_proj", "up_proj"}),
+        "frozen, LoRA on gate_proj and down_proj": (False, {"gate_proj", "down_proj"}),
+        "frozen, LoRA on up_proj and down_proj": (False, {"up_proj", "down_proj"}),
         "frozen, LoRA on all three": (False, {"gate_proj", "up_proj", "down_proj"}),
     }
-    for label, (trained, adapted) in cases.items():
-        tokens, hidden, mlp, number_bytes = rng.randint(5, 5000), rng.randint(50, 99), rng.randint(150, 400), rng.choice([2, 4])
+    for i, (label, (trained, adapted)) in enumerate(cases.items()):
+        tokens, hidden, mlp, number_bytes = rng.randint(5, 5000), rng.randint(50, 99), rng.randint(150, 400), (2, 4)[(seed + i) % 2]
         seen[label] = answer(tokens, hidden, mlp, number_bytes, trained, adapted)
     return seen
 
@@ -359,6 +361,17 @@ mlp = Check(
         ),
         "an adapter's A is trained, so it keeps the layer's input although the layer itself is frozen": _mlp_with(
             lambda h, m, trained, adapted: _mlp_kept(h, m, trained, set())
+        ),
+        "gate_proj is not the only one that reads x: an adapter on up_proj keeps it too": _mlp_with(
+            lambda h, m, trained, adapted: _mlp_kept(h, m, trained, set(adapted) - {"up_proj"})
+        ),
+        "up_proj is not the only one that reads x: an adapter on gate_proj keeps it too": _mlp_with(
+            lambda h, m, trained, adapted: _mlp_kept(h, m, trained, set(adapted) - {"gate_proj"})
+        ),
+        "gate_proj and up_proj each read x: an adapter on one of them is enough to keep it": _mlp_with(
+            lambda h, m, trained, adapted: (
+                _mlp_kept(h, m, trained, adapted) - h * (not trained and len({"gate_proj", "up_proj"} & set(adapted)) == 1)
+            )
         ),
         "silu(gate) is missing: the product silu(gate)·up keeps both factors, and silu keeps its own input": _mlp_with(
             lambda h, m, trained, adapted: _mlp_kept(h, m, trained, adapted) - m
@@ -421,7 +434,7 @@ def _nearest_within(parameters: int, gigabytes: float, recipes: dict[str, float]
 
 
 def _observe_matching(answer, seed: int) -> dict:
-    """A figure with recipes just inside and just outside on both sides, one of two recipes at the same bytes, and one that none gives."""
+    """Figures with recipes just inside, just outside and at the edge on both sides, two recipes alike, and a figure that none gives."""
     rng = random.Random(seed)
     parameters, tolerance = rng.randint(10**9, 10**11), rng.choice([0.1, 0.15])
     each = rng.uniform(6, 9)
@@ -437,9 +450,14 @@ def _observe_matching(answer, seed: int) -> dict:
         "well above": each * 2.1,
     }
     stated = parameters * each / 1e9
+    # powers of two, so that the edge is met exactly in whatever order and unit one calculates
+    billions, edges = 2 ** rng.randint(0, 7), {"too low": 5.5, "lower edge": 6, "inside": 9, "upper edge": 10, "too high": 10.5}
     return {
         "recipes on both sides of the stated figure": answer(parameters, stated, dict(recipes), tolerance),
         "a figure that no recipe gives": answer(parameters, stated * 4, dict(recipes), tolerance),
+        f"{billions}B parameters, {8 * billions} GB, recipes {edges}, tolerance 0.25": answer(
+            billions * 10**9, 8.0 * billions, dict(edges), 0.25
+        ),
     }
 
 
@@ -465,6 +483,9 @@ matching = Check(
         ),
         "the tolerance is a share of the stated figure; you took it of what the recipe gives": _matching(
             lambda total, stated, tolerance: abs(total - stated) <= tolerance * total
+        ),
+        "a recipe exactly at the tolerance is within it: at most `tolerance` · stated (≤), not less": _matching(
+            lambda total, stated, tolerance: abs(total - stated) < tolerance * stated
         ),
         "you sorted the names: keep the order of `recipes`": lambda *arguments: sorted(matching_recipes(*arguments)),
     },
@@ -507,6 +528,7 @@ def _observe_batch(answer, seed: int) -> dict:
     return {
         "room for some rows and most of another": answer(held + rows * row + int(0.7 * row), held, kept, sequence, vocab),
         "room for some rows and a part of another": answer(held + rows * row + int(0.3 * row), held, kept, sequence, vocab),
+        "room for a part of one row": answer(held + int(0.6 * row), held, kept, sequence, vocab),
         "room for rows without a remainder": answer(held + rows * row, held, kept, sequence, vocab),
         "what is held does not fit by itself": answer(max(tight, 1), held, kept, sequence, vocab),
     }
@@ -529,6 +551,11 @@ batch = Check(
         "you rounded to the nearest number: a row that does not fit as a whole does not fit": _batch_with(round_down=round),
         "a batch is never negative: where nothing fits, the answer is 0": _batch_with(lowest=-math.inf),
         "what is held takes room too: subtract it first": _batch_with(held_counts=False),
+        "a row that does not fit as a whole does not fit: where there is room for a part of one, the answer is 0": (
+            lambda capacity, held, kept_per_token, sequence, vocab: (
+                0 if capacity <= held else max(1, largest_batch(capacity, held, kept_per_token, sequence, vocab))
+            )
+        ),
         "a batch has at least one row only where one fits: else the answer is 0": _batch_with(lowest=1),
     },
     rtol=0,

@@ -1,0 +1,64 @@
+"""Answers about memory that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
+
+import math
+
+import pytest
+
+from course.checking import NotYet
+from course.checks import memory_budget as check
+
+
+def in_whole_blocks(parameters, recipe):
+    scales = 2 * 4 * math.ceil(parameters / 256) if recipe == "8-bit Adam" else 0
+    return (parameters * {"fp32": 16, "mixed": 16, "bf16": 8, "8-bit Adam": 6}[recipe] + scales) / 1e9
+
+
+def names_within(within):
+    """Which recipes ``within(parameters, bytes of the recipe, stated GB, tolerance)`` takes."""
+
+    def answer(parameters, gigabytes, recipes, tolerance):
+        return [name for name, each in recipes.items() if within(parameters, each, gigabytes, tolerance)]
+
+    return answer
+
+
+RIGHT = {
+    "scales of whole blocks": (check.full, in_whole_blocks),
+    "in GB": (check.matching, names_within(lambda n, each, gb, t: abs(n * each * 1e-9 - gb) <= t * gb)),
+    "as a ratio": (check.matching, names_within(lambda n, each, gb, t: abs(n / 1e9 * each / gb - 1) <= t)),
+    "bytes a parameter": (check.matching, names_within(lambda n, each, gb, t: abs(each - gb * 1e9 / n) / (gb * 1e9 / n) <= t)),
+    "two ends": (check.matching, names_within(lambda n, each, gb, t: gb * (1 - t) <= n * each / 1e9 <= gb * (1 + t))),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_other_right_answers_pass(name):
+    judge, answer = RIGHT[name]
+    for seed in range(10):
+        judge._judge(answer, seed)
+
+
+def keeps_x_for(which):
+    def answer(tokens, hidden, mlp, number_bytes, trained, adapted):
+        return tokens * number_bytes * (3 * mlp + hidden * (trained or which in adapted) + mlp * (trained or "down_proj" in adapted))
+
+    return answer
+
+
+SLY = {
+    "a tuple": (check.lora, lambda sizes, r, targets: tuple(check.lora_budget(sizes, r, targets).values()), "expected a dictionary"),
+    "one number": (check.lora, lambda sizes, r, targets: {"trained": check.lora_budget(sizes, r, targets)["trained"]}, "missing: grad"),
+    "gate_proj alone": (check.mlp, keeps_x_for("gate_proj"), "adapter on up_proj keeps it too"),
+    "up_proj alone": (check.mlp, keeps_x_for("up_proj"), "adapter on gate_proj keeps it too"),
+    "2 bytes": (check.mlp, lambda t, h, m, number_bytes, *rest: check.mlp_kept_bytes(t, h, m, 2, *rest), "expected .*, got"),
+    "less than": (check.matching, names_within(lambda n, each, gb, t: abs(n * each / 1e9 - gb) < t * gb), "exactly at the tolerance"),
+    "less than, above": (check.matching, names_within(lambda n, each, gb, t: gb * (1 - t) <= n * each / 1e9 < gb * (1 + t)), "upper edge"),
+}
+
+
+@pytest.mark.parametrize("name", SLY)
+def test_sly_answers_are_refused(name):
+    judge, answer, words = SLY[name]
+    for seed in range(5):
+        with pytest.raises(NotYet, match=words):
+            judge._judge(answer, seed)

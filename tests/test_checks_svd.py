@@ -1,0 +1,100 @@
+"""Answers about low rank that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
+
+import math
+
+import pytest
+import torch
+
+from course.checking import NotYet
+from course.checks import svd as check
+from reference.lowrank import truncated_svd
+
+
+def by_norms(s, share):
+    return next(r for r in range(1, len(s) + 1) if s[:r].norm() ** 2 / s.norm() ** 2 >= share)
+
+
+def by_roots(s, share):
+    norms = [math.sqrt(sum(value**2 for value in s.tolist()[:r])) for r in range(1, len(s) + 1)]
+    return next(r for r, norm in enumerate(norms, 1) if norm >= math.sqrt(share) * norms[-1])
+
+
+def by_what_is_lost(s, share):
+    return next(r for r in range(1, len(s) + 1) if (s[r:].norm() / s.norm()) ** 2 <= 1 - share)
+
+
+def by_shares(s, share):
+    p = s.square() / s.square().sum()
+    return int((p.cumsum(0) < share).sum()) + 1
+
+
+def by_search(s, share):
+    kept = s.square().cumsum(0)
+    return int(torch.searchsorted(kept, share * kept[-1])) + 1
+
+
+@pytest.mark.parametrize("answer", [by_norms, by_roots, by_what_is_lost, by_shares, by_search])
+def test_other_right_counts_pass(answer):
+    """In float32, and in any order: no share is so near to what a rank keeps that rounding decides."""
+    for seed in range(20):
+        check.rank_for_energy._judge(answer, seed)
+
+
+def update_rounded(difference, factors, update):
+    """``keep_update`` in float32, but for one more rounding of one of its steps to the weight's dtype."""
+
+    def answer(before, after, rank):
+        def rounded(x, now):
+            return x.to(before.dtype).float() if now else x
+
+        b, a = truncated_svd(rounded(after.float() - before.float(), difference), rank)
+        return (before.float() + rounded(rounded(b, factors) @ rounded(a, factors), update)).to(before.dtype)
+
+    return answer
+
+
+@pytest.mark.parametrize("step", range(3), ids=["difference", "factors", "update"])
+def test_each_rounding_too_many_is_seen(step):
+    for seed in range(10):
+        with pytest.raises(NotYet, match="rounded more than once"):
+            check.keep_update._judge(update_rounded(*(i == step for i in range(3))), seed)
+
+
+def test_an_update_rounded_once_passes():
+    for seed in range(10):
+        check.keep_update._judge(update_rounded(False, False, False), seed)
+
+
+def always_float32(weight, rank):
+    b, a = truncated_svd(weight.float(), rank)
+    return (b.to(weight.dtype), a.to(weight.dtype)) if weight.dtype is torch.bfloat16 else (b, a)
+
+
+def half_forgotten(weight, rank):
+    b, a = check.in_its_own_dtype(weight.float() if weight.dtype is torch.bfloat16 else weight, rank)
+    return b.to(weight.dtype), a.to(weight.dtype)
+
+
+@pytest.mark.parametrize("answer, words", [(always_float32, "a float64 matrix"), (half_forgotten, "float16 matrix.*not implemented")])
+def test_factors_in_other_dtypes_are_looked_at(answer, words):
+    for seed in range(3):
+        with pytest.raises(NotYet, match=words):
+            check.factors._judge(answer, seed)
+
+
+def test_torchs_own_refusal_is_not_taken_for_an_unwritten_answer():
+    with pytest.raises(NotYet, match="no SVD for 16-bit types: decompose"):
+        check.factors(check.in_its_own_dtype)
+    with pytest.raises(NotYet, match="nothing here yet"):
+        check.keep_update(unwritten)
+
+
+def unwritten(*arguments):
+    raise NotImplementedError()
+
+
+def test_nearest_is_strict():
+    exact = torch.randn(200, dtype=torch.float64)
+    rounded = exact.to(torch.bfloat16)
+    assert check.nearest(rounded, exact)
+    assert not check.nearest(torch.nextafter(rounded, torch.full_like(rounded, math.inf)), exact)
