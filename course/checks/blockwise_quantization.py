@@ -6,14 +6,17 @@ right: a learner hears of one mistake at a time.
 """
 
 import math
+import numbers
 import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, first_difference
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, quantize_blockwise
+
+TINY = 1e-14  # second moments of an optimizer are as small, and are quantized too
 
 
 def _off_the_borders(x: Tensor, scale: Tensor | float, margin: float = 0.03) -> Tensor:
@@ -47,12 +50,19 @@ def _harder_in_16_bits(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def _number(value) -> object:
-    """A tensor of one element as a number; anything else as it is."""
+    """A tensor of one element or a number of numpy's as a number; anything else as it is."""
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        return float(value)
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _tuple_of(count: int, result) -> bool:
     return isinstance(result, (tuple, list)) and len(result) == count
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values in the same places of the tensor, but not in memory: ``x.view(-1)`` raises, ``x.flatten()`` is right."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def _comes_back(x: Tensor, restored: Tensor, step: Tensor | float) -> bool:
@@ -111,19 +121,25 @@ def _no_guard(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).round().to(torch.int8), scale
 
 
+def _epsilon_in_the_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().max() / 127 + 1e-8
+    return (x.float() / scale).round().to(torch.int8), scale
+
+
 def _observe_absmax(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
     for name, shape, dtype, sign in (
         ("a float32 matrix, largest value negative", (7, 9), torch.float32, -1),
-        ("tiny values", (30,), torch.float32, 1),  # nothing added to the scale is small beside it
         ("a float32 vector, largest value positive", (50,), torch.float32, 1),
         ("a bfloat16 matrix", (12, 11), torch.bfloat16, -1),
-        ("a float16 tensor of three dimensions", (3, 5, 4), torch.float16, 1),
+        ("a transposed float16 tensor of three dimensions", (3, 5, 4), torch.float16, 1),
     ):
-        x = _largest_is(sign, torch.randn(shape, generator=g) * (1e-7 if name == "tiny values" else 0.7)).to(dtype)
+        x = _largest_is(sign, torch.randn(shape, generator=g) * 0.7).to(dtype)
         if dtype == torch.bfloat16:
             x = _harder_in_16_bits(x, g)
         x = _off_the_borders(x, x.double().abs().max() / 127)
+        if name.startswith("a transposed"):
+            x = transposed(x)
         result = answer(x.clone())
         if not _tuple_of(2, result) or not isinstance(result[0], Tensor):
             return seen | {"the answer is a pair, (codes, scale)": False}
@@ -132,6 +148,14 @@ def _observe_absmax(answer, seed: int) -> dict:
         step = x.double().abs().max() / 127
         if not isinstance(_number(scale), float) or not _comes_back(x, codes.double() * _number(scale), step):
             return seen
+    tiny = _largest_is(1, TINY * torch.randn(30, generator=g))  # nothing that is added to their scale is small beside it
+    step = tiny.double().abs().max() / 127
+    tiny = _off_the_borders(tiny, step)
+    codes, scale = answer(tiny.clone())
+    back = _comes_back(tiny, codes.double() * _number(scale), step)  # not the scale itself: whatever was added, one message fits
+    seen |= {f"codes of values of about {TINY:.0e}": codes, f"codes · scale gives values of about {TINY:.0e} back": back}
+    if not back:
+        return seen
     codes, scale = answer(torch.zeros(4, 3))
     seen["codes of a tensor of zeros"] = codes
     seen["the scale of a tensor of zeros is a positive, finite number"] = bool(0 < _number(scale) < math.inf)
@@ -180,7 +204,11 @@ absmax = Check(
             finish=lambda codes: codes.round()
         ),
         "a tensor of zeros has absmax 0, and 0 / 0 is NaN: give it some positive scale, such as 1": _no_guard,
+        "a number was added to the scale, or it has a least value: beside it tiny values are lost; replace a scale of 0 and no other": (
+            _epsilon_in_the_scale
+        ),
     },
+    atol=0,  # a scale may be tiny
 )
 
 
@@ -229,6 +257,13 @@ def _symmetric_ends(x: Tensor, low: float, high: float) -> tuple[float, float]:
     return -max(abs(low), abs(high)), max(abs(low), abs(high))
 
 
+def _affine_epsilon(x: Tensor, low: float, high: float) -> tuple[Tensor, float, int]:
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255 + 1e-8
+    zero_point = round(-low / scale)
+    return ((x.float() / scale).round() + zero_point).clamp(0, 255).to(torch.uint8), scale, zero_point
+
+
 def _observe_affine(answer, seed: int) -> dict:
     rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
     sign = rng.choice([-1, 1])
@@ -237,8 +272,9 @@ def _observe_affine(answer, seed: int) -> dict:
         ("a bfloat16 tensor", torch.bfloat16, "around zero"),
         ("a float32 tensor, measured range above zero", torch.float32, "above"),
         ("a float32 tensor, measured range below zero", torch.float32, "below"),
+        (f"values of about {TINY:.0e}", torch.float32, "around zero"),
     ):
-        step = rng.uniform(0.01, 0.05)
+        step = rng.uniform(0.01, 0.05) * (TINY if "about" in name else 1)
         zero = {"around zero": rng.randint(30, 90), "above": 0, "below": 255}[kind]
         sign = -sign  # −low / scale lies once above and once below a whole number: cutting the fraction off is wrong for one of the two
         part = sign * rng.uniform(0.2, 0.35) if kind == "around zero" else 0.0
@@ -253,7 +289,11 @@ def _observe_affine(answer, seed: int) -> dict:
             return seen | {"the answer is (codes, scale, zero_point)": False}
         codes, scale, zero_point = result
         seen |= {"the answer is (codes, scale, zero_point)": True, f"codes of {name}": codes}
-        seen |= {f"scale of {name}": _number(scale), f"zero_point of {name}": _number(zero_point)}
+        if "about" in name:  # not the scale itself: whatever was added to it, one message fits
+            seen[f"255 scales are the range of {name}"] = first_difference(_number(scale), (high - low) / 255, 1e-4, 0) is None
+        else:
+            seen[f"scale of {name}"] = _number(scale)
+        seen[f"zero_point of {name}"] = _number(zero_point)
     return seen
 
 
@@ -311,7 +351,11 @@ affine = Check(
         "codes and zero_point are 128 too low: that is the same format with signed codes; asked are 0 to 255, torch.uint8": _affine_with(
             finish=lambda codes: (codes.clamp(0, 255) - 128).to(torch.int8), returned=lambda zero: zero - 128
         ),
+        "a number was added to the scale, or it has a least value: beside it a narrow range is lost; since `low` < `high`, no scale is 0": (
+            _affine_epsilon
+        ),
     },
+    atol=0,  # a scale may be tiny
 )
 
 
@@ -373,6 +417,11 @@ def _rows_unguarded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (weight.float() / scales).round().to(torch.int8), scales
 
 
+def _rows_epsilon(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    scales = weight.float().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1) + 1e-8
+    return (weight.float() / scales).round().to(torch.int8), scales
+
+
 def _observe_rows(answer, seed: int) -> dict:
     rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
     first = rng.choice([4, 5, 6])  # not 3: its 2^bits − 1 is the 7 of four bits, and the two mistakes would look the same
@@ -396,8 +445,16 @@ def _observe_rows(answer, seed: int) -> dict:
         seen |= {"the answer is a pair of tensors, (codes, scales)": True, f"scales of {name}": scales, f"codes of {name}": codes}
         if scales.shape != (out, 1) or not _comes_back(weight, codes.double() * scales.double(), step):
             return seen
+    weight = torch.randn(6, 9, generator=g)
     weight[2] = 0
-    codes, scales = answer(weight, bits)
+    weight[4] *= TINY
+    step = weight.double().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    weight = _off_the_borders(weight, step)
+    codes, scales = answer(weight.clone(), bits)
+    back = _comes_back(weight[4], codes[4].double() * scales[4].double(), step[4])
+    seen |= {f"codes of a row of values of about {TINY:.0e}": codes[4], f"codes · scales gives a row of about {TINY:.0e} back": back}
+    if not back:
+        return seen
     seen["codes of a row of zeros"] = codes[2]
     seen["the scale of a row of zeros is positive and finite"] = bool(0 < scales[2] < math.inf)
     return seen
@@ -446,7 +503,11 @@ rows = Check(
         ),
         "the codes are still floating-point numbers: convert them to torch.int8": _rows_with(finish=lambda codes: codes.round()),
         "a row of zeros has absmax 0, and 0 / 0 is NaN: give such a row some positive scale": _rows_unguarded,
+        "a number was added to the scales, or they have a least value: beside it a row of tiny values is lost; replace scales of 0 only": (
+            _rows_epsilon
+        ),
     },
+    atol=0,  # a scale may be tiny
 )
 
 
@@ -533,33 +594,56 @@ def _without_rest(x: Tensor, size: int) -> list[Tensor]:
     return list(flat[: len(flat) // size * size].split(size))
 
 
+def _divided_by_more(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    tops = [block.abs().max() for block in x.float().flatten().split(block_size)]
+    codes = [_nearest(block / (top + 1e-8), codebook) for block, top in zip(x.float().flatten().split(block_size), tops, strict=True)]
+    return torch.cat(codes).to(torch.uint8).view(x.shape), torch.stack(tops)
+
+
+def _shares_in_16_bits(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    tops = [block.float().abs().max() for block in x.flatten().split(block_size)]
+    shares = [block / torch.where(top == 0, 1, top) for block, top in zip(x.flatten().split(block_size), tops, strict=True)]
+    return _nearest(torch.cat(shares), codebook).to(torch.uint8).view(x.shape), torch.stack(tops)
+
+
 def _off_the_midpoints(x: Tensor, codebook: Tensor, block_size: int) -> Tensor:
-    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels, and next to a level itself."""
+    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
     levels = codebook.double().sort().values
     borders = (levels[1:] + levels[:-1]) / 2
     flat = x.flatten().clone()
     for block in flat.split(block_size):
         share = block.double() / block.double().abs().max()
-        near = (share[:, None] - borders).abs().amin(1) < 1e-3
+        near = (share[:, None] - borders).abs().amin(1) < 1e-5  # float32 divides a hundred times more exactly
         block[near & (share.abs() < 1)] = 0
     return flat.view(x.shape)
 
 
+def _in_no_order(count: int, g: torch.Generator) -> Tensor:
+    """A codebook. Zero is neither its first level nor that in the middle, and no two levels are equal: either code would be right."""
+    inner = torch.randperm(9999, generator=g) - 4999
+    levels = torch.cat([torch.tensor([-1.0, 1.0]), inner[inner != 0][: count - 3] / 5000])
+    levels = levels[torch.randperm(count - 1, generator=g)]
+    at = int(torch.randint(1, count // 4, (1,), generator=g))
+    return torch.cat([levels[:at], torch.zeros(1), levels[at:]])
+
+
 def _observe_blocks(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
-    uneven = torch.rand(9, generator=g).mul(2).sub(1)[torch.randperm(9, generator=g)]
-    uneven = torch.cat([torch.tensor([0.0, 1.0, -1.0]), uneven])[torch.randperm(12, generator=g)]  # in no order
+    uneven, many = _in_no_order(12, g), _in_no_order(256, g)
     for name, shape, block_size, codebook, dtype in (
         ("4-bit integers", (6, 32), 16, int_codebook(4), torch.float32),
         ("4-bit integers, rows that end inside a block", (5, 24), 16, int_codebook(4), torch.float32),
         ("a short last block", (7, 11), 32, int_codebook(5), torch.float32),
         ("a codebook in no order", (6, 10), 8, uneven, torch.float32),
         ("FP4 levels, a bfloat16 tensor", (3, 37), 16, fp4_codebook(), torch.bfloat16),
+        ("256 levels, a transposed bfloat16 tensor of three dimensions", (6, 5, 23), 32, many, torch.bfloat16),
     ):
         x = torch.randn(shape, generator=g)
         x = torch.cat([_largest_is((-1) ** i, block) for i, block in enumerate(x.flatten().split(block_size), 1)]).view(shape)
         x[-1, -1] *= 3  # the last block has a scale of its own
         x = _off_the_midpoints(x.to(dtype), codebook, block_size)
+        if "transposed" in name:
+            x = transposed(x)
         result = answer(x.clone(), codebook.clone(), block_size)
         if not _tuple_of(2, result) or not all(isinstance(part, Tensor) for part in result):
             return seen | {"the answer is a pair of tensors, (codes, absmax)": False}
@@ -574,10 +658,12 @@ def _observe_blocks(answer, seed: int) -> dict:
         if not torch.allclose(levels * absmax.float().repeat_interleave(block_size)[: len(levels)], right, rtol=1e-4):
             return seen
     x = torch.randn(4, 16, generator=g)
+    x[1] *= TINY
     x[2] = 0
-    codes, absmax = answer(x, int_codebook(4), 16)
-    seen["a block of zeros comes back as zeros"] = bool((int_codebook(4)[codes[2].long().clamp(0, 14)] * absmax[2] == 0).all())
-    seen["codes of a block of zeros"] = codes[2]
+    codes, absmax = answer(_off_the_midpoints(x, uneven, 16), uneven.clone(), 16)
+    seen[f"absmax of a block of values of about {TINY:.0e}"] = _number(absmax[1])
+    seen[f"codes of a block of values of about {TINY:.0e}"] = codes[1]
+    seen |= {"codes of a block of zeros": codes[2], "absmax of a block of zeros": _number(absmax[2])}
     return seen
 
 
@@ -625,7 +711,14 @@ blocks = Check(
             finish=lambda codes, absmax, x: (codes.to(torch.uint8).view(x.shape), absmax / 7)
         ),
         "a block of zeros was divided by zero: NaN has no nearest level; guard the division": _blocks_unguarded,
+        "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": _shares_in_16_bits,
+        "absmax is never below some number, or has one added, when you divide by it: beside it a block of tiny values is lost; "
+        "guard against 0 alone": _divided_by_more,
+        "the absmax of a block of zeros is 0: replace it where you divide, not in what you return": _blocks_with(
+            finish=lambda codes, absmax, x: (codes.to(torch.uint8).view(x.shape), torch.where(absmax == 0, 1, absmax))
+        ),
     },
+    atol=1e-30,  # an absmax may be tiny; what keeps a divisor from being zero, 1e-38, may stay in it
 )
 
 
@@ -653,7 +746,6 @@ def _block_with(
     fits: Callable[[float, float], bool] = lambda used, allowed: used <= allowed,
     width: Callable[[int], float] = lambda scale_bits: scale_bits,
     nothing: Callable[[int], object] = lambda largest: None,
-    step: Callable[[int], int] = lambda block: 2 * block,
     first: int = 1,
 ):
     """The right answer with one part replaced."""
@@ -663,7 +755,7 @@ def _block_with(
         while not fits(n * code_bits + scales(n, block) * width(scale_bits), budget * n):
             if block >= n:
                 return nothing(block)
-            block = step(block)
+            block *= 2
         return block
 
     return answer
@@ -676,6 +768,16 @@ def _largest_block(n: int, code_bits: int, scale_bits: int, budget: float) -> in
 def _one_halving_too_many(n: int, code_bits: int, scale_bits: int, budget: float) -> int | None:
     right = smallest_block(n, code_bits, scale_bits, budget)
     return right // 2 if right and right > 1 else right
+
+
+def _any_block(n: int, code_bits: int, scale_bits: int, budget: float) -> int | None:
+    scales = math.floor((budget - code_bits) * n / scale_bits)
+    return math.ceil(n / min(scales, n)) if scales > 0 else None
+
+
+def _gives_up(n: int, code_bits: int, scale_bits: int, budget: float) -> int | None:
+    right = smallest_block(n, code_bits, scale_bits, budget)
+    return right if right and right <= 4096 else None
 
 
 def _at_most_n(n: int, code_bits: int, scale_bits: int, budget: float) -> int | None:
@@ -697,9 +799,10 @@ def _observe_budget(answer, seed: int) -> dict:
         "so many bits that every value can have a scale": (wide, bits, 8, bits + 9),
         "no room for a single scale": (wide, bits, 32, float(bits)),
         "fewer bits than the codes take": (wide, bits, 32, bits - 0.5),
+        "a scale for a million values": (3 * 2**20, bits, 32, bits + 32 / 2**20),
     }
     for label, case in cases.items():
-        seen[f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.4g}"] = answer(*case)
+        seen[f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.9g}"] = answer(*case)
     return seen
 
 
@@ -719,12 +822,13 @@ budget = Check(
         "a budget that is used up exactly is kept: compare with ≤": _block_with(fits=lambda used, allowed: used < allowed),
         "that is the largest block, with the fewest scales: the smallest one that fits gives the least error": _largest_block,
         "this block is one halving too small: its scales no longer fit into the budget": _one_halving_too_many,
-        "that is not a power of two: try 1, 2, 4, 8, …": _block_with(step=lambda block: block + 1),
+        "that is not a power of two: try 1, 2, 4, 8, …": _any_block,
         "you read scale_bits as bytes: it is in bits, as the budget is": _block_with(width=lambda bits: 8 * bits),
         "you divided scale_bits by 8: everything here is in bits": _block_with(width=lambda bits: bits / 8),
         "you assumed float32 scales: use scale_bits": _block_with(width=lambda bits: 32),
         "blocks can be as small as one value: start at 1": _block_with(first=2),
         "a block may be longer than n: one block then holds everything, with one scale; don't stop before that": _at_most_n,
+        "your search ended too early: no block is too long, up to the one that holds everything; go on until block ≥ n": _gives_up,
         "the codes take code_bits each, not 4": lambda n, code_bits, scale_bits, budget: smallest_block(n, 4, scale_bits, budget),
         "where nothing fits, return None: not even one scale for all values can be paid": _block_with(nothing=lambda largest: largest),
     },
@@ -806,7 +910,7 @@ def _one_too_few(flat: Tensor, k: int, width: int) -> Tensor:
 
 def _in_place(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tensor, float]:
     right = keep_outliers(x, codebook, block_size, k)
-    x.view(-1)[x.flatten().abs().topk(k).indices] = 0
+    x[torch.unravel_index(x.flatten().abs().topk(k).indices, x.shape)] = 0
     return right
 
 
@@ -815,19 +919,19 @@ def _observe_kept(answer, seed: int) -> dict:
     for shape, block_size, bits, k, dtype in (
         ((8, 24), 32, 4, 5, torch.float32),
         ((7, 30), 64, 3, 3, torch.bfloat16),
-        ((6, 16), 16, 4, 0, torch.float32),
+        ((6, 8, 4), 16, 4, 0, torch.float32),
     ):
         x = torch.randn(shape, generator=g)
         places = rng.sample(range(x.numel()), 5)
         for number, place in enumerate(places):  # the largest is negative, no two are equal
-            x.view(-1)[place] = (20 + 8 * number) * (-1) ** number * (-1 if len(places) % 2 == 0 else 1) * -1
-        x = x.to(dtype)
+            x.view(-1)[place] = -(20 + 8 * number + 1 / 3) * (-1) ** number  # nor one of 16 bits
+        x = x.to(dtype) if k else transposed(x.to(dtype))
         given = x.clone()
         result = answer(given, int_codebook(bits), block_size, k)
         if not _tuple_of(2, result) or not isinstance(result[0], Tensor):
             return seen | {"the answer is a pair, (restored, bits)": False}
         restored, price = result
-        name = f"{str(dtype).removeprefix('torch.')}, {k} values kept, blocks of {block_size}"
+        name = f"{str(dtype).removeprefix('torch.')}{', three dimensions, transposed' * (k == 0)}, {k} values kept, blocks of {block_size}"
         seen |= {"the answer is a pair, (restored, bits)": True, f"restored, {name}": restored, f"bits per value, {name}": _number(price)}
         seen[f"x is left as it was, {name}"] = torch.equal(given, x)
     return seen

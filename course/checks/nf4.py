@@ -4,13 +4,16 @@ Wrong answers are one right answer with one part replaced. Inputs are made so th
 tested on levels that are multiples of 1/32, and everywhere else no value lies next to a midpoint.
 """
 
+import math
+
 import torch
 from scipy.special import ndtri
 from scipy.stats import norm
 from torch import Tensor
 
 from course.checking import Check
-from reference.blockwise import fp4_codebook, int_codebook, midpoints
+from course.checks.blockwise_quantization import TINY, transposed
+from reference.blockwise import int_codebook, midpoints
 from reference.nf4 import NF4_CODEBOOK, OFFSET, normal_float_codebook, quantize_nf4
 
 # ----------------------------------------------------------------------------------------------------------------- levels
@@ -84,7 +87,7 @@ def observe_levels(answer, seed: int) -> dict:
     nf4 = answer(7, 8, OFFSET)
     if isinstance(nf4, Tensor) and nf4.dtype == torch.float32:
         seen["NF4's levels, bit for bit as integers (float32 probabilities, scipy's ndtri or norm.ppf, rounded, then divided)"] = (
-            nf4.detach().contiguous().view(torch.int32)
+            (nf4.detach() + 0.0).contiguous().view(torch.int32)  # −0 + 0 is 0: a zero with a sign is right too
         )
     return seen
 
@@ -158,12 +161,14 @@ def _signed(scaled: Tensor, levels: Tensor) -> Tensor:
 def observe_nearest(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
-    for count, shape in ((16, (40, 7)), (5, (90,)), (256, (3, 4, 50))):
+    for count, shape, largest, layout in ((16, (40, 7), 1, ""), (5, (90,), 3, ""), (256, (3, 4, 50), 1, ", transposed")):
         inner = (torch.randperm(9999, generator=g)[: count - 2] - 4999) / 5000  # no two are equal: either code would be right
-        levels = torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
-        scaled = 0.6 * torch.randn(shape, generator=g)  # some beyond −1 and 1
+        levels = largest * torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
+        scaled = 0.6 * largest * torch.randn(shape, generator=g)  # some beyond the outermost levels
         close = (scaled[..., None] - midpoints(levels)).abs().amin(-1) < 1e-5
-        seen[f"codes of {count} levels, values of shape {tuple(shape)}"] = answer(torch.where(close, levels[0], scaled), levels)
+        scaled = torch.where(close, levels[0], scaled)
+        label = f"codes of {count} levels from −{largest} to {largest}, values of shape {tuple(shape)}{layout}"
+        seen[label] = answer(transposed(scaled) if layout else scaled, levels)
     levels = (torch.randperm(63, generator=g)[:16].sort().values - 31) / 32
     seen["codes of values on a midpoint (the lower of the two)"] = answer(midpoints(levels), levels)
     seen["codes of the levels themselves"] = answer(levels.clone(), levels)
@@ -330,15 +335,17 @@ def dequantize_by_pairs(packed: Tensor, absmax: Tensor, shape: tuple, block_size
 def observe_dequantize(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
-    for shape, block_size, dtype in (
-        ((4, 32), 64, torch.float32),
-        ((7, 15), 32, torch.float32),
-        ((333,), 64, torch.bfloat16),
-        ((3, 50, 5), 128, torch.float16),
+    for shape, block_size, dtype, size in (
+        ((4, 32), 64, torch.float32, 1.0),
+        ((7, 15), 32, torch.float32, 1.0),
+        ((333,), 64, torch.bfloat16, 1.0),
+        ((3, 50, 5), 128, torch.float16, 1.0),
+        ((2, 96), 64, torch.float32, TINY),
     ):
-        x = torch.randn(shape, generator=g) * (0.5 + torch.rand(1, generator=g))
+        x = size * torch.randn(shape, generator=g) * (0.5 + torch.rand(1, generator=g))
         q = quantize_nf4(x, block_size)
         label = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)} in blocks of {block_size}"
+        label += f", values of about {TINY:.0e}" * (size == TINY)
         seen[label] = answer(q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
     return seen
 
@@ -459,18 +466,25 @@ def observe_occupancy(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
     sizes = torch.tensor([0.2, 3.0, 1.0])  # blocks of different scale, so that one scale for all shows
-    for label, levels, n, block_size, dtype in (
-        ("NF4's bins, blocks of 64, a short last block", NF4_CODEBOOK, 64 * 60 + 37, 64, torch.float32),
-        ("a bfloat16 tensor, blocks of 256", NF4_CODEBOOK, 256 * 18 + 101, 256, torch.bfloat16),
-        ("five bits, a float16 tensor, blocks of 32", normal_float_codebook(5), 32 * 120, 32, torch.float16),
+    for label, levels, shape, block_size, dtype in (
+        ("NF4's bins, blocks of 64, a short last block", NF4_CODEBOOK, (64 * 60 + 37,), 64, torch.float32),
+        ("a bfloat16 tensor, blocks of 256", NF4_CODEBOOK, (256 * 18 + 101,), 256, torch.bfloat16),
+        ("five bits, a transposed float16 tensor of three dimensions", normal_float_codebook(5), (12, 16, 20), 32, torch.float16),
     ):
+        n = math.prod(shape)
         x = torch.randn(n, generator=g)
         x *= sizes[torch.arange(n) // block_size % 3]
         x[-(n % block_size or block_size) :] += 1.5  # the last block is not like the others
-        seen[label] = answer(_off_the_midpoints(x.to(dtype), levels, block_size), levels.clone(), block_size)
+        x = _off_the_midpoints(x.to(dtype), levels, block_size).view(shape)
+        seen[label] = answer(transposed(x) if len(shape) > 1 else x, levels.clone(), block_size)
     x = torch.randn(64, 40, generator=g)  # rows end inside of a block
     x.view(-1)[7 * 64 : 8 * 64] = 0
     seen["a matrix with a block of zeros"] = answer(_off_the_midpoints(x, NF4_CODEBOOK, 64), NF4_CODEBOOK.clone(), 64)
+    few, many = 0.2 + 0.7 * torch.rand(2, generator=g), 0.2 + 0.7 * torch.rand(7, generator=g)
+    levels = torch.cat([torch.tensor([-1.0, 0.07, 1.0]), -few, many]).sort().values  # none is 0, and code 3 is the nearest to it
+    seen["a block of zeros, levels without a zero"] = answer(_off_the_midpoints(x, levels, 64), levels.clone(), 64)
+    x = _off_the_midpoints(TINY * torch.randn(20 * 64, generator=g), NF4_CODEBOOK, 64)
+    seen[f"values of about {TINY:.0e}"] = answer(x, NF4_CODEBOOK.clone(), 64)
     x = _off_the_midpoints(-1 - torch.rand(300, generator=g), int_codebook(4), 32)
     seen["values that leave the upper bins empty"] = answer(x, int_codebook(4), 32)
     return seen
@@ -502,26 +516,32 @@ occupancy = Check(
         "bins were cut at even steps from −1 to 1: cut at the midpoints between `levels`": _even_bins,
         "bins were cut at the levels: they are cut at the midpoints between levels": sharer(edges=lambda levels: levels[1:]),
         "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": sharer(guard=False),
+        "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": (
+            sharer(largest=lambda block: absolute_max(block) + 1e-8)
+        ),
     },
 )
 
 # ------------------------------------------------------------------------------------------------------------- lloyd_step
 
 
-def stepper(weigh=lambda w: w, centre="mean", empty="stays", keep=True, after=lambda levels: levels, in_place=False, edges=midpoints):
+def stepper(
+    weigh=lambda w: w, centre="mean", empty="stays", fixed=None, after=lambda levels: levels, in_place=False, edges=midpoints, more=0.0
+):
     """One step of Lloyd's iteration, with one part replaced."""
 
     def lloyd_step(scaled: Tensor, weight: Tensor, levels: Tensor, kept: tuple = ()) -> Tensor:
         codes = torch.bucketize(scaled, edges(levels))
+        kept = kept if fixed is None else fixed
         new = levels if in_place else levels.clone()
         for code in range(len(levels)):
-            if code in kept and keep:
+            if code in kept:
                 continue
             values, weights = scaled[codes == code], weigh(weight[codes == code])
             if len(values) == 0:
                 new[code] = {"stays": new[code].item(), "zero": 0.0, "nan": float("nan")}[empty]
             elif centre == "mean":
-                new[code] = ((weights.double() * values).sum() / weights.double().sum()).float()
+                new[code] = ((weights.double() * values).sum() / (weights.double().sum() + more)).float()
             elif centre == "median":
                 new[code] = values.median()
             else:
@@ -575,7 +595,8 @@ def observe_lloyd_step(answer, seed: int) -> dict:
     for label, levels, kept in (
         ("NF4's levels", NF4_CODEBOOK, ()),
         ("NF4's levels, with −1, 0 and 1 kept", NF4_CODEBOOK, (0, 7, 15)),
-        ("FP4's fifteen levels", fp4_codebook().unique(), (3,)),
+        ("32 levels, with codes 20 and 3 kept", normal_float_codebook(5), (20, 3)),
+        ("NF4's levels, with codes 2, 9 and 12 kept", NF4_CODEBOOK, (2, 9, 12)),
     ):
         blocks = torch.randn(60, 64, generator=g) * (0.3 + 2 * torch.rand(60, 1, generator=g))
         absmax = blocks.abs().amax(1)
@@ -587,6 +608,7 @@ def observe_lloyd_step(answer, seed: int) -> dict:
     scaled, weight = 0.3 * torch.rand(200, generator=g) + 0.1, 0.5 + torch.rand(200, generator=g)
     scaled = torch.where((scaled[:, None] - midpoints(NF4_CODEBOOK)).abs().amin(1) < 1e-5, 0.25, scaled)
     seen["values that leave some levels unused"] = answer(scaled, weight, NF4_CODEBOOK.clone(), ())
+    seen["weights of about 1e-20"] = answer(scaled, 1e-20 * weight, NF4_CODEBOOK.clone(), ())
     return seen
 
 
@@ -610,7 +632,10 @@ lloyd_step = Check(
         "each level moves to the median: that is for absolute error, and without weights; here it is the weighted mean": stepper(
             centre="median"
         ),
-        "the kept levels moved too: the codes in kept stay where they are": stepper(keep=False),
+        "the kept levels moved too: the codes in kept stay where they are": stepper(fixed=()),
+        "codes 0, 7 and 15 stayed where they were, whatever `kept` says: only the codes in kept do": stepper(fixed=(0, 7, 15)),
+        "a number was added to the sum of weights, or it has a least value: beside it the weights of small blocks are lost; divide by the "
+        "sum itself": stepper(more=1e-8),
         "a level without values became NaN (0/0): leave it where it is": stepper(empty="nan"),
         "a level without values moved to zero: leave it where it is": stepper(empty="zero"),
         "the new levels were divided by their largest: Lloyd's step ends with the means": stepper(after=lambda new: new / new.abs().max()),
