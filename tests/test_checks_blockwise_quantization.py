@@ -21,6 +21,12 @@ def absmax_as_a_number(x):
     return torch.floor(x.double() / scale + 0.5).to(torch.int8), scale
 
 
+def absmax_in_numpy(x):
+    values = x.float().numpy()
+    scale = np.abs(values).max() / np.float32(127) or np.float32(1)
+    return torch.from_numpy(np.rint(values / scale).astype(np.int8)), scale
+
+
 def affine_of_int32(x, low, high):
     scale = (max(high, 0) - min(low, 0)) / 255
     zero_point = torch.tensor(-min(low, 0) / scale).round()
@@ -46,6 +52,19 @@ def rows_in_numpy(weight, bits):
     scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(largest)
     scales[scales == 0] = 1
     return torch.from_numpy(np.rint(values / scales).astype(np.int8)), torch.from_numpy(scales)
+
+
+def blocks_with(divisor=lambda top: top.clamp(min=1e-38), returned=lambda top: top, zeros=None):
+    def answer(x, codebook, block_size):
+        codes, absmax = [], []
+        for block in x.float().flatten().split(block_size):
+            top = block.abs().max()
+            absmax.append(returned(top))
+            near = (block[:, None] / divisor(top) - codebook).abs().argmin(1)
+            codes.append(torch.full_like(near, zeros(codebook)) if zeros and top == 0 else near)
+        return torch.cat(codes).byte().view(x.shape), torch.stack(absmax)
+
+    return answer
 
 
 def blocks_by_scaled_levels(x, codebook, block_size):
@@ -110,12 +129,15 @@ def kept_in_a_loop(x, codebook, block_size, k):
     [
         (check.absmax, absmax_by_codebook),
         (check.absmax, absmax_as_a_number),
+        (check.absmax, absmax_in_numpy),
         (check.affine, affine_of_int32),
         (check.affine, affine_by_library),
         (check.affine, affine_in_numpy),
         (check.rows, rows_by_blocks),
         (check.rows, rows_in_numpy),
         (check.blocks, blocks_by_padding),
+        (check.blocks, blocks_with()),
+        (check.blocks, blocks_with(returned=lambda top: top.clamp(min=1e-38))),  # no one can tell it from 0
         (check.blocks, blocks_by_scaled_levels),
         (check.budget, budget_from_above),
         (check.outliers, kept_in_a_loop),
@@ -160,6 +182,59 @@ def affine_divided_in_16_bits(x, low, high):
     return ((x / scale).round() + zero_point).clamp(0, 255).to(torch.uint8), scale, zero_point
 
 
+def absmax_of_a_view(x):
+    codes, scale = check.absmax_int8(x.view(-1))
+    return codes.view(x.shape), scale
+
+
+def rows_with_a_least_scale(weight, bits, least=1e-6):
+    scales = (weight.float().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=least)
+    return (weight.float() / scales).round().to(torch.int8), scales
+
+
+def affine_with_a_least_scale(x, low, high):
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 255, 1e-5)
+    zero_point = round(-low / scale)
+    return ((x.float() / scale).round() + zero_point).clamp(0, 255).to(torch.uint8), scale, zero_point
+
+
+def blocks_in_the_order_of_memory(x, codebook, block_size):
+    codes, absmax = check.quantize_blocks(x.as_strided((x.numel(),), (1,)), codebook, block_size)
+    return codes.as_strided(x.shape, x.stride()), absmax
+
+
+def blocks_with_codes_up_to(most):
+    def answer(x, codebook, block_size):
+        codes, absmax = check.quantize_blocks(x, codebook, block_size)
+        return codes.clamp(max=most), absmax
+
+    return answer
+
+
+def shares_rounded_to_16_bits(x, codebook, block_size):
+    codes, absmax = [], []
+    for block in x.flatten().split(block_size):
+        absmax.append(block.abs().max().float())
+        share = (block.float() / absmax[-1].clamp(min=1e-38)).to(x.dtype)
+        codes.append((share[:, None] - codebook).abs().argmin(1))
+    return torch.cat(codes).byte().view(x.shape), torch.stack(absmax)
+
+
+def budget_up_to(longest):
+    def answer(n, code_bits, scale_bits, budget):
+        sizes = [2**power for power in range(longest.bit_length())]
+        return next((size for size in sizes if n * code_bits + math.ceil(n / size) * scale_bits <= budget * n), None)
+
+    return answer
+
+
+def kept_in_float16(x, codebook, block_size, k):
+    restored, bits = check.keep_outliers(x, codebook, block_size, k)
+    at = x.flatten().abs().topk(k).indices
+    return restored.flatten().index_copy(0, at, x.flatten()[at].half().to(x.dtype)).view(x.shape), bits
+
+
 def right_for_one_shape(weight, bits):
     return check.quantize_rows(weight, bits) if weight.shape == (8, 8) else (weight.to(torch.int8) * 0, torch.ones(len(weight), 1))
 
@@ -202,6 +277,24 @@ def no_guard(function):
         (check.absmax, wrong_absmax(lambda codes, scale, x: (codes * 0, scale)), "values differ"),
         (check.absmax, wrong_absmax(lambda codes, scale, x: (codes, scale if x.any() else 0.0)), "0 / 0 is NaN"),
         (check.absmax, scale_of_each_row, "codes of"),
+        (check.absmax, absmax_of_a_view, "Use .reshape"),
+        (check.absmax, wrong_absmax(lambda codes, scale, x: (codes, scale.clamp(min=1e-10))), "gives values of about 1e-14 back"),
+        (check.affine, affine_with_a_least_scale, "a narrow range is lost"),
+        (check.rows, rows_with_a_least_scale, "a row of tiny values is lost"),
+        (check.rows, lambda w, bits: rows_with_a_least_scale(w, bits, 1e-12), "a row of tiny values is lost"),
+        (check.blocks, blocks_with(divisor=lambda top: top + 1e-8), "a block of tiny values is lost"),
+        (check.blocks, blocks_with(divisor=lambda top: top.clamp(min=1e-6)), "a block of tiny values is lost"),
+        (check.blocks, blocks_with(returned=lambda top: top.clamp(min=1e-6)), "absmax of a block of values of about 1e-14"),
+        (check.blocks, blocks_with(returned=lambda top: torch.where(top == 0, 1, top)), "the absmax of a block of zeros is 0"),
+        (check.blocks, blocks_with(zeros=lambda codebook: 7), "codes of a block of zeros"),
+        (check.blocks, blocks_with(zeros=lambda codebook: len(codebook) // 2), "codes of a block of zeros"),
+        (check.blocks, blocks_in_the_order_of_memory, "a transposed bfloat16 tensor"),
+        (check.blocks, blocks_with_codes_up_to(31), "256 levels"),
+        (check.blocks, blocks_with_codes_up_to(127), "256 levels"),
+        (check.blocks, shares_rounded_to_16_bits, "own 16-bit dtype"),
+        (check.budget, budget_up_to(4096), "ended too early"),
+        (check.budget, budget_up_to(2**19), "ended too early"),
+        (check.outliers, kept_in_float16, "restored, float32"),
         (check.affine, lambda x, low, high: (x.byte(), 1.0, 0), "codes of"),
         (check.affine, lambda x, low, high: check.affine_uint8(x, low, high)[:2], "zero_point"),
         (check.affine, lambda x, low, high: (*check.affine_uint8(x, low, high)[:2], 128), "zero_point of"),

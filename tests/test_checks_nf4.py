@@ -47,6 +47,14 @@ def test_other_right_levels_pass():
         check.levels(levels_by_ppf)
 
 
+def test_the_sign_of_zero_does_not_matter():
+    def with_minus_zero(negative, positive, offset):
+        found = check.from_quantiles()(negative, positive, offset)
+        return torch.where(found == 0, -0.0, found)
+
+    check.levels(with_minus_zero)
+
+
 @pytest.mark.parametrize("sly", [levels_of_nf4_only, levels_of_the_reference, levels_mirrored, levels_nearly])
 def test_sly_levels_are_refused(sly):
     with pytest.raises(NotYet):
@@ -93,6 +101,8 @@ def test_no_two_levels_are_equal():
         lambda scaled, levels: check.by_counting()(scaled.clamp(-1, 1).round(decimals=1), levels),
         lambda scaled, levels: check.by_counting()(scaled, levels) * 0,
         lambda scaled, levels: check.by_counting(dtype=torch.int8)(scaled, levels),
+        lambda scaled, levels: check.by_counting()(scaled.clamp(-1, 1), levels),
+        lambda scaled, levels: check.by_counting()(scaled.view(-1), levels).view(scaled.shape),
     ],
 )
 def test_sly_codes_are_refused(sly):
@@ -176,6 +186,7 @@ def test_restoring_one_by_one_passes():
         lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, 64, dtype),  # the usual block size
         lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape[::-1], block_size, dtype),
         lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax.half().float(), shape, block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax.clamp(min=1e-12), shape, block_size, dtype),
         lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, block_size, torch.bfloat16).to(dtype),
     ],
 )
@@ -199,6 +210,38 @@ def test_other_right_shares_pass():
     for seed in range(5):
         check.occupancy._judge(by_library_parts, seed)
         check.occupancy._judge(in_double, seed)
+        check.occupancy._judge(zeros_go_to(lambda levels: levels.abs().argmin()), seed)
+
+
+def zeros_go_to(code):
+    def occupancy(x, levels, block_size):
+        counts = torch.zeros(len(levels))
+        for block in x.float().flatten().split(block_size):
+            if block.any():
+                counts += torch.bucketize(block / block.abs().max(), midpoints(levels)).bincount(minlength=len(levels))
+            else:
+                counts[code(levels)] += len(block)
+        return counts / x.numel()
+
+    return occupancy
+
+
+@pytest.mark.parametrize(
+    "sly, words",
+    [
+        (zeros_go_to(lambda levels: 7), "a block of zeros"),
+        (zeros_go_to(lambda levels: len(levels) // 2), "a block of zeros"),
+        (zeros_go_to(lambda levels: len(levels) // 2 - 1), "a block of zeros"),
+        (lambda x, levels, block_size: check.sharer()(x.view(-1), levels, block_size), "Use .reshape"),
+        (lambda x, levels, block_size: check.sharer()(x.as_strided((x.numel(),), (1,)), levels, block_size), "a transposed float16 tensor"),
+        (check.sharer(largest=lambda block: block.abs().max() + 1e-12), "a block of tiny values is lost"),
+        (check.sharer(largest=lambda block: block.abs().max().clamp(min=1e-6)), "a block of tiny values is lost"),
+    ],
+)
+def test_shares_that_are_right_for_some_tensors_are_refused(sly, words):
+    for seed in range(2):
+        with pytest.raises(NotYet, match=words):
+            check.occupancy._judge(sly, seed)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +321,30 @@ def test_no_scaled_value_is_next_to_a_midpoint():
 def test_sly_steps_are_refused(sly):
     with pytest.raises(NotYet):
         check.lloyd_step(sly)
+
+
+def kept_only_if(change):
+    return lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight, levels, change(kept))
+
+
+@pytest.mark.parametrize(
+    "sly, words",
+    [
+        (kept_only_if(lambda kept: (0, 7, 15)), "codes 0, 7 and 15 stayed"),
+        (kept_only_if(lambda kept: (0, 7, 15) if kept else ()), "with codes"),
+        (kept_only_if(lambda kept: (0, 7, 15) if len(kept) == 3 else kept), "with codes 2, 9 and 12 kept"),
+        (kept_only_if(lambda kept: kept[:1]), "kept"),
+        (check.stepper(more=1e-12), "the weights of small blocks are lost"),
+        (
+            lambda s, weight, levels, kept=(): check.stepper()(s, torch.where(weight < 1e-8, 0, weight), levels, kept),
+            "weights of about 1e-20",
+        ),
+    ],
+)
+def test_steps_that_are_right_for_some_levels_are_refused(sly, words):
+    for seed in range(2):
+        with pytest.raises(NotYet, match=words):
+            check.lloyd_step._judge(sly, seed)
 
 
 def test_the_levels_table_is_the_references():
