@@ -32,6 +32,27 @@ def gaussian_a(layer):
     nn.init.zeros_(layer.lora_B)
 
 
+def small_normal_a(layer):
+    nn.init.normal_(layer.lora_A, std=0.02)
+    nn.init.zeros_(layer.lora_B)
+
+
+def xavier_a(layer):
+    nn.init.xavier_uniform_(layer.lora_A)
+    nn.init.zeros_(layer.lora_B)
+
+
+def large_a(layer):
+    nn.init.uniform_(layer.lora_A, 0, 3)
+    nn.init.zeros_(layer.lora_B)
+
+
+def kept_of(like, layer, p=None):
+    """A mask of the shape of ``like`` that keeps 1 − p of it, scaled up; all ones where nothing is dropped."""
+    p = layer.p if p is None else p
+    return (torch.rand_like(like) >= p) / (1 - p) if layer.training and layer.p else torch.ones_like(like)
+
+
 def merges_in_forward(layer, x):
     layer.base.weight.data += layer.scale() * layer.lora_B.data @ layer.lora_A.data
     return layer.base(x)
@@ -53,7 +74,16 @@ def factors_as_tensors(base, r, alpha, dropout=0.0):
 
 
 SLY_LAYERS = {
-    "A so small that nothing can grow": (made(start=small_a), "it learns"),
+    "A so small that nothing can grow": (made(start=small_a), "got 'far smaller'"),
+    "A far too large": (made(start=large_a), "starts far too large"),
+    "no adapter in other dtypes": (made(path=lambda s, x: check.PlainLoRA.path(s, x) * (x.dtype is torch.float32)), "bfloat16 base"),
+    "no scale in float64": (made(scale=lambda s: 1.0 if s.lora_A.dtype is torch.float64 else s.lora_alpha / s.r), "float64 base"),
+    "whole rows dropped": (made(drop=lambda s, x: x * kept_of(x[..., :1], s)), "whole rows are dropped"),
+    "one mask for all rows": (made(drop=lambda s, x: x * kept_of(x[0], s)), "shares of the update that rows get"),
+    "p kept, not dropped": (
+        made(drop=lambda s, x: x * kept_of(x, s, 1 - s.p) * s.p / (1 - s.p) if s.training and s.p else x),
+        "most rows get an update",
+    ),
     "every layer starts with the same A": (made(start=seeded_a), "two layers start alike"),
     "no gradient passes": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B.data)), "gradient"),
     "no gradient reaches A": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B)), "gradient of lora_A"),
@@ -80,7 +110,7 @@ def test_both_factors_zero_is_refused_in_its_own_words():
         check.forward(check.BothZero)
 
 
-@pytest.mark.parametrize("right", [made(start=gaussian_a), LoRALinear])
+@pytest.mark.parametrize("right", [made(start=gaussian_a), made(start=small_normal_a), made(start=xavier_a), LoRALinear])
 def test_other_right_layers_pass(right):
     for _ in range(3):
         check.forward(right)
@@ -100,11 +130,43 @@ def becomes_trainable(layer):
     layer.base.requires_grad_(True)
 
 
+def backup_that_trains(layer):
+    check.Mergeable.put(layer)
+    kept = layer.__dict__.pop("original")
+    layer.original = nn.Parameter(kept)
+
+
+def freezes_the_factors(layer):
+    check.Mergeable.merge(layer)
+    layer.requires_grad_(False)
+
+
+def frees_the_base(layer):
+    check.Mergeable.unmerge(layer)
+    layer.base.requires_grad_(True)
+
+
+def first_backup(layer):
+    first = layer.__dict__.setdefault("first", layer.base.weight.detach().clone())
+    check.Mergeable.put(layer)
+    layer.original = first
+
+
+def onto_first_backup(layer):
+    layer.base.weight.data.copy_(layer.__dict__.setdefault("first", layer.base.weight.detach().clone()))
+    check.Mergeable.put(layer)
+
+
 @pytest.mark.parametrize(
     "answer, words",
     [
         (merging(put=stays_float32), "dtype"),
-        (merging(put=becomes_trainable), "needs no gradient"),
+        (merging(put=becomes_trainable), "what trains while merged"),
+        (merging(put=backup_that_trains), "what trains while merged.*original"),
+        (merging(merge=freezes_the_factors), "what trains after unmerge"),
+        (merging(unmerge=frees_the_base), "what trains after unmerge.*base.bias, base.weight"),
+        (merging(put=first_backup), "that of the first merge"),
+        (merging(put=onto_first_backup), "other base weights after merging"),
         (merging(merge=lambda s: None), "after merge"),
         (merging(unmerge=lambda s: None), "after unmerge"),
         (LoRALinear, "subtracts the update"),  # as PEFT does: right in float32 up to rounding, not bit for bit
@@ -164,7 +226,7 @@ def random_factors_and_no_training(model, x, y, steps, lr):
     return model
 
 
-@pytest.mark.parametrize("answer, words", [(full_fine_tuning, "no adapter"), (random_factors_and_no_training, "did not halve")])
+@pytest.mark.parametrize("answer, words", [(full_fine_tuning, "no adapter"), (random_factors_and_no_training, "lora_A never moves")])
 def test_sly_runs_are_refused(answer, words):
     with pytest.raises(NotYet, match=words):
         check.repair(answer)

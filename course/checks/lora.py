@@ -135,16 +135,28 @@ def shares_of_update(layer: nn.Module, base: nn.Linear, x: Tensor, update: Tenso
     share = (rest @ update) / (update @ update)  # (rows,)
     if torch.allclose(rest, share[:, None] * update, atol=1e-4):
         return " or ".join(f"{value:g}" for value in sorted({round(value, 2) + 0.0 for value in share.tolist()}))
-    kinds: list[Tensor] = []
-    for row in rest:
-        if not any(torch.allclose(row, kind, atol=1e-4) for kind in kinds):
-            kinds.append(row)
-    return "parts of it, two kinds" if len(kinds) == 2 else "parts of it, a few kinds" if len(kinds) <= 8 else "parts of it, many kinds"
+    found = kinds(rest)
+    return "parts of it, two kinds" if found == 2 else "parts of it, a few kinds" if found <= 8 else "parts of it, many kinds"
+
+
+def kinds(rows: Tensor) -> int:
+    """How many different rows there are."""
+    count = 0
+    while len(rows):
+        rows, count = rows[(rows - rows[0]).abs().amax(1) > 1e-4], count + 1
+    return count
+
+
+def order_of_start(layer: nn.Module) -> str:
+    """lora_A's entries beside 1/√in_features. Uniform or normal, by torch's rule, Xavier's or PEFT's 1/r: all are of that order."""
+    spread = layer.lora_A.detach().float().std().item() * math.sqrt(layer.lora_A.shape[1])
+    return "far smaller" if spread < 0.1 else "far larger" if spread > 4 else "of that order"
 
 
 def observe_forward(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     r, alpha, in_features, out_features = 3, 7, 6, 5  # α/r = 2.33: differs from α, 1, r/α, α/√r and α//r
+    dropout = 0.25  # of 0.5 nobody can tell p from 1 − p
 
     def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias=bias).to(dtype)
@@ -163,6 +175,7 @@ def observe_forward(answer, seed: int) -> dict:
     parameters = dict(layer.named_parameters())
     held = [*layer.parameters(), *layer.buffers()]
     a, b = layer.lora_A, layer.lora_B
+    start = order_of_start(answer(nn.Linear(256, 16), 8, alpha))
     seen |= {
         "lora_A trains": any(p is a and p.requires_grad for p in parameters.values()),
         "lora_B trains": any(p is b and p.requires_grad for p in parameters.values()),
@@ -175,6 +188,7 @@ def observe_forward(answer, seed: int) -> dict:
         "before training the output is the base's own": torch.allclose(layer(x), base(x), atol=1e-6),
         "the rank of lora_A before training": int(torch.linalg.matrix_rank(a.detach().float())) if a.any() else 0,
         "two layers start alike": torch.equal(a, answer(linear(), r, alpha).lora_A),
+        "before training lora_A's entries beside 1/√in_features, for 256 inputs and rank 8": start,
     }
     with torch.no_grad():
         a.copy_(torch.randn(a.shape, generator=g))
@@ -192,30 +206,51 @@ def observe_forward(answer, seed: int) -> dict:
     seen["the base weight after all this"] = base.weight.detach().clone()
     seen["the base weight is untouched"] = torch.equal(base.weight, kept)
 
-    for dtype in (torch.bfloat16, torch.float64):  # a base in another dtype, and one without a bias
+    for dtype, share in ((torch.bfloat16, 2**-6), (torch.float64, 2**-20)):  # a base in another dtype, and one without a bias
+        base, label = linear(dtype, bias=False), f"with a {dtype} base the output is"
+        x = torch.randn(2, in_features, generator=g).to(dtype)
         try:
-            seen[f"with a {dtype} base the output is"] = str(
-                answer(linear(dtype, bias=False), r, alpha)(torch.randn(2, in_features).to(dtype)).dtype
-            )
+            layer = answer(base, r, alpha)
+            with torch.no_grad():  # numbers that bfloat16 and float32 factors both hold exactly
+                layer.lora_A.copy_(torch.randn(a.shape, generator=g).bfloat16())
+                layer.lora_B.copy_(torch.randn(b.shape, generator=g).bfloat16())
+                y = layer(x)
         except (RuntimeError, TypeError) as error:
-            seen[f"with a {dtype} base the output is"] = f"a {type(error).__name__}"
+            seen[label] = f"a {type(error).__name__}"
+            continue
+        seen[label] = str(y.dtype)
+        wide = [each.detach().double() for each in (y, x, base.weight, layer.lora_A, layer.lora_B)]
+        error = (wide[0] - _output(*wide[1:], alpha / r)).abs()
+        size = _output(*(each.abs() for each in wide[1:]), alpha / r)  # of the products: sums may cancel
+        seen[f"{label} right to within rounding"] = bool((error <= share * size).all())
 
     base = linear()
-    layer = answer(base, r, alpha, 0.5)
+    layer = answer(base, r, alpha, dropout)
     with torch.no_grad():
         layer.lora_A.copy_(torch.randn(a.shape, generator=g))
         layer.lora_B.copy_(torch.randn(b.shape, generator=g).abs() + 0.5)
-    one_input = torch.zeros(128, in_features)
+    one_input = torch.zeros(256, in_features)
     one_input[:, 2] = 1.0
+    two_inputs = one_input.clone()
+    two_inputs[:, 4] = 1.0
     update = (alpha / r) * (layer.lora_B @ layer.lora_A)[:, 2].detach()
     layer.eval()
-    seen["in eval mode, with dropout 0.5, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
+    seen[f"in eval mode, with dropout {dropout}, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
     layer.train()
-    seen["in training, with dropout 0.5, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
+    training = f"in training, with dropout {dropout}"
+    seen[f"{training}, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
+    with torch.no_grad():
+        seen[f"{training}, most rows get an update"] = bool((layer(one_input) - base(one_input)).any(1).float().mean() > 0.5)
+        seen[f"{training} and two inputs that are not zero, kinds of updates"] = min(kinds(layer(two_inputs) - base(two_inputs)), 9)
 
     base = linear()
-    seen["it learns: 60 steps of gradient descent halve the error"] = learns(answer(base, r, alpha), base, g)
+    learned = learns(answer(base, r, alpha), base, g) if start == "of that order" else f"not tried: lora_A starts {start}"
+    seen["it learns: 60 steps of gradient descent halve the error"] = learned
     return seen
+
+
+def _output(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    return x @ weight.T + scale * (x @ lora_a.T @ lora_b.T)
 
 
 forward = Check(
@@ -242,6 +277,8 @@ forward = Check(
         "never learn; draw lora_A at random": BothZero,
         "lora_A is zero and lora_B random: that learns too, but here, as in PEFT, it is lora_A that is drawn at random and lora_B that is "
         "zero": start_with(nn.init.zeros_, large),
+        "lora_A starts far too large: its entries are to be of the order of 1/√in_features (torch.randn alone gives 1, at 4,096 inputs 64 "
+        "times too much); else the first steps are too long": start_with(nn.init.normal_, nn.init.zeros_),
         "all entries of lora_A start equal: its rows get equal gradients for ever, so your rank-r adapter has rank 1; draw them at "
         "random": start_with(nn.init.ones_, nn.init.zeros_),
         "the base layer still trains: call base.requires_grad_(False), else gradients and optimizer are those of full fine-tuning": variant(
@@ -273,6 +310,12 @@ forward = Check(
         "lora_dropout has no effect: drop the adapter's input in training mode": variant(PlainLoRA, drop=lambda s, x: x),
         "what dropout keeps is not scaled up: divide by 1 − p in training, so that the mean stays (nn.Dropout does)": variant(
             PlainLoRA, drop=lambda s, x: x * (torch.rand_like(x) > s.p) if s.training else x
+        ),
+        "what dropout keeps is divided by p: divide by 1 − p, so that the mean stays (nn.Dropout does)": variant(
+            PlainLoRA, drop=lambda s, x: x * (torch.rand_like(x) > s.p) / s.p if s.training and s.p else x
+        ),
+        "whole rows are dropped, or kept: dropout decides for each number of the input on its own (nn.Dropout does)": variant(
+            PlainLoRA, drop=lambda s, x: x * (torch.rand(*x.shape[:-1], 1) > s.p) / (1 - s.p) if s.training else x
         ),
         "the factors are transposed: as in nn.Linear, lora_A is (r, in_features) and lora_B is (out_features, r)": ATransposed,
         "a base that is not float32 fails: make the factors in its dtype, or cast x to theirs and the result back": AlwaysFloat32,
@@ -392,6 +435,16 @@ def remembered_delta(layer: Mergeable) -> Tensor:
     return layer.remembered
 
 
+def back_as_parameter(layer: Mergeable) -> None:
+    layer.base.weight, layer.original = nn.Parameter(layer.original), None
+
+
+def put_first_backup(layer: Mergeable) -> None:
+    first = getattr(layer, "first", None)
+    Mergeable.put(layer)
+    layer.first = layer.original = layer.original if first is None else first
+
+
 def merge_and_wipe(layer: Mergeable) -> None:
     Mergeable.merge(layer)
     layer.lora_B.data.zero_()
@@ -423,7 +476,7 @@ def observe_merge(answer, seed: int) -> dict:
     seen["a second merge()"] = raised(layer.merge)
     seen |= {"the base weight after the second merge()": weight(layer), "the output after the second merge()": layer(x)}
     seen["lora_B after merge()"] = layer.lora_B.detach().clone()
-    seen["the base weight still needs no gradient"] = not layer.base.weight.requires_grad
+    seen["what trains while merged, besides lora_A and lora_B"] = trainable(layer, besides=("lora_A", "lora_B"))
     error = raised(layer.unmerge)
     seen |= {
         "unmerge() of a merged layer": error,
@@ -436,10 +489,16 @@ def observe_merge(answer, seed: int) -> dict:
         "the base weight after that": weight(layer),
     }
     seen["lora_B after unmerge()"] = torch.equal(layer.lora_B, factors)
+    seen["what trains after unmerge()"] = trainable(layer)
     layer.lora_B.data.mul_(1.5)  # trained on
     seen["merging again after unmerge() and more training"] = raised(layer.merge)
     seen["the base weight after merging again"] = weight(layer)
     seen["float32 gives exactly the old weight back"] = raised(layer.unmerge) is None and torch.equal(weight(layer), kept)
+    layer.base.weight.data.add_(0.5)  # another checkpoint
+    kept = weight(layer)
+    seen["merging into other base weights"] = raised(layer.merge)
+    seen["other base weights after merging"] = weight(layer)
+    seen["other base weights come back exactly"] = raised(layer.unmerge) is None and torch.equal(weight(layer), kept)
 
     n = 48
     layer = answer(nn.Linear(n, n).to(torch.bfloat16), r, alpha)
@@ -497,6 +556,11 @@ merge = Check(
         ),
         "the update is computed once and kept: after more training merge() must use the factors as they are then": variant(
             Mergeable, delta=remembered_delta
+        ),
+        "unmerge() put the old weight back as a new nn.Parameter, which trains: give it requires_grad=False, or copy_ into the old "
+        "one": variant(Mergeable, take_back=back_as_parameter),
+        "the weight kept aside is that of the first merge(): the base may have changed since; keep it anew in every merge()": variant(
+            Mergeable, put=put_first_backup
         ),
         "merge() wiped lora_B: the factors must stay, else nothing can be unmerged or saved": variant(Mergeable, merge=merge_and_wipe),
     },
@@ -621,6 +685,7 @@ class ToyModel(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(9, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.xlm_head, self.lm_head_gate = nn.Linear(width, width), nn.Linear(width, width)  # not the head, whatever they are called
         self.lm_head = nn.Linear(width, 9, bias=False)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -630,7 +695,7 @@ class ToyModel(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(x)
+        return self.lm_head(self.xlm_head(x) * torch.tanh(self.lm_head_gate(x)))
 
 
 def wrapped(model: nn.Module) -> str:
@@ -638,16 +703,20 @@ def wrapped(model: nn.Module) -> str:
     return ", ".join(sorted(name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")))
 
 
-def trainable(model: nn.Module) -> str:
-    return ", ".join(sorted(name for name, p in model.named_parameters() if p.requires_grad))
+def trainable(model: nn.Module, besides: tuple[str, ...] = ()) -> str:
+    return ", ".join(sorted(name for name, p in model.named_parameters() if p.requires_grad and name not in besides))
 
 
-def injector(match=suffix_match, head=lambda name: name == "lm_head", freeze="before", nothing="refuse", walk=None, names="wrapped"):
+def injector(
+    match=suffix_match, head=lambda name: name == "lm_head", freeze="before", nothing="refuse", walk=None, names="wrapped", once=True
+):
     """An injecting function with one part replaced."""
 
     def inject(model: nn.Module, targets, r: int, lora_alpha: float) -> list[str]:
         linears = [name for name, module in (walk or nn.Module.named_modules)(model) if isinstance(module, nn.Linear)]
         chosen = [name for name in linears if (not head(name) if targets == "all-linear" else match(name, targets))]
+        by_target = chosen if targets == "all-linear" else [name for target in targets for name in linears if match(name, [target])]
+        chosen = chosen if once else by_target
         if freeze == "first":
             model.requires_grad_(False)
         if not chosen and nothing == "refuse":
@@ -659,7 +728,7 @@ def injector(match=suffix_match, head=lambda name: name == "lm_head", freeze="be
             setattr(model.get_submodule(parent), last, LoRALinear(model.get_submodule(name), r, lora_alpha))
         if freeze == "after":
             model.requires_grad_(False)
-        return {"wrapped": chosen, "none": None, "last": [name.split(".")[-1] for name in chosen]}[names]
+        return {"wrapped": chosen, "none": None, "last": [name.split(".")[-1] for name in chosen], "by target": by_target}[names]
 
     return inject
 
@@ -687,7 +756,7 @@ def observe_inject(answer, seed: int) -> dict:
     ids = torch.randint(0, 9, (2, 5), generator=g)
     r, lora_alpha = (int(torch.randint(*ends, (), generator=g)) for ends in ((2, 5), (5, 9)))
     seen = {}
-    cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], "all-linear")
+    cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], ["q_proj", "attn.q_proj"], "all-linear")
     for targets in cases:
         torch.manual_seed(seed)  # the same model, however much randomness the answer took before
         model = ToyModel()
@@ -736,6 +805,14 @@ inject = Check(
             match=lambda name, targets: name in targets
         ),
         "'all-linear' wrapped the output head: it means every linear except lm_head": injector(head=lambda name: False),
+        "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": injector(
+            head=lambda name: "lm_head" in name
+        ),
+        "'all-linear' left out every layer whose name ends with 'lm_head', such as xlm_head: it leaves out lm_head alone": injector(
+            head=lambda name: name.endswith("lm_head")
+        ),
+        "a layer that two targets name is wrapped twice: ask of each layer whether any target names it": injector(once=False),
+        "a layer that two targets name is returned twice: it is one layer": injector(names="by target"),
         "lm_head is skipped even when it is named: only 'all-linear' leaves it out": injector(
             match=lambda name, targets: name != "lm_head" and suffix_match(name, targets)
         ),
@@ -785,8 +862,14 @@ def observe_conv_delta(answer, seed: int) -> dict:
         a = torch.randn(r, inn, h, w, generator=g, dtype=dtype)
         b = torch.randn(out, r, 1, 1, generator=g, dtype=dtype)
         seen[f"the update of a {h}×{w} convolution with {inn} input and {out} output channels"] = answer(a, b, 2.6)
-    one = answer(torch.randn(2, 4, 1, 1, generator=g), torch.randn(5, 2, 1, 1, generator=g), 1.4)
-    return seen | {"the update of a 1×1 convolution": one}
+    seen["the update of a 1×1 convolution"] = answer(torch.randn(2, 4, 1, 1, generator=g), torch.randn(5, 2, 1, 1, generator=g), 1.4)
+    a, b = torch.randn(1, 4, 3, 2, generator=g), torch.randn(5, 1, 1, 1, generator=g)
+    label = "the update of rank 1 of a 3×2 convolution"
+    try:
+        seen[label] = answer(a, b, 0.7)
+    except (RuntimeError, IndexError):
+        seen[label] = "an error"
+    return seen
 
 
 conv_delta = Check(
@@ -807,6 +890,8 @@ conv_delta = Check(
         "the positions of the kernel were summed up: every position keeps its own value": (
             lambda a, b, s: conv_delta_worked(a, b, s).sum((2, 3), keepdim=True).expand(-1, -1, *a.shape[2:])
         ),
+        "your code fails at rank 1: squeeze() takes away every axis of length 1, that of the rank too; take only the last two, as "
+        "lora_B[:, :, 0, 0] or lora_B.flatten(1) does": lambda a, b, s: s * torch.einsum("or,rihw->oihw", b.squeeze(), a),
         "the update is still a matrix (out, in·h·w): give it the shape of the convolution's weight": (
             lambda a, b, s: conv_delta_worked(a, b, s).flatten(1)
         ),
@@ -816,7 +901,7 @@ conv_delta = Check(
 # ----------------------------------------------------------------------------------------------------------------- repair
 
 
-def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_clearing=True, fresh_gradients=True):
+def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_clearing=True, holds=""):
     """The training function of the exercise with its bugs mended, or one of them left in."""
 
     def adapt(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> nn.Module:
@@ -832,11 +917,11 @@ def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_cleari
         if not freeze:
             model.requires_grad_(False)
         optimizer = optimizer or torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)], lr=lr, weight_decay=0.0
+            [p for name, p in model.named_parameters() if p.requires_grad and holds in name] or [torch.zeros(1)], lr=lr, weight_decay=0.0
         )
         for _ in range(steps):
             loss = F.mse_loss(model(x), y)
-            if steps_before_clearing and fresh_gradients:
+            if steps_before_clearing:
                 optimizer.zero_grad()
             loss.backward()
             if not steps_before_clearing:
@@ -868,6 +953,10 @@ def trains_the_base(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: floa
     return model
 
 
+def _factors(model: object, letter: str) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if letter in name] if isinstance(model, nn.Module) else []
+
+
 def observe_repair(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -875,9 +964,12 @@ def observe_repair(answer, seed: int) -> dict:
     with torch.no_grad():
         y = model(x) + x @ torch.randn(8, 1, generator=g) @ torch.randn(1, 4, generator=g) / 3
         base, before = [p.clone() for p in model.parameters()], F.mse_loss(model(x), y).item()
-    weights = list(model.parameters())
+    weights, other = list(model.parameters()), copy.deepcopy(model)
     try:
+        torch.manual_seed(seed)
         result = answer(model, x, y, 40, 0.05)
+        torch.manual_seed(seed)  # the same start: what of it is the same after two steps as after 40 does not train
+        shorter = answer(other, x, y, 2, 0.05)
     except NotImplementedError:  # a RuntimeError too
         raise
     except RuntimeError as error:
@@ -887,7 +979,7 @@ def observe_repair(answer, seed: int) -> dict:
     factors = {name: p for name, p in result.named_parameters() if "lora_" in name}
     others = [p for name, p in result.named_parameters() if "lora_" not in name]  # a copy's, if the model was copied
     moved = any(not torch.equal(p, old) for found in (weights, others) for p, old in zip(found, base, strict=False))
-    a, b = ([p for name, p in factors.items() if letter in name] for letter in ("lora_A", "lora_B"))
+    a, b = _factors(result, "lora_A"), _factors(result, "lora_B")
     with torch.no_grad():
         after = F.mse_loss(result(x), y).item()
     gradients = [p.grad for p in b if p.grad is not None and p.grad.any()]
@@ -899,6 +991,8 @@ def observe_repair(answer, seed: int) -> dict:
         state = "lora_A and lora_B are both still zero"
     elif not any(p.any() for p in b):
         state = "lora_B never moved" + (", though it has gradients" if gradients else ", and it has no gradients")
+    elif all(torch.equal(p, early) for p, early in zip(a, _factors(shorter, "lora_A"), strict=False)):
+        state = "lora_A never moved"
     else:
         state = "it learned" if after < 0.5 * before else "the factors moved, but the error did not halve"
     adapters = {name: m for name, m in result.named_modules() if isinstance(m, LoRALinear)}
@@ -915,8 +1009,10 @@ repair = Check(
     reference=adapter(),
     second=adapt_differently,
     misconceptions={
-        "the optimizer was made before the adapters existed: it holds the frozen weights, and the factors have gradients that nobody uses; "
-        "build it after inject_lora": adapter(late_optimizer=False),
+        "the optimizer does not hold lora_B, whose gradients nobody uses: made before the adapters existed, it holds the frozen weights "
+        "alone; build it after inject_lora": adapter(late_optimizer=False),
+        "lora_A never moves: does the optimizer hold lora_B alone? Then the update can only use the r directions of the input that lora_A "
+        "drew at random; give it both": adapter(holds="lora_B"),
         "both factors are set to zero: the gradient of each is a product with the other, so nothing will ever move; leave lora_A "
         "random": adapter(random_a=False),
         "everything is frozen after the adapters were put in, the adapters too: backward has nothing to train; inject_lora has frozen the "
