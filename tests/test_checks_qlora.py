@@ -54,7 +54,7 @@ def forward(ctx, x, packed, absmax, bias, shape, block_size):
 
 def backward(ctx, grad):
     grad_x = torch.einsum("...o,oi->...i", grad, decode(*ctx.saved_tensors, *ctx.layout, grad.dtype))
-    return grad_x, None, None, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
+    return grad_x, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
 def as_attribute(ctx, x, packed, absmax, bias, shape, block_size):
@@ -63,7 +63,7 @@ def as_attribute(ctx, x, packed, absmax, bias, shape, block_size):
 
 
 def from_attribute(ctx, grad):
-    return grad @ ctx.weight, None, None, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
+    return grad @ ctx.weight, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
 def keeps_the_input(ctx, x, *rest):
@@ -72,7 +72,7 @@ def keeps_the_input(ctx, x, *rest):
 
 
 def two_axes_only(ctx, grad):
-    return backward(ctx, grad)[0], None, None, grad.sum((0, 1)) if grad.ndim == 3 else None, None, None
+    return backward(ctx, grad)[0], None, None, grad.sum((0, 1)) if grad.ndim == 3 and ctx.needs_input_grad[3] else None, None, None
 
 
 def checkpointed(x, packed, absmax, bias, shape, block_size):
@@ -89,7 +89,8 @@ def backward_with(gradient_of_x, gradient_of_bias=lambda flat: flat.sum(0)):
 
     def backward(ctx, grad):
         flat, weight = grad.reshape(-1, grad.shape[-1]), decode(*ctx.saved_tensors, *ctx.layout, grad.dtype)
-        return gradient_of_x(flat, weight).reshape(*grad.shape[:-1], -1), None, None, gradient_of_bias(flat), None, None
+        grad_bias = gradient_of_bias(flat) if ctx.needs_input_grad[3] else None
+        return gradient_of_x(flat, weight).reshape(*grad.shape[:-1], -1), None, None, grad_bias, None, None
 
     return backward
 
@@ -109,8 +110,33 @@ def test_other_right_products_pass(answer):
         check.product._judge(answer, seed)
 
 
+def in_dtype(dtype_of):
+    """A backward that decodes to another dtype than the gradient's."""
+
+    def backward(ctx, grad):
+        grad_x = grad @ decode(*ctx.saved_tensors, *ctx.layout, dtype_of(grad.dtype)).to(grad.dtype)
+        return grad_x, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None, None, None
+
+    return backward
+
+
 def in_float32_only(ctx, grad):
-    return grad @ decode(*ctx.saved_tensors, *ctx.layout, torch.float32), None, None, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
+    grad_x = grad @ decode(*ctx.saved_tensors, *ctx.layout, torch.float32)
+    return grad_x, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None, None, None
+
+
+def with_views(ctx, grad):
+    grad_bias = grad.view(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return backward(ctx, grad)[0], None, None, grad_bias, None, None
+
+
+def views_the_input(ctx, x, packed, absmax, bias, shape, block_size):
+    y = forward(ctx, x.view(-1, x.shape[-1]), packed, absmax, bias, shape, block_size)
+    return y.view(*x.shape[:-1], -1)
+
+
+def with_every_gradient(ctx, grad):
+    return backward(ctx, grad)[0], None, None, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
 
 
 def keeps_a_short_copy(ctx, x, *rest):
@@ -131,6 +157,13 @@ def keeps_the_output(ctx, *arguments):
         (function_of(keeps_the_output, backward), "the output is kept"),
         (function_of(keeps_a_short_copy, backward), "bytes kept.*expected 0, got 1920"),
         (function_of(forward, in_float32_only), "with a bfloat16 input the backward fails"),
+        (
+            function_of(forward, in_dtype(lambda dtype: torch.bfloat16 if dtype.itemsize == 2 else dtype)),
+            "with float16 the gradients are.*wrong",
+        ),
+        (function_of(forward, with_views), "view size is not compatible"),
+        (function_of(views_the_input, backward), "view size is not compatible"),
+        (function_of(forward, with_every_gradient), "without a bias the backward fails"),
         (function_of(forward, lambda ctx, grad: backward(ctx, grad)[:5]), "incorrect number of gradients"),
         (lambda x, packed, absmax, bias, shape, block_size: torch.zeros(*x.shape[:-1], shape[0]), "values differ"),
         (lambda x, *rest: x, "values differ"),
@@ -171,6 +204,9 @@ def test_the_worked_answer_counts_what_is_there():
         lambda model, skip: tuple(check.base_bytes(model, skip).values()),
         lambda model, skip: {**check.base_bytes(model, skip), "bits per quantized weight": 4.127},
         check.base_with(skips=lambda name, skip: name.endswith(tuple(skip))),
+        check.base_with(skips=lambda name, skip: name.split(".")[-1] in (skip or ("lm_head",))),
+        check.base_with(skips=lambda name, skip: bool({name.split(".")[0], name.split(".")[-1]} & set(skip))),
+        lambda model, skip: check.base_bytes(model, skip[:1]),
         check.base_with(scales=lambda blocks: sum(5 * count for count in blocks)),
     ],
 )
@@ -205,6 +241,7 @@ def test_the_worked_break_even_is_one():
         lambda linears, others: None,
         lambda linears, others: dict.fromkeys(check.frozen_with()(linears, others), 0),
         check.frozen_with(moment=lambda sizes: 2 * min(sizes)),
+        *(check.frozen_with(number=number) for number in (int, math.floor, math.ceil, abs, lambda value: value if value > 0 else None)),
         check.frozen_with(moment=lambda sizes: 2 * sizes[0]),
         lambda linears, others: check.frozen_with(moment=lambda sizes: 2 * math.prod(max(linears)))(linears, others),
         lambda linears, others: check.frozen_with()(linears, others + 1),
@@ -266,6 +303,8 @@ def all_in_float32(q, original, *rest):
         (lambda *arguments: check.merges.reference(*arguments)["weights"], "missing: errors, weights"),
         (lambda *arguments: list(check.merges.reference(*arguments)), "expected a dictionary, got list"),
         (check.merge_with(scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
+        (check.merge_with(scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
+        (check.merge_with(before_rounding=("dequantized",)), "errors: dequantized: expected 0.0016.*, got 0"),
         (check.merge_with(requantize=lambda q, decoded, original, delta: decoded), "weights: requantized"),
         (check.merge_with(error=lambda merged, true, delta: ((merged - true) / true).abs().mean().item()), "errors: dequantized"),
     ],
@@ -366,6 +405,7 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
         (lambda b, c, tolerance, confidence: check.rule.reference(b, c, tolerance, 1 - confidence), "low"),
         (check.rule_with(half=lambda lost, *_: check._student(lost, 0.95) * 2), "low"),
         (check.rule_with(share=lambda value: math.exp(value)), "estimate"),
+        (check.rule_with(verdict=lambda e, low, high, t: "unknown" if low <= t <= high else "within" if high < t else "beyond"), "<="),
     ],
 )
 def test_sly_rules_are_refused(answer, words):
