@@ -226,7 +226,18 @@ def random_factors_and_no_training(model, x, y, steps, lr):
     return model
 
 
-@pytest.mark.parametrize("answer, words", [(full_fine_tuning, "no adapter"), (random_factors_and_no_training, "lora_A never moves")])
+def too_slow_and_frozen_after(model, x, y, steps, lr):
+    return at_another_rank(model, x, y, steps, lr / 1000).requires_grad_(False)
+
+
+SLY_RUNS = [
+    (full_fine_tuning, "no adapter"),
+    (random_factors_and_no_training, "lora_A never moves"),
+    (too_slow_and_frozen_after, "got 'the factors moved, but the error did not halve'"),
+]
+
+
+@pytest.mark.parametrize("answer, words", SLY_RUNS)
 def test_sly_runs_are_refused(answer, words):
     with pytest.raises(NotYet, match=words):
         check.repair(answer)

@@ -645,6 +645,9 @@ parameter_count = Check(
         "only the last word of a name was compared: a target may hold dots, such as 'mlp.up_proj', or be a full name": counted(
             match=lambda name, targets: name.split(".")[-1] in targets
         ),
+        "a full name has no dot before it: the target 'lm_head' names the layer lm_head": counted(
+            match=lambda name, targets: any(name.endswith("." + target) for target in targets)
+        ),
         "a target was looked for among all words of a name: 'self_attn' is a block, not a linear layer; compare with the end "
         "of the name": counted(match=lambda name, targets: suffix_match(name, targets) or any(t in name.split(".") for t in targets)),
         "only the last words were compared: the targets 'mlp.up_proj' and 'adapter.up_proj' differ": counted(
@@ -804,6 +807,9 @@ inject = Check(
         "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": injector(
             match=lambda name, targets: name in targets
         ),
+        "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": injector(
+            match=lambda name, targets: any(name.endswith("." + target) for target in targets)
+        ),
         "'all-linear' wrapped the output head: it means every linear except lm_head": injector(head=lambda name: False),
         "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": injector(
             head=lambda name: "lm_head" in name
@@ -901,7 +907,7 @@ conv_delta = Check(
 # ----------------------------------------------------------------------------------------------------------------- repair
 
 
-def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_clearing=True, holds=""):
+def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_clearing=True, clears=True, holds=""):
     """The training function of the exercise with its bugs mended, or one of them left in."""
 
     def adapt(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> nn.Module:
@@ -921,7 +927,7 @@ def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_cleari
         )
         for _ in range(steps):
             loss = F.mse_loss(model(x), y)
-            if steps_before_clearing:
+            if steps_before_clearing and clears:
                 optimizer.zero_grad()
             loss.backward()
             if not steps_before_clearing:
@@ -957,6 +963,15 @@ def _factors(model: object, letter: str) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if letter in name] if isinstance(model, nn.Module) else []
 
 
+def added_up(once: nn.Module, twice: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Do two steps leave the sum of their gradients in lora_B.grad, instead of the second one's?"""
+    first, both = ([p.grad for p in _factors(model, "lora_B")] for model in (once, twice))
+    if not first or any(gradient is None for gradient in first + both) or "lora_B" not in trainable(once):
+        return False
+    second = torch.autograd.grad(F.mse_loss(once(x), y), _factors(once, "lora_B"))
+    return all(torch.allclose(now, old + new, rtol=1e-3, atol=1e-6) for now, old, new in zip(both, first, second, strict=True))
+
+
 def observe_repair(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -968,8 +983,10 @@ def observe_repair(answer, seed: int) -> dict:
     try:
         torch.manual_seed(seed)
         result = answer(model, x, y, 40, 0.05)
-        torch.manual_seed(seed)  # the same start: what of it is the same after two steps as after 40 does not train
-        shorter = answer(other, x, y, 2, 0.05)
+        shorter = []
+        for steps in (1, 2):
+            torch.manual_seed(seed)  # the same start: what is the same after two steps as after 40 does not train
+            shorter.append(answer(copy.deepcopy(other), x, y, steps, 0.05))
     except NotImplementedError:  # a RuntimeError too
         raise
     except RuntimeError as error:
@@ -991,10 +1008,12 @@ def observe_repair(answer, seed: int) -> dict:
         state = "lora_A and lora_B are both still zero"
     elif not any(p.any() for p in b):
         state = "lora_B never moved" + (", though it has gradients" if gradients else ", and it has no gradients")
-    elif all(torch.equal(p, early) for p, early in zip(a, _factors(shorter, "lora_A"), strict=False)):
+    elif all(torch.equal(p, early) for p, early in zip(a, _factors(shorter[1], "lora_A"), strict=False)):
         state = "lora_A never moved"
     else:
         state = "it learned" if after < 0.5 * before else "the factors moved, but the error did not halve"
+        if state != "it learned" and added_up(*shorter, x, y):
+            state += ": the gradients of the steps are added up"
     adapters = {name: m for name, m in result.named_modules() if isinstance(m, LoRALinear)}
     return {
         "the run": state,
@@ -1020,6 +1039,8 @@ repair = Check(
         "the gradients are cleared between backward() and step(): the optimizer sees none; clear them before backward()": adapter(
             steps_before_clearing=False
         ),
+        "the gradients are never cleared: backward() adds to what is in .grad, so that every step takes the sum of all steps before; call "
+        "optimizer.zero_grad() before each backward()": adapter(clears=False),
         "the base trains too: that is full fine-tuning with extra factors; only lora_A and lora_B may require gradients": trains_the_base,
     },
 )
