@@ -131,7 +131,7 @@ def learns(layer: nn.Module, base: nn.Linear, g: torch.Generator, steps: int = 6
 def shares_of_update(layer: nn.Module, base: nn.Linear, x: Tensor, update: Tensor) -> str:
     """Rows with one non-zero input: what multiples of the update they got; where it is no multiple, into how many kinds the rows fall."""
     with torch.no_grad():
-        rest = layer(x) - base(x)  # (rows, out)
+        rest = layer(x.clone()) - base(x)  # (rows, out)
     share = (rest @ update) / (update @ update)  # (rows,)
     if torch.allclose(rest, share[:, None] * update, atol=1e-4):
         return " or ".join(f"{value:g}" for value in sorted({round(value, 2) + 0.0 for value in share.tolist()}))
@@ -240,8 +240,10 @@ def observe_forward(answer, seed: int) -> dict:
     training = f"in training, with dropout {dropout}"
     seen[f"{training}, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
     with torch.no_grad():
-        seen[f"{training}, most rows get an update"] = bool((layer(one_input) - base(one_input)).any(1).float().mean() > 0.5)
-        seen[f"{training} and two inputs that are not zero, kinds of updates"] = min(kinds(layer(two_inputs) - base(two_inputs)), 9)
+        layer(given := one_input.clone())
+        seen[f"{training}, the layer's input is afterwards"] = "as it was" if torch.equal(given, one_input) else "changed"
+        seen[f"{training}, most rows get an update"] = bool((layer(one_input.clone()) - base(one_input)).any(1).float().mean() > 0.5)
+        seen[f"{training} and two inputs that are not zero, kinds of updates"] = min(kinds(layer(two_inputs.clone()) - base(two_inputs)), 9)
 
     base = linear()
     learned = learns(answer(base, r, alpha), base, g) if start == "of that order" else f"not tried: lora_A starts {start}"
@@ -313,6 +315,9 @@ forward = Check(
         ),
         "what dropout keeps is divided by p: divide by 1 − p, so that the mean stays (nn.Dropout does)": variant(
             PlainLoRA, drop=lambda s, x: x * (torch.rand_like(x) > s.p) / s.p if s.training and s.p else x
+        ),
+        "dropout changes the layer's input in place: the base, or the residual stream, still needs it; leave inplace=True out": variant(
+            PlainLoRA, drop=lambda s, x: F.dropout(x, s.p, s.training, inplace=s.p > 0)
         ),
         "whole rows are dropped, or kept: dropout decides for each number of the input on its own (nn.Dropout does)": variant(
             PlainLoRA, drop=lambda s, x: x * (torch.rand(*x.shape[:-1], 1) > s.p) / (1 - s.p) if s.training else x
