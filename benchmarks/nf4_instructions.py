@@ -19,7 +19,15 @@ from course.lab import recorded
 SIDE, BLOCK, LANES = 8192, 64, 32
 SMS, SCHEDULERS, CLOCK = 132, 4, 1.98e9  # of an H100 SXM, at its highest clock
 POINTERS = {"x_ptr": "*bf16", "packed_ptr": "*i32", "nested_ptr": "*fp32", "offset_ptr": "*fp32", "dynamic_ptr": "*fp32"}
-POINTERS |= {"levels_ptr": "*fp32", "bias_ptr": "*bf16"}
+POINTERS |= {
+    "levels_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "table_ptr": "*i32",
+    "parts_ptr": "*fp32",
+    "arrived_ptr": "*i32",
+    "out_ptr": "*bf16",
+}
+SIZES = "M", "N", "K_WORDS", "K_BLOCKS"
 
 
 def loop(listing: str) -> list[str]:
@@ -36,7 +44,7 @@ def loop(listing: str) -> list[str]:
     return longest
 
 
-def compiled(kernel, out: str, double: bool, sizes: tuple[str, ...], options: dict, constants: dict) -> str:
+def compiled(kernel, double: bool, options: dict, constants: dict) -> str:
     """The kernel's listing for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -44,7 +52,7 @@ def compiled(kernel, out: str, double: bool, sizes: tuple[str, ...], options: di
     from triton.compiler import ASTSource
 
     constants = constants | {"BLOCK": BLOCK, "NESTED": 256 if double else 1, "DOUBLE": double}
-    kinds = POINTERS | {"absmax_ptr": "*u8" if double else "*fp32", "out_ptr": out} | dict.fromkeys(sizes, "i32")
+    kinds = POINTERS | {"absmax_ptr": "*u8" if double else "*fp32"} | dict.fromkeys(SIZES, "i32")
     signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants and name != "M"}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned)
@@ -59,17 +67,19 @@ def compiled(kernel, out: str, double: bool, sizes: tuple[str, ...], options: di
 def measure() -> dict:
     import triton
 
-    from reference.kernels import nf4_linear
+    from reference.kernels import nf4_linear, nf4_rows
 
     found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
-    kernels = {"1 row": (nf4_linear._row_kernel, "*bf16", nf4_linear.ROW, {"BIAS": False})}
-    kernels["16 rows"] = nf4_linear._rows_kernel, "*fp32", nf4_linear.ROWS, {"ROWS_X": 16}
-    for name, (kernel, out, settings, extra) in kernels.items():
-        options = {key: value for key, value in settings.items() if key.startswith("num_")}
-        constants = extra | {key: value for key, value in settings.items() if key not in options}
+    row = {key: nf4_linear.ROW[key] for key in ("ROWS", "WORDS", "RUN")} | {"BIAS": False}
+    rows = {"BIAS": False, "PTX": True, "ROWS_X": 16, "ROWS": nf4_rows.ROWS, "W": nf4_rows.WARPS}
+    kernels = {  # and how many weights a lane decodes in one turn of the loop
+        "1 row": (nf4_linear._row_kernel, row, nf4_linear.ROW["num_warps"], row["ROWS"] * 8 * row["WORDS"]),
+        "16 rows": (nf4_rows._rows_kernel, rows, nf4_rows.WARPS, nf4_rows.ROWS * BLOCK),
+    }
+    for name, (kernel, constants, warps, weights) in kernels.items():
         for double in (False, True):
-            names = loop(compiled(kernel, out, double, ("M", "N", "K_WORDS", "K_BLOCKS"), options, constants))
-            a_lane = settings["ROWS"] * 8 * settings["WORDS"] / (LANES * settings["num_warps"])  # weights
+            names = loop(compiled(kernel, double, {"num_warps": warps, "num_stages": 1}, constants))
+            a_lane = weights / (LANES * warps)
             each = len(names) / a_lane
             found[name + ", double quantization" * double] = {
                 "instructions": each,

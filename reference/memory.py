@@ -133,6 +133,8 @@ def _token_lines(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: boo
     lines["loss gradients"] = Line(2 * vocabulary, f"2 × 4 B × {tokens} × {shape.vocab:,} words")
     widest = "gradients in one MLP" + (", one weight in 16 bits" if recipe.quantized else "")
     lines["temporaries"] = Line(activations.temporaries(shape, run, recipe.quantized), widest)
+    if scores := activations.attention_temporaries(shape, run):
+        lines["scores' gradients"] = Line(scores, f"3 × 4 B × {tokens} × {shape.heads} heads × {run.sequence:,} tokens")
     return lines
 
 
@@ -151,6 +153,10 @@ def _moments(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: bool, f
         "first layer back": {name: first[name] + of_layers * (shape.layers - 1) // shape.layers, "activations": one_layer} | inner,
         "optimizer's step": {name: full[name], "step buffer": full["step buffer"]},
     }
+    if scores := activations.attention_temporaries(shape, run):
+        back = {kind: count for kind, count in moments["last layer back"].items() if kind != "temporaries"} | {"scores' gradients": scores}
+        back["recomputed layer" if checkpointing else "activations"] -= activations.done_before_attention(shape, run)
+        moments["attention back"] = back
     if run.trained and shape.tied:  # three at once: the head's gradient, the embedding's, and their sum, which autograd makes anew
         moments["embedding back"] = {name: full[name], "temporaries": 2 * recipe.gradient_bytes * shape.embedding}
     return {moment: held | passing_now for moment, passing_now in moments.items()}

@@ -109,6 +109,7 @@ def test_raised_observes_an_error_and_lets_the_stub_through():
     assert raised(lambda: 3) is None
     with pytest.raises(NotImplementedError):
         raised(fail, NotImplementedError())
+    assert raised(fail, NotImplementedError("no such operation for Half")) == Raised(NotImplementedError)
 
 
 # one small exercise, to judge with: scale a tensor by 3
@@ -174,6 +175,13 @@ def test_the_stub_and_a_failing_answer_are_refused_politely():
     assert refusal(stub) == "nothing here yet: replace the NotImplementedError with your answer"
     assert refusal(broken).startswith("your code raised RuntimeError: The size of tensor a")
     assert refusal(None).startswith("your code raised TypeError")
+
+
+def test_an_operation_that_torch_lacks_is_not_an_unwritten_answer():
+    def lacking(x):
+        raise NotImplementedError("no such operation for Half")
+
+    assert refusal(lacking) == "your code raised NotImplementedError: no such operation for Half"
 
 
 def test_an_observation_may_refuse_in_its_own_words():

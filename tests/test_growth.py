@@ -107,6 +107,17 @@ def test_a_failed_row_keeps_the_others(monkeypatch, capsys):
     assert capsys.readouterr().out.count("FAILED") == 2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (4, 2)])
+def test_attention_that_stores_its_scores(checkpointing, heads, kv_heads):
+    """Softmax's backward pass is the fullest moment. A CPU's count misses what that operation makes inside itself."""
+    shape = ModelShape("long", 64, 3, heads, kv_heads, 64 // heads, 128, 64)
+    (row,) = benchmark.run([benchmark.Point(shape, 512, 4, checkpointing, "math")], CPU)
+    scores = 4 * heads * 512**2
+    assert row["predicted_moment"] == "attention back"
+    assert row["peak"] == pytest.approx(row["predicted"] - scores, rel=0.015)
+
+
 def test_the_script_saves_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["growth.py", "--smoke", "--only", "rank", "--out", str(tmp_path)])
     benchmark.main()
@@ -133,7 +144,7 @@ def test_the_recorded_result_is_whole_and_as_predicted_by_todays_code(device):
         settings = {key: row[key] for key in ("sequence", "rank", "checkpointing", "attention")}
         today = training_memory(shapes[row["shape"]], QLORA, row["batch"], **settings)
         assert row["predicted"] == today.peak and row["predicted_moment"] == today.moment
-        assert row["peak"] == pytest.approx(today.peak, rel=0.015), row
+        assert row["peak"] == pytest.approx(today.peak, rel=0.015, abs=2e5), row  # the tiny model: 9 MB in all
         assert row["held"] < row["peak"] and row["seconds"] > 0
         described.add(tuple((key, row[key]) for key in dict(next(iter(wanted)))))
     assert described == wanted

@@ -8,12 +8,11 @@ from torch.nn.functional import linear
 
 from reference.double_quant import QuantizedScales
 from reference.kernels.nf4_codes import dequantize_nf4, nested, on, read_scales, scale_tensors
+from reference.kernels.nf4_rows import BLOCK_SIZES, rows_product
 from reference.nf4 import NF4Tensor
 
 FUSED_ROWS = 64
-# What was fastest on an H100 (benchmarks/nf4_kernels.py)
-ROW = dict(ROWS=4, WORDS=128, RUN=32, num_warps=1)
-ROWS = dict(ROWS=64, WORDS=16, SPLIT=4, num_warps=4, num_stages=3)
+ROW = dict(ROWS=4, WORDS=128, RUN=32, num_warps=1)  # what was fastest on an H100 (benchmarks/nf4_kernels.py)
 
 
 @triton.jit
@@ -60,35 +59,16 @@ def _row_kernel(
     tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), row < N)
 
 
-@triton.jit
-def _rows_kernel(
-    x_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, levels_ptr, out_ptr, M, N, K_WORDS, K_BLOCKS,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr,
-    ROWS_X: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """A few rows of x against ROWS rows of the weight, on the tensor cores: a share of the features, summed up by the caller."""
-    GROUPS: tl.constexpr = 8 * WORDS // BLOCK
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_x = tl.arange(0, ROWS_X)
-    live = (row < N)[:, None]
-    levels = tl.load(levels_ptr + tl.arange(0, 16))
-    total = tl.zeros((ROWS, ROWS_X), tl.float32)
-    share = tl.cdiv(tl.cdiv(K_WORDS, WORDS), SPLIT) * WORDS
-    first = tl.program_id(1) * share
-    for k in range(first, tl.minimum(first + share, K_WORDS), WORDS):
-        word = k + tl.arange(0, WORDS)
-        words = tl.load(packed_ptr + row[:, None].to(tl.int64) * K_WORDS + word[None, :], live & (word < K_WORDS)[None, :], other=0)
-        level = decode(words, levels).reshape(ROWS, GROUPS, BLOCK)
-        block = k * 8 // BLOCK + tl.arange(0, GROUPS)
-        mask = live & (block < K_BLOCKS)[None, :]
-        block = row[:, None] * K_BLOCKS + block[None, :]
-        weight = level * read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, block, mask, NESTED, DOUBLE)[:, :, None]
-        feature = k * 8 + tl.arange(0, 8 * WORDS)
-        mask = (row_x < M)[None, :] & (feature < 8 * K_WORDS)[:, None]
-        x = tl.load(x_ptr + row_x[None, :] * (8 * K_WORDS) + feature[:, None], mask, other=0.0)  # (features, ROWS_X)
-        total = tl.dot(weight.reshape(ROWS, 8 * WORDS).to(x.dtype), x, total)
-    place = (tl.program_id(1) * M + row_x[None, :]) * N + row[:, None]
-    tl.store(out_ptr + place, total, live & (row_x < M)[None, :])
+def row_product(x: Tensor, q: NF4Tensor, bias: Tensor | None, scales: QuantizedScales | None) -> Tensor:
+    """As ``rows_product`` for one row; levels and products are float32."""
+    N, K = q.shape
+    out = torch.empty(1, N, dtype=x.dtype, device=x.device)
+    packed = q.packed.view(-1).view(torch.int32)
+    _row_kernel[(triton.cdiv(N, ROW["ROWS"]),)](
+        x, packed, *scale_tensors(q, scales), x if bias is None else bias, out,
+        N, K // 8, K // q.block_size, q.block_size, *nested(scales), bias is not None, **ROW,
+    )  # fmt: skip
+    return out
 
 
 def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: QuantizedScales | None = None) -> Tensor:
@@ -113,21 +93,9 @@ def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: Quan
     if x.shape[-1:] != (K,):
         raise ValueError(f"x has shape {tuple(x.shape)}, but the weight takes {K} features: the last axis must be {K}")
     rows, block = x.numel() // K, q.block_size
-    whole = K % block == 0 and ROW["RUN"] <= block <= 8 * ROWS["WORDS"]
-    if not (whole and 0 < rows <= FUSED_ROWS and x.dtype != torch.float32):
+    if not (0 < rows <= FUSED_ROWS and x.dtype != torch.float32 and K % block == 0 and block in BLOCK_SIZES):
         return linear(x, dequantize_nf4(q, x.dtype, scales), bias)
-    flat, packed = x.reshape(rows, K).contiguous(), q.packed.view(-1).view(torch.int32)
-    inputs = (flat, packed, *scale_tensors(q, scales))
+    flat = x.reshape(rows, K).contiguous()
     with on(x):
-        if rows == 1:
-            out = torch.empty(1, N, dtype=x.dtype, device=x.device)
-            _row_kernel[(triton.cdiv(N, ROW["ROWS"]),)](
-                *inputs, flat if bias is None else bias, out, N, K // 8, K // block, block, *nested(scales), bias is not None, **ROW
-            )
-        else:
-            shares = torch.empty(ROWS["SPLIT"], rows, N, device=x.device)
-            _rows_kernel[(triton.cdiv(N, ROWS["ROWS"]), ROWS["SPLIT"])](
-                *inputs, shares, rows, N, K // 8, K // block, block, *nested(scales), max(16, triton.next_power_of_2(rows)), **ROWS
-            )
-            out = shares.sum(0) if bias is None else shares.sum(0) + bias
-    return out.to(x.dtype).view(*x.shape[:-1], N)
+        out = row_product(flat, q, bias, scales) if rows == 1 else rows_product(flat, q, bias, scales)
+    return out.view(*x.shape[:-1], N)

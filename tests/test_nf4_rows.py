@@ -1,0 +1,124 @@
+"""The kernel for a few rows: its look-up, instruction by instruction, and what only a GPU shows: graphs, streams, the order of sums.
+
+Its numbers are tested with the other kernels' in test_kernels.py.
+"""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
+
+from reference.kernels import nf4 as kernels
+from reference.kernels import nf4_rows
+from reference.nf4 import NF4_CODEBOOK, quantize_nf4
+
+gpu = pytest.mark.gpu
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def permute(low: int, high: int, selectors: int) -> int:
+    """PTX's prmt: four of eight bytes; bit 3 of a selector asks for the byte's sign, spread over all of it."""
+    bytes_ = [(low >> 8 * i) & 255 for i in range(4)] + [(high >> 8 * i) & 255 for i in range(4)]
+    result = 0
+    for i in range(4):
+        selector = (selectors >> 4 * i) & 15
+        byte = bytes_[selector & 7]
+        result |= ((255 if byte & 128 else 0) if selector & 8 else byte) << 8 * i
+    return result
+
+
+def execute(program: str, registers: dict[str, int]) -> dict[str, int]:
+    """What a straight line of and, shl, shr, prmt and lop3 leaves in its registers."""
+    operations = {
+        "and": lambda a, b: a & b,
+        "shl": lambda a, b: a << b & 0xFFFFFFFF,
+        "shr": lambda a, b: a >> b,
+        "prmt": permute,
+        # bit i of the last operand is the result for the bits (a, b, c) = i
+        "lop3": lambda a, b, c, table: sum(((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1))) & 1) << i for i in range(32)),
+    }
+    for line in re.sub(r"//.*|[{}]|\.reg.*", "", program).split(";"):
+        if line.strip():
+            name, operands = line.strip().split(None, 1)
+            target, *sources = [operand.strip() for operand in operands.split(",")]
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[target] = operations[name.split(".")[0]](*values)
+    return registers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_look_up_gives_the_levels_of_a_words_codes_in_order(dtype):
+    table = [word & 0xFFFFFFFF for word in nf4_rows.byte_table(torch.device("cpu"), dtype)[:, 0].tolist()]
+    places = dict(zip((f"${6 + 2 * i}" for i in range(8)), table, strict=True))  # every operand comes twice: two elements a register
+    levels = NF4_CODEBOOK.to(dtype)
+    codes = torch.cat([torch.arange(16), torch.randint(16, (16 * 30,))]).view(-1, 8)
+    packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8)  # the first of two codes in the high four bits
+    for word, expected in zip(packed.view(torch.int32).view(-1).tolist(), levels[codes], strict=True):
+        registers = execute(nf4_rows.LOOK_UP.value, places | {"$4": word & 0xFFFFFFFF})
+        pairs = torch.tensor([registers[f"${i}"] for i in range(4)], dtype=torch.int64).to(torch.int32)
+        assert torch.equal(pairs.view(dtype), expected)
+
+
+def parts(count: int, in_features: int = 4096, out_features: int = 256):
+    g = torch.Generator("cuda").manual_seed(count)
+    draw = lambda *shape: torch.randn(shape, generator=g, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    return draw(count, in_features), quantize_nf4(draw(out_features, in_features) * 0.05)
+
+
+@gpu
+@pytest.mark.parametrize("count", [2, 16, 33, 64])
+def test_the_same_bits_every_time(count):
+    """Whichever part of the features is done last."""
+    x, q = parts(count)
+    first = kernels.linear_nf4(x, q)
+    assert all(torch.equal(kernels.linear_nf4(x, q), first) for _ in range(200))
+
+
+@gpu
+def test_in_two_streams_at_once():
+    cases = [parts(count) for count in (16, 16)]
+    expected = [kernels.linear_nf4(*case) for case in cases]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    found = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for case, stream, results in zip(cases, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(kernels.linear_nf4(*case))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, one) for results, one in zip(found, expected, strict=True) for y in results)
+
+
+@gpu
+def test_in_two_graphs_recorded_before_either_runs():
+    cases = [parts(16), parts(16)]
+    cases[1] = (cases[1][0] * 2, cases[1][1])
+    expected = [kernels.linear_nf4(*case) for case in cases]
+    graphs, outputs = [torch.cuda.CUDAGraph() for _ in cases], []
+    for graph, case in zip(graphs, cases, strict=True):
+        with torch.cuda.graph(graph):
+            outputs.append(kernels.linear_nf4(*case))
+    for _ in range(3):
+        for graph, output, y in reversed(list(zip(graphs, outputs, expected, strict=True))):
+            output.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(output, y)
+    assert torch.equal(kernels.linear_nf4(*cases[0]), expected[0])
+
+
+# Triton's interpreter can't multiply matrices of bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
+@pytest.mark.parametrize("block_size", nf4_rows.BLOCK_SIZES)
+def test_every_row_and_feature_meets_its_own(dtype, block_size):
+    """x with one feature each shows a column of the weight, exactly: the level in 16 bits, times its block's scale, rounded once."""
+    weight = torch.randn(200, 512, device=DEVICE, dtype=dtype)
+    q = quantize_nf4(weight, block_size)
+    columns = torch.randperm(512)[:64]
+    x = torch.zeros(64, 512, device=DEVICE, dtype=dtype)
+    x[torch.arange(64), columns] = 1
+    flat = q.packed.view(-1).long()
+    codes = torch.stack([flat >> 4, flat & 15], 1).view(200, 512)
+    exact = NF4_CODEBOOK.to(dtype).float().to(DEVICE)[codes] * q.absmax.view(200, -1).repeat_interleave(block_size, 1)
+    assert torch.equal(kernels.linear_nf4(x, q), exact.to(dtype).T[columns])
