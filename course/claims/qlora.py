@@ -459,7 +459,6 @@ def _compiled(rows: str, what: str) -> float:
 one_row_instructions = partial(_compiled, "1 row", "instructions")
 one_row_starting = partial(_compiled, "1 row", "milliseconds")
 few_rows_instructions = partial(_compiled, "16 rows", "instructions")
-few_rows_starting = partial(_compiled, "16 rows", "milliseconds")
 
 
 def one_row_takes_the_sum() -> bool:
@@ -467,19 +466,26 @@ def one_row_takes_the_sum() -> bool:
     return abs((one_row_floor() + one_row_starting()) / one_row_ours() - 1) < 0.05
 
 
-def nested_fewer_bytes() -> float:
-    """With double quantization, per cent."""
-    return 100 * (1 - bits_per_weight() / (4 + 32 / 64))
+def _counted(kernel: str, what: str) -> float:
+    """By the hardware's counters while the kernel runs: a count, or how busy a part of the GPU is, per cent."""
+    return recorded.load("nf4_profile", device="h100")["result"]["kernels"][kernel][what]
 
 
-def nested_more_instructions() -> float:
-    """For one row, per cent."""
-    return 100 * (_compiled("1 row, double quantization", "instructions") / one_row_instructions() - 1)
+one_row_memory_busy = partial(_counted, "1 row", "dram")
+one_row_issue_busy = partial(_counted, "1 row", "issue")
+one_row_load_path_busy = partial(_counted, "1 row", "l1")
+few_rows_logic_busy = partial(_counted, "16 rows", "alu")
+few_rows_tensor_busy = partial(_counted, "16 rows", "tensor")
 
 
-def nested_more_time() -> float:
-    """For one row, per cent."""
-    return 100 * (_linear("ours, double quantization", 1) / one_row_ours() - 1)
+def few_rows_logic_share() -> float:
+    """Of all instructions of the kernel for 16 rows, per cent."""
+    return 100 * _counted("16 rows", "alu instructions") / _counted("16 rows", "instructions")
+
+
+def few_rows_cost_about_the_same() -> bool:
+    """From 2 to 16 rows, within 5 per cent."""
+    return rows_16_ours() < 1.05 * rows_2_ours()
 
 
 def rows_that_fill_the_arithmetic() -> float:
