@@ -7,7 +7,7 @@ from course.lab import recorded
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-from reference.kernels.nf4_rows import LOOK_UP  # noqa: E402
+from reference.kernels.nf4_rows import LOOK_UP
 
 LISTING = """
 	.headerflags	@"EF_CUDA_SM90"
