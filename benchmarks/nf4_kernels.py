@@ -4,15 +4,19 @@
 
 One run, one card: a weight of 8192 × 8192 in bfloat16, blocks of 64. Each call takes the next of four weights, so that none waits in the
 cache. Times are medians by CUDA events after warm-up, of the device alone: the launches of a call are queued before it begins. "Floor" is
-the bytes that must move, each once, over the rate that a device-to-device copy reaches here.
+the bytes that must move, each once, over the rate that a device-to-device copy reaches here. "Reading" is a launch that reads the codes
+and scales of the linear layer's weight, adds them up and does nothing else, in the fastest of a few ways to share them out.
 """
 
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.functional import linear
 
 from course.lab import recorded
@@ -30,6 +34,37 @@ def time(work: Callable, *columns: list, repeats: int = 24) -> float:
     """Median milliseconds of ``work`` over the rows of ``columns`` in turn."""
     rows = itertools.cycle(list(zip(*columns, strict=True)))
     return milliseconds(lambda: work(*next(rows)), repeats=repeats, warmup=2 * COPIES, queued=True)
+
+
+@triton.jit
+def _read_kernel(packed_ptr, absmax_ptr, codes_ptr, scales_ptr, N, K_BLOCKS, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Sums of ROWS rows' words of codes, and of their scales, over one part of the features; BLOCKS blocks at a time."""
+    WORDS: tl.constexpr = BLOCKS * BLOCK // 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    turns = K_BLOCKS // BLOCKS
+    share = tl.cdiv(turns, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    words_ptr = packed_ptr + row[:, None] * (K_BLOCKS * (BLOCK // 8)) + tl.arange(0, WORDS)[None, :]
+    absmax_ptr += row[:, None] * K_BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    codes, scales = tl.zeros((ROWS, WORDS), tl.int32), tl.zeros((ROWS, BLOCKS), tl.float32)
+    turn = tl.minimum(first, turns - 1)
+    words, absmax = tl.load(words_ptr + turn * WORDS), tl.load(absmax_ptr + turn * BLOCKS)
+    for turn in range(first, tl.minimum(first + share, turns)):
+        turn = tl.minimum(turn + 1, turns - 1)  # the next are on their way while these are added
+        next_words, next_absmax = tl.load(words_ptr + turn * WORDS), tl.load(absmax_ptr + turn * BLOCKS)
+        codes, scales = codes + words, scales + absmax
+        words, absmax = next_words, next_absmax
+    tl.store(codes_ptr + tl.program_id(1) * N + row, tl.sum(codes, 1))
+    tl.store(scales_ptr + tl.program_id(1) * N + row, tl.sum(scales, 1))
+
+
+def read(q: NF4Tensor, parts: int, rows: int = 64, blocks: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(parts, out_features) sums of codes, eight to a word, and of scales; sizes are multiples of ``rows`` and ``blocks`` blocks."""
+    N, K = q.shape
+    sums = [torch.empty(parts, N, dtype=dtype, device=q.packed.device) for dtype in (torch.int32, torch.float32)]
+    words = q.packed.view(-1).view(torch.int32)
+    _read_kernel[(N // rows, parts)](words, q.absmax, *sums, N, K // q.block_size, q.block_size, rows, blocks, num_warps=4)
+    return tuple(sums)
 
 
 def measure() -> dict:
@@ -85,7 +120,9 @@ def measure() -> dict:
                 "floor": max((packed_bytes + 4 * count * SIDE) / rate, 2 * count * n / flops),
             }
         )
-    return {"side": SIDE, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "rows": rows, "equal": equal(ours, scales, double)}
+    reading = min(time(partial(read, parts=parts, blocks=blocks), ours) for parts in (2, 3, 4, 6, 8) for blocks in (2, 4))
+    found = {"side": SIDE, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "reading": reading, "rows": rows}
+    return found | {"equal": equal(ours, scales, double)}
 
 
 def decode(packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -112,6 +149,7 @@ def equal(ours: list[NF4Tensor], scales: list, double: list) -> dict[str, bool]:
 
 def table(result: dict) -> str:
     lines = [f"copy: {result['copy_gigabytes_per_second']:.0f} GB/s; milliseconds; × is bitsandbytes' time over ours"]
+    lines.append(f"codes and scales of a weight, read and added up: {result['reading']:.4f}")
     for row in result["rows"]:
         name = f"{row['work']} {row.get('rows', '')}"
         others = "".join(f"{key} {row[key]:.4f}  " for key in row if key not in ("work", "rows", "ours", "bitsandbytes"))

@@ -10,6 +10,7 @@ import torch
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
+import nf4_kernels as benchmark  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
@@ -211,3 +212,12 @@ def test_cuda_equals_bitsandbytes(dtype):
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     scales = QuantizedScales(state.absmax, state.state2.absmax, state.offset, 256)
     assert torch.equal(kernels.dequantize_nf4(theirs, None, scales), bnb.dequantize_4bit(packed, state))
+
+
+def test_the_benchmark_that_only_reads_reads_everything():
+    q = plain.quantize_nf4(draw((64, 512), HALF))
+    codes, scales = benchmark.read(q, parts=3, rows=32, blocks=2)  # the last part has nothing left
+    assert codes.shape == scales.shape == (3, 64)
+    words = q.packed.view(-1).view(torch.int32).view(64, -1).sum(1, dtype=torch.int32)
+    assert torch.equal(codes.sum(0, dtype=torch.int32), words)
+    torch.testing.assert_close(scales.sum(0), q.absmax.view(64, -1).sum(1), rtol=1e-6, atol=0)
