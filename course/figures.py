@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from course import ROOT
 from course.lab import plotting, recorded
 from reference.memory import training_memory
-from reference.model_shapes import LLAMA_2_7B, SHAPES, ModelShape
+from reference.model_shapes import ModelShape
 from reference.recipes import QLORA
 
 FOLDER = ROOT / "lessons" / "figures"
@@ -25,11 +25,7 @@ def results(path: Path = FIGURE) -> dict[str, dict]:
     """The recorded entries that a figure shows."""
     if path == FIGURE:
         return {name: recorded.load(name, device="h100") for name in ("nf4_kernels", "qlora_caps")}
-    entries = {"growth on a CPU": recorded.load("growth", device="cpu")}
-    try:
-        return entries | {"growth on a GPU": recorded.load("growth", device="h100")}
-    except FileNotFoundError:  # not recorded there yet: other measurements have some of its points
-        return entries | {name: recorded.load(name, device="h100") for name in ("qlora_caps", "qlora_memory", "memory_peaks")}
+    return {"growth on a GPU": recorded.load("growth", device="h100"), "growth on a CPU": recorded.load("growth", device="cpu")}
 
 
 def fingerprint(entries: dict[str, dict]) -> str:
@@ -71,7 +67,7 @@ def draw_speed(axes: plt.Axes, rows: list[dict]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured step of one row of tokens, or of several as good as one: bytes don't depend on how tokens are cut into rows."""
+    """A measured step of one row of tokens."""
 
     shape: str
     tokens: int
@@ -83,21 +79,19 @@ class Point:
 
 
 def points(entries: dict[str, dict]) -> list[Point]:
-    """All QLoRA steps in ``entries`` that failed in nothing."""
+    """All steps in ``entries`` that failed in nothing, the GPU's first."""
     found = []
     for name, entry in entries.items():
         for row in entry["result"]["rows"]:
-            ours = {"qlora_memory": row.get("how") == "QLoRA", "memory_peaks": row.get("recipe") == "QLoRA"}.get(name, True)
-            if "error" not in row and ours:
-                checkpointing, peak = row.get("checkpointing", name == "qlora_caps"), row["measured" if name == "memory_peaks" else "peak"]
-                setting = row.get("rank", 16), checkpointing, row.get("attention", "fused")
-                found.append(Point(row["shape"], row["batch"] * row["sequence"], *setting, peak, name != "growth on a CPU"))
+            if "error" not in row:
+                setting = (row[key] for key in ("shape", "sequence", "rank", "checkpointing", "attention", "peak"))
+                found.append(Point(*setting, name == "growth on a GPU"))
     return found
 
 
 def shapes(entries: dict[str, dict]) -> dict[str, ModelShape]:
-    """Every shape by its name: the named ones, and those that the measurement made up."""
-    return SHAPES | {name: ModelShape(**sizes) for name, sizes in entries["growth on a CPU"]["result"]["shapes"].items()}
+    """Every measured shape by its name."""
+    return {name: ModelShape(**sizes) for entry in entries.values() for name, sizes in entry["result"]["shapes"].items()}
 
 
 SETTINGS = {  # (checkpointing, attention) -> (label, colour, dashes)
@@ -105,12 +99,13 @@ SETTINGS = {  # (checkpointing, attention) -> (label, colour, dashes)
     (False, "fused"): ("no checkpointing", plotting.RED, "--"),
     (False, "math"): ("no checkpointing, attention stores its scores", plotting.PINK, ":"),
 }
+MARKERS = {True: {"markersize": 7.5}, False: {"markersize": 4}}  # on a GPU?
 LENGTHS, RANKS, WORDS = [2**i for i in range(7, 14)], [2**i for i in range(2, 9)], 32_000
 
 
 def mark(axes: plt.Axes, x: float, point: Point, colour: str) -> None:
-    """A measured point: a square for the GPU, a disc for the CPU."""
-    axes.plot(x, point.peak / 1e9, "s" if point.gpu else "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+    """A measured point: a square for the GPU, and for the CPU a smaller disc, so that both are seen where they meet."""
+    axes.plot(x, point.peak / 1e9, "s" if point.gpu else "o", **MARKERS[point.gpu], color=colour, markeredgecolor="white", zorder=3)
 
 
 def peak_gb(shape: ModelShape, **settings) -> float:
@@ -132,8 +127,7 @@ def draw_sizes(axes: plt.Axes, entries: dict[str, dict]) -> None:
     """One row of 512 tokens, r = 16, checkpointing, from a million parameters to 70 billion."""
     known, labelled = shapes(entries), set()
     measured = [p for p in points(entries) if (p.tokens, p.rank, p.checkpointing, p.attention) == (512, 16, True, "fused")]
-    family = {known[p.shape] for p in measured if known[p.shape].vocab == WORDS} | {s for s in SHAPES.values() if s.vocab == WORDS}
-    family = sorted(family, key=lambda shape: shape.parameters)
+    family = sorted({known[p.shape] for p in measured if known[p.shape].vocab == WORDS}, key=lambda shape: shape.parameters)
     sizes = [shape.parameters for shape in family]
     axes.plot(sizes, [peak_gb(shape, sequence=512, checkpointing=True) for shape in family], color=plotting.BLUE)
     axes.plot(sizes, [training_memory(shape, QLORA)["weights"] / 1e9 for shape in family], "-.", color=plotting.BLACK, linewidth=1)
@@ -149,7 +143,10 @@ def draw_sizes(axes: plt.Axes, entries: dict[str, dict]) -> None:
             labelled.add(shape)
             words = f"{shape.vocab / 1000:.0f}k" if shape.vocab > 1000 else shape.vocab
             text = label_of(shape) + (f"\n{words} words" if shape not in family else "")
-            where = (8, -4, "left") if shape.parameters < 1e8 else (-9, -16, "right") if shape.vocab > 2e5 else (2, 5, "right")
+            if shape in family:
+                where = 1, 5, "right"
+            else:  # the tiny model's label has room on its right, the largest vocabulary's on its left, the third's above
+                where = (9, -7, "left") if shape.vocab < 1000 else (-10, -7, "right") if shape.vocab > 2e5 else (-13, 9, "center")
             place = {"xytext": where[:2], "ha": where[2], "textcoords": "offset points"}
             axes.annotate(text, (shape.parameters, p.peak / 1e9), **place, fontsize=8, linespacing=1)
     axes.set(xscale="log", yscale="log", xlim=(6e5, 1.4e11), ylim=(0.005, 90), xlabel="parameters", ylabel="peak of a step, GB")
@@ -159,10 +156,10 @@ def draw_sizes(axes: plt.Axes, entries: dict[str, dict]) -> None:
 
 def draw_swept(axes: plt.Axes, entries: dict[str, dict], quantity: str) -> None:
     """Two shapes along ``quantity``, "tokens" or "rank", all else as in the panel of sizes."""
-    known, swept = shapes(entries), entries["growth on a CPU"]["result"]["swept"]
+    known = shapes(entries)
     values, key = (LENGTHS, "sequence") if quantity == "tokens" else (RANKS, "rank")
     chosen = SETTINGS if quantity == "tokens" else list(SETTINGS)[:1]
-    for name in (LLAMA_2_7B.name, swept):
+    for name in [entry["result"]["swept"] for entry in entries.values()]:
         for checkpointing, attention in chosen:
             _, colour, dashes = SETTINGS[checkpointing, attention]
             start = {"sequence": 512, "rank": 16, "checkpointing": checkpointing, "attention": attention}
@@ -198,9 +195,8 @@ def growth(entries: dict[str, dict]) -> plt.Figure:
         each.yaxis.set_major_formatter(lambda gb, _: f"{gb:g}")
     keys = [Line2D([], [], color=colour, linestyle=dashes, label=f"predicted, {label}") for label, colour, dashes in SETTINGS.values()]
     keys.append(Line2D([], [], color=plotting.BLACK, marker="_", linestyle="", markersize=13, label="predicted, another vocabulary"))
-    on_gpu = entries.get("growth on a GPU") or entries["qlora_caps"]
-    for symbol, device in (("s", on_gpu["device"]), ("o", "CPU")):
-        keys.append(Line2D([], [], color="#777777", marker=symbol, linestyle="", markersize=7, label=f"measured, {device}"))
+    for symbol, gpu, device in (("s", True, entries["growth on a GPU"]["device"]), ("o", False, "CPU")):
+        keys.append(Line2D([], [], color="#777777", marker=symbol, linestyle="", **MARKERS[gpu], label=f"measured, {device}"))
     figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 

@@ -6,8 +6,6 @@ import pytest
 from PIL import Image
 
 from course import ROOT, figures
-from course.lab import recorded
-from reference.model_shapes import LLAMA_2_7B
 
 PAGES = {figures.FIGURE: ROOT / "README.md", figures.GROWTH: ROOT / "lessons" / "00_memory_budget.md"}
 
@@ -34,20 +32,19 @@ def test_another_result_is_noticed(tmp_path):
         assert picture.text["Source"] == before and picture.width > 900
 
 
-def test_growth_draws_every_measured_point_once_on_its_panel(tmp_path, monkeypatch):
+def test_growth_draws_every_measured_point(tmp_path, monkeypatch):
     entries, drawn = figures.results(figures.GROWTH), []
     monkeypatch.setattr(figures, "mark", lambda axes, x, point, colour: drawn.append(point))
     figures.main(tmp_path / "growth.png", figures.GROWTH.name)
-    points = figures.points(entries)
-    on_cpu = [point for point in points if not point.gpu]
-    assert len(on_cpu) == len(entries["growth on a CPU"]["result"]["rows"])
-    assert set(drawn) >= set(on_cpu)
+    assert set(drawn) == set(figures.points(entries))
+    for gpu, name in ((True, "growth on a GPU"), (False, "growth on a CPU")):
+        rows = entries[name]["result"]["rows"]
+        assert {point.peak for point in drawn if point.gpu == gpu} == {row["peak"] for row in rows}
+        assert len({point for point in drawn if point.gpu == gpu}) == len(rows)
     assert {point.shape for point in drawn if point.gpu} >= {"Llama-2-7B", "Llama-2-13B", "Llama-33B", "Llama-2-70B"}
-    assert {point.tokens for point in drawn if point.gpu and point.shape == LLAMA_2_7B.name} >= {512, 2048, 8192}
-    peft = [row["peak"] for row in recorded.load("qlora_memory", device="h100")["result"]["rows"] if row["how"] != "QLoRA"]
-    assert not {point.peak for point in drawn} & set(peft)  # only steps that the prediction is of
+    assert max(point.tokens for point in drawn if point.gpu) == 8192 and max(point.rank for point in drawn if point.gpu) == 256
     lines = {figures.peak_gb(figures.shapes(entries)[p.shape], **settings(p)) / (p.peak / 1e9) for p in drawn}
-    assert min(lines) > 0.98 and max(lines) < 1.02
+    assert min(lines) > 0.98 and max(lines) < 1.001  # predictions leave out something, and add nothing
 
 
 def settings(point: figures.Point) -> dict:
@@ -55,12 +52,8 @@ def settings(point: figures.Point) -> dict:
     return keys | {"attention": point.attention}
 
 
-def test_a_gpus_own_record_replaces_the_points_borrowed_from_others(monkeypatch):
-    own = copy.deepcopy(recorded.load("growth", device="cpu"))
-    failed = own["result"]["rows"][0]
+def test_a_row_that_failed_is_no_point():
+    entries = copy.deepcopy(figures.results(figures.GROWTH))
+    before, failed = figures.points(entries), entries["growth on a GPU"]["result"]["rows"][0]
     failed["error"] = failed.pop("peak")
-    real = recorded.load
-    monkeypatch.setattr(recorded, "load", lambda name, device: own if (name, device) == ("growth", "h100") else real(name, device))
-    entries = figures.results(figures.GROWTH)
-    assert set(entries) == {"growth on a CPU", "growth on a GPU"}
-    assert sum(point.gpu for point in figures.points(entries)) == len(own["result"]["rows"]) - 1
+    assert figures.points(entries) == before[1:] and before[0].gpu
