@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py                   # up to 70B, 8,192 tokens and r = 256 on a CUDA device with 80 GB;
                                                   # on a CPU smaller models and fewer tokens, about five minutes; saves the result "growth"
+    python benchmarks/growth.py --exact           # tokens and rank without what is not the step's own; saves "growth_exact"
     python benchmarks/growth.py --only rank       # one of the three; saves to a temporary folder
     python benchmarks/growth.py --smoke           # small shapes on the CPU, in seconds; saves to a temporary folder
 
@@ -12,11 +13,16 @@ measured once, also where two lines cross in it. Models have random weights and 
 Bytes are those of a step after the first (Adam's moments exist by then): on CUDA the allocator's peak less the matrix library's
 workspaces, on a CPU the tensors that exist before the step, added up, and those that operations hand out during it, counted. What an
 operation needs inside itself is therefore not in a CPU's figure. Seconds are of whole steps, without the counting.
+
+Two things in these bytes are not the step's own. torch's allocator leaves up to a mebibyte at the end of a cached block unused and counts
+it. And the library's switch makes the embedding's output ask for a gradient, and leaves that so when checkpointing is switched off.
+--exact lets the allocator split all blocks (expandable segments), and takes back what the switch has done.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import os
 import statistics
 import tempfile
 import time
@@ -112,20 +118,22 @@ def take_step(model: nn.Module, adam: torch.optim.Optimizer, ids: Tensor, note: 
     return value
 
 
-def set_up(point: Point, model: nn.Module) -> contextlib.AbstractContextManager:
-    """Switch checkpointing; the context in which attention is as the point says."""
+def set_up(point: Point, model: nn.Module, exact: bool = False) -> contextlib.AbstractContextManager:
+    """Switch checkpointing, with ``exact`` also what its switch leaves behind; the context in which attention is as the point says."""
     if point.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_disable()
+        if exact:  # each use of the switch adds a hook, and disable_input_require_grads() takes back the last alone
+            model.get_input_embeddings()._forward_hooks.clear()
     return sdpa_kernel(SDPBackend.MATH) if point.attention == "math" else contextlib.nullcontext()
 
 
-def measure(point: Point, model: nn.Module, adam: torch.optim.Optimizer, meter: Meter) -> dict:
+def measure(point: Point, model: nn.Module, adam: torch.optim.Optimizer, meter: Meter, exact: bool = False) -> dict:
     """Peaks of one step, and seconds of others, once Adam's moments exist."""
     place, peaks, losses, seconds = next(model.parameters()).device, {}, [], []
     ids = torch.randint(point.shape.vocab, (1, point.sequence), device=place)
-    with set_up(point, model):
+    with set_up(point, model, exact):
         for _ in range(4 if meter.cuda else 1):
             began = time.perf_counter()
             losses.append(take_step(model, adam, ids))
@@ -157,7 +165,9 @@ def described(point: Point) -> dict:
     return row | {"predicted": budget.peak, "predicted_moment": budget.moment, "predicted_weights": budget["weights"]}
 
 
-def measure_group(shape: ModelShape, rank: int, points: list[Point], meter: Meter, device: torch.device) -> Iterable[dict]:
+def measure_group(
+    shape: ModelShape, rank: int, points: list[Point], meter: Meter, device: torch.device, exact: bool = False
+) -> Iterable[dict]:
     """A row for each point; one that fails is a row with an error, and the others go on."""
     model = adam = None
     meter.start()
@@ -170,7 +180,7 @@ def measure_group(shape: ModelShape, rank: int, points: list[Point], meter: Mete
         return
     for point in points:
         try:
-            row = described(point) | measure(point, model, adam, meter)
+            row = described(point) | measure(point, model, adam, meter, exact)
             yield row | {"ratio": row["predicted"] / row["peak"]}
         except Exception as error:
             adam.zero_grad(set_to_none=True)
@@ -181,13 +191,15 @@ def message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def run(points: list[Point], device: torch.device, keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+def run(
+    points: list[Point], device: torch.device, keep: Callable[[list[dict]], None] = lambda rows: None, exact: bool = False
+) -> list[dict]:
     """All rows; ``keep`` is called with those that exist after each one, so that a run which is cut short leaves them."""
     meter, rows = Meter(device), []
     print(HEAD, flush=True)
     for (shape, rank), group in groups(points).items():
         torch.manual_seed(0)
-        for row in measure_group(shape, rank, group, meter, device):
+        for row in measure_group(shape, rank, group, meter, device, exact):
             rows.append(row)
             print(line(row), flush=True)
             keep(rows)
@@ -210,20 +222,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/recorded; of a part, a temporary one)")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, help="what to vary (default: all three)")
+    parser.add_argument("--exact", action="store_true", help="tokens and rank, without what is not the step's own: see above")
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, in seconds")
     arguments = parser.parse_args()
+    if arguments.exact:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
     device = torch.device("cpu") if arguments.smoke else best_device()
     whole = not (arguments.smoke or arguments.only)
     out = arguments.out or (recorded.FOLDER if whole else Path(tempfile.mkdtemp()))
     chosen, began = plan(device.type == "cuda", arguments.smoke), time.monotonic()
-    points = chosen.points(arguments.only or SWEEPS)
+    points = chosen.points(arguments.only or (("tokens", "rank") if arguments.exact else SWEEPS))
     shapes = {point.shape.name: dataclasses.asdict(point.shape) for point in points}
 
     def keep(rows: list[dict]) -> Path:
         about = {"tokens": chosen.start, "rank": RANK, "alpha": ALPHA, "swept": chosen.shape.name, "shapes": shapes}
-        return recorded.save("growth", about | {"rows": rows}, out, device)
+        return recorded.save("growth_exact" if arguments.exact else "growth", about | {"rows": rows}, out, device)
 
-    path = keep(rows := run(points, device, keep))
+    path = keep(rows := run(points, device, keep, arguments.exact))
     failed, ratios = sum("error" in row for row in rows), [row["ratio"] for row in rows if "error" not in row]
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s, {failed} failed", end="")
     print(f"; predicted / measured {min(ratios):.4f} to {max(ratios):.4f}" if ratios else "")

@@ -127,6 +127,14 @@ def test_the_script_saves_what_it_measured(monkeypatch, tmp_path, capsys):
     assert "3 rows" in capsys.readouterr().out
 
 
+def test_exact_takes_back_what_the_switch_of_checkpointing_leaves():
+    """6h + 4 bytes a token: the input of the first norm and 1/rms in float32, and the embedding's output."""
+    points = [benchmark.Point(PLAN.shape, 64, 4, checkpointing) for checkpointing in (True, False)]
+    plain, exact = (benchmark.run(points, CPU, exact=exact) for exact in (False, True))
+    assert plain[0]["peak"] == exact[0]["peak"]
+    assert plain[1]["peak"] - exact[1]["peak"] == 64 * (6 * PLAN.shape.hidden + 4)
+
+
 @pytest.mark.parametrize("device", ["cpu", "h100"])
 def test_the_recorded_result_is_whole_and_as_predicted_by_todays_code(device):
     try:
