@@ -610,10 +610,17 @@ def growth_256_plain_off_percent() -> float:
     return _off_percent(_row(sequence=256, checkpointing=False))
 
 
-def growth_capped_off_percent() -> float:
-    """Largest distance for the same steps of 7B to 70B, where the allocator could split every block."""
-    rows = recorded.load("qlora_caps", device="h100")["result"]["rows"]
-    return max(abs(100 * (row["predicted"] / row["peak"] - 1)) for row in rows)
+def _exact() -> list[dict]:
+    return recorded.load("growth_exact", device="h100")["result"]["rows"]
+
+
+def growth_exact_rows() -> int:
+    return len(_exact())
+
+
+def growth_exact_off_percent() -> float:
+    """Largest distance without hooks left behind, and where the allocator can split every block."""
+    return max(abs(_off_percent(row)) for row in _exact())
 
 
 def growth_7b_gb() -> float:

@@ -466,6 +466,16 @@ def one_row_takes_the_sum() -> bool:
     return abs((one_row_floor() + one_row_starting()) / one_row_ours() - 1) < 0.05
 
 
+def half_of_bitsandbytes() -> float:
+    """Milliseconds for one row at twice its speed."""
+    return one_row_bitsandbytes() / 2
+
+
+def reading_alone() -> float:
+    """Milliseconds in which a launch reads codes and scales of the same weight, and does nothing else."""
+    return _speed()["reading"]
+
+
 def _counted(kernel: str, what: str) -> float:
     """By the hardware's counters while the kernel runs: a count, or how busy a part of the GPU is, per cent."""
     return recorded.load("nf4_profile", device="h100")["result"]["kernels"][kernel][what]
