@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtri
 from scipy.stats import norm
 
 from course import ROOT
@@ -67,8 +68,25 @@ def test_one_last_place_is_named():
         found[3] = torch.nextafter(found[3], torch.tensor(math.inf))
         return found
 
-    with pytest.raises(NotYet, match=r"bit for bit .*1 of 16 values differ"):
+    with pytest.raises(NotYet, match="right to six digits, but not the table"):
         check.levels(off_by_one_bit)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        lambda offset, n: np.linspace(offset, 0.5, n + 1, dtype=np.float32),
+        lambda offset, n: (offset + (0.5 - offset) * torch.arange(n + 1) / n).numpy(),
+    ],
+)
+def test_another_float32_grid_is_named(grid):
+    def levels(negative, positive, offset):
+        below, above = (ndtri(grid(offset, n)[:-1]) for n in (negative, positive))
+        found = torch.tensor([*-below, 0.0, *above]).float().sort().values
+        return found / found.max()
+
+    with pytest.raises(NotYet, match=r"right to six digits, but not the table .* torch\.linspace in float32"):
+        check.levels(levels)
 
 
 def test_other_right_codes_pass():

@@ -181,6 +181,12 @@ def test_sly_products_are_refused(answer, words):
     refused(check.product, answer, words)
 
 
+def test_a_vector_that_fails_is_named():
+    """sum(()) sums over all axes, and a vector has no leading ones."""
+    answer = check.product_with(bias_gradient=lambda grad: grad.sum(tuple(range(grad.ndim - 1))))
+    refused(check.product, answer, r"for an x without leading axes, \(in,\), your code raised RuntimeError")
+
+
 # ---- bytes
 
 

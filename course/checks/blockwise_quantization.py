@@ -203,7 +203,7 @@ absmax = Check(
         "the codes are still floating-point numbers: convert them to torch.int8, else nothing is saved": _absmax_with(
             finish=lambda codes: codes.round()
         ),
-        "a tensor of zeros has absmax 0, and 0 / 0 is NaN: give it some positive scale, such as 1": _no_guard,
+        "a tensor of zeros has absmax 0, by which nothing can be divided (0 / 0 is NaN): give it some positive scale, such as 1": _no_guard,
         "a number was added to the scale, or it has a least value: beside it tiny values are lost; replace a scale of 0 and no other": (
             _epsilon_in_the_scale
         ),

@@ -379,7 +379,7 @@ class Stored(NamedTuple):
         offset: float32, no axes.
         block_size: weights that share a scale; the last block may be short.
         second_block: scales that share a scale; the last block may be short.
-        shape, dtype: of the weight; any number of axes; float32, float16 or bfloat16.
+        shape, dtype: of the weight; a tuple, for any number of axes; float32, float16 or bfloat16.
     """
 
     packed: Tensor

@@ -444,6 +444,11 @@ def back_as_parameter(layer: Mergeable) -> None:
     layer.base.weight, layer.original = nn.Parameter(layer.original), None
 
 
+def put_without_copy(layer: Mergeable) -> None:
+    layer.original = layer.base.weight.data
+    layer.base.weight.data.copy_(layer.base.weight.float() + layer.delta())
+
+
 def put_first_backup(layer: Mergeable) -> None:
     first = getattr(layer, "first", None)
     Mergeable.put(layer)
@@ -564,6 +569,9 @@ merge = Check(
         ),
         "unmerge() put the old weight back as a new nn.Parameter, which trains: give it requires_grad=False, or copy_ into the old "
         "one": variant(Mergeable, take_back=back_as_parameter),
+        "the weight kept aside is no copy: it changed with the merge, so nothing is left to put back; keep a clone()": variant(
+            Mergeable, put=put_without_copy
+        ),
         "the weight kept aside is that of the first merge(): the base may have changed since; keep it anew in every merge()": variant(
             Mergeable, put=put_first_backup
         ),

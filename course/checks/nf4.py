@@ -69,12 +69,6 @@ def _even(negative: int, positive: int, offset: float) -> Tensor:
     return torch.cat([torch.linspace(-1, 0, negative + 1)[:-1], torch.linspace(0, 1, positive + 1)])
 
 
-def _rounded_last(negative: int, positive: int, offset: float) -> Tensor:
-    halves = [norm.ppf(torch.linspace(offset, 0.5, n + 1).double())[:-1] for n in (negative, positive)]
-    found = torch.tensor([*-halves[0], 0.0, *halves[1]], dtype=torch.float64).sort().values
-    return (found / found.max()).float()
-
-
 def observe_levels(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {"7 levels below zero, 8 above, δ = 0.9677083": answer(7, 8, OFFSET)}
@@ -85,10 +79,9 @@ def observe_levels(answer, seed: int) -> dict:
         for below, above in ((negative, positive), (positive, negative)):
             seen[f"{below} levels below zero, {above} above, δ = {offset:.4f}"] = answer(below, above, offset)
     nf4 = answer(7, 8, OFFSET)
-    if isinstance(nf4, Tensor) and nf4.dtype == torch.float32:
-        seen["NF4's levels, bit for bit as integers (float32 probabilities, scipy's ndtri or norm.ppf, rounded, then divided)"] = (
-            (nf4.detach() + 0.0).contiguous().view(torch.int32)  # −0 + 0 is 0: a zero with a sign is right too
-        )
+    if isinstance(nf4, Tensor) and nf4.dtype == torch.float32 and nf4.shape == NF4_CODEBOOK.shape:
+        near = torch.allclose(nf4, NF4_CODEBOOK, rtol=0, atol=1e-6)  # equality takes −0 for 0
+        seen["NF4's levels"] = "bit for bit" if torch.equal(nf4, NF4_CODEBOOK) else "right to six digits" if near else "others"
     return seen
 
 
@@ -116,10 +109,8 @@ levels = Check(
         "the levels are right but not in order: sort them, or a code says nothing about size": from_quantiles(order=False),
         "one side borrows the other's probabilities: each side has its own even steps from δ to ½": from_quantiles(shared=True),
         "the levels are right but not float32": from_quantiles(dtype=torch.float64),
-        "right to seven digits, but not the table that everybody ships: its probabilities are a float32 grid (torch.linspace in float32)": (
-            from_quantiles(grid=torch.float64)
-        ),
-        "right to seven digits, but not the table that everybody ships: round the quantiles to float32 first, then divide": _rounded_last,
+        "right to six digits, but not the table that everybody ships: that one's grid is torch.linspace in float32, its quantiles are "
+        "scipy's (ndtri, norm.ppf) or taken in float64, rounded to float32 before all are divided": from_quantiles(grid=torch.float64),
     },
 )
 
@@ -438,6 +429,11 @@ def _last_borrows(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return _count(torch.cat([piece / scale for piece, scale in zip(pieces, scales, strict=True)]), levels) / x.numel()
 
 
+def _padded_but_divided_by_n(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    padded = torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % block_size)).view(-1, block_size)
+    return _count((padded / padded.abs().amax(1, keepdim=True).clamp(min=1e-38)).flatten(), levels) / x.numel()
+
+
 def _mean_of_blocks(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     pieces = x.float().flatten().split(block_size)
     return torch.stack([_count(piece / piece.abs().max().clamp(min=1e-38), levels) / len(piece) for piece in pieces]).mean(0)
@@ -506,6 +502,7 @@ occupancy = Check(
         ),
         "the short last block was left out: it counts like the others, with its own scale": sharer(short="dropped"),
         "the zeros that fill up the last block were counted: only the tensor's own values count": sharer(short="padded"),
+        "the zeros that fill up the last block were counted in zero's bin: cut them off again before you count": _padded_but_divided_by_n,
         "these are counts: divide by the number of values": sharer(share=0),
         "these are percentages: return shares that sum to 1": sharer(share=100.0),
         "a bin without values has no entry: return one share for every level (minlength)": sharer(minlength=False),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course.checking import Check
+from course.checking import Check, NotYet
 from course.lab.live import LiveBytes
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, quantize_linears
@@ -209,9 +209,13 @@ def _observe_product(answer, seed: int) -> dict:
     seen["bytes kept for the backward, beside the packed weight"] = _kept_bytes(answer, x_wide, wide)
     seen["the backward computes a gradient of the weight"] = products.found
     one = draw(n).requires_grad_()
-    y = answer(one, *arguments)
+    try:
+        y = answer(one, *arguments)
+        ofs = _gradients(y, (one, bias), direction[0, 0])
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise NotYet(f"for an x without leading axes, (in,), your code raised {type(error).__name__}: {error}") from error
     seen["the output of a vector"] = y
-    seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = _gradients(y, (one, bias), direction[0, 0])
+    seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = ofs
     frozen = answer(x, arguments[0], arguments[1], bias.detach(), *arguments[3:])
     seen["the gradient of the input when the bias is frozen"] = _gradients(frozen, (x,), direction)[0]
     for dtype in (torch.bfloat16, torch.float16):
