@@ -126,19 +126,19 @@ def kept(shape: ModelShape, run: Run, checkpointing: bool = False) -> int:
     return layers(shape, run, checkpointing) + sum(head(shape, run).values())
 
 
-def done_before_attention(shape: ModelShape, run: Run) -> int:
+def done_before_attention(shape: ModelShape, run: Run, inflow: bool = True) -> int:
     """Bytes of ``layer`` that have had their turn when its backward pass reaches the attention: those of the MLP, its norm and o_proj."""
-    groups = layer(shape, run)
+    groups = layer(shape, run, inflow)
     later = "input of q, k, v", "queries, keys, values", "softmax, float32"
     return sum(count for name, count in groups.items() if name not in later) - groups.get("norm inputs, float32", 0) // 2
 
 
-def attention_temporaries(shape: ModelShape, run: Run) -> int:
+def attention_temporaries(shape: ModelShape, run: Run, inflow: bool = True) -> int:
     """Bytes that come and go in an attention that stores its scores: the gradients of softmax's output and of its input, in float32.
 
     And a product of two of them that torch's operation makes inside itself on a GPU. 0 for a fused attention: the layer's MLP is wider.
     """
-    return 3 * 4 * run.tokens * shape.heads * run.sequence * (run.attention == "math")
+    return 3 * layer(shape, run, inflow).get("softmax, float32", 0) * (run.attention == "math")
 
 
 def temporaries(shape: ModelShape, run: Run, quantized: bool = False) -> int:

@@ -153,10 +153,11 @@ def _moments(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: bool, f
         "first layer back": {name: first[name] + of_layers * (shape.layers - 1) // shape.layers, "activations": one_layer} | inner,
         "optimizer's step": {name: full[name], "step buffer": full["step buffer"]},
     }
-    if scores := activations.attention_temporaries(shape, run):
-        back = {kind: count for kind, count in moments["last layer back"].items() if kind != "temporaries"} | {"scores' gradients": scores}
-        back["recomputed layer" if checkpointing else "activations"] -= activations.done_before_attention(shape, run)
-        moments["attention back"] = back
+    for place, inflow in (("last", True), ("first", run.trained or checkpointing)):
+        if scores := activations.attention_temporaries(shape, run, inflow):
+            back = moments[f"{place} layer back"] | {"temporaries": 0, "scores' gradients": scores}
+            back["recomputed layer" if checkpointing else "activations"] -= activations.done_before_attention(shape, run, inflow)
+            moments[f"{place} attention back"] = back
     if run.trained and shape.tied:  # three at once: the head's gradient, the embedding's, and their sum, which autograd makes anew
         moments["embedding back"] = {name: full[name], "temporaries": 2 * recipe.gradient_bytes * shape.embedding}
     return {moment: held | passing_now for moment, passing_now in moments.items()}

@@ -114,8 +114,16 @@ def test_attention_that_stores_its_scores(checkpointing, heads, kv_heads):
     shape = ModelShape("long", 64, 3, heads, kv_heads, 64 // heads, 128, 64)
     (row,) = benchmark.run([benchmark.Point(shape, 512, 4, checkpointing, "math")], CPU)
     scores = 4 * heads * 512**2
-    assert row["predicted_moment"] == "attention back"
+    assert row["predicted_moment"] == "last attention back"
     assert row["peak"] == pytest.approx(row["predicted"] - scores, rel=0.015)
+
+
+def test_with_many_adapters_it_is_the_first_attention():
+    """Its gradients come last, when those of all other layers are there."""
+    shape = ModelShape("deep", 64, 12, 8, 8, 8, 128, 64)
+    (row,) = benchmark.run([benchmark.Point(shape, 128, 32, True, "math")], CPU)
+    assert row["predicted_moment"] == "first attention back"
+    assert row["peak"] == pytest.approx(row["predicted"] - 4 * 8 * 128**2, rel=0.015)
 
 
 def test_the_script_saves_what_it_measured(monkeypatch, tmp_path, capsys):

@@ -8,10 +8,10 @@ from torch.nn.functional import linear
 
 from reference.double_quant import QuantizedScales
 from reference.kernels.nf4_codes import dequantize_nf4, nested, on, read_scales, scale_tensors
-from reference.kernels.nf4_rows import BLOCK_SIZES, rows_product
+from reference.kernels.nf4_rows import BLOCK_SIZES, PROGRAMS, rows_product
 from reference.nf4 import NF4Tensor
 
-FUSED_ROWS = 64
+FUSED_ROWS = max(PROGRAMS)  # rows of x
 ROW = dict(ROWS=4, WORDS=128, RUN=32, num_warps=1)  # what was fastest on an H100 (benchmarks/nf4_kernels.py)
 
 
