@@ -199,6 +199,54 @@ def test_sly_scales_are_refused(answer, words):
         check.scales(answer)
 
 
+def in_one_piece(mean, largest, shift=0.0):
+    """Padded to whole blocks first, then everything at once, as many write it."""
+
+    def answer(absmax, levels, block_size):
+        blocks = torch.nn.functional.pad(absmax - shift * absmax.mean(), (0, -len(absmax) % block_size)).view(-1, block_size)
+        offset = mean(blocks, absmax)
+        blocks = blocks - offset * (1 - shift)
+        scale = largest(blocks)
+        codes = torch.bucketize(blocks / scale[:, None], (levels[1:] + levels[:-1]) / 2).flatten()[: len(absmax)]
+        return codes.byte(), scale, offset
+
+    return answer
+
+
+def each_block_alone(returned):
+    return lambda absmax, levels, block_size: (
+        *in_one_piece(lambda blocks, _: blocks.mean(1, keepdim=True), lambda blocks: blocks.abs().amax(1))(absmax, levels, block_size)[:2],
+        returned(absmax.split(block_size)),
+    )
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (in_one_piece(lambda blocks, _: blocks.mean(), lambda blocks: blocks.abs().amax(1)), "counted in it, and became −mean"),
+        (
+            in_one_piece(lambda blocks, _: blocks.mean(1, keepdim=True), lambda blocks: blocks.abs().amax(1)),
+            "you took each block's own mean",
+        ),
+        (each_block_alone(lambda blocks: [block.mean() for block in blocks]), "you took each block's own mean"),
+        (in_one_piece(lambda _, absmax: absmax.mean(), lambda blocks: blocks.amax(1), 1.0), "largest .absolute. value: a scale far below"),
+        (check._quantize_with(largest_of=lambda block, raw: block.max().abs()), "largest .absolute. value: a scale far below"),
+        (lambda *arguments: None, "your function returned NoneType: return three"),
+        (lambda *arguments: check.quantize(*arguments)[:2], "your function returned 2 values: return three"),
+    ],
+)
+def test_scales_that_many_get_wrong_are_named_every_time(answer, words):
+    for seed in range(10):
+        with pytest.raises(NotYet, match=words):
+            check.scales._judge(answer, seed)
+
+
+def test_whole_blocks_filled_up_once_the_mean_is_off_pass_every_time():
+    right = in_one_piece(lambda _, absmax: absmax.mean(), lambda blocks: blocks.abs().amax(1), 1.0)
+    for seed in range(10):
+        check.scales._judge(right, seed)
+
+
 def divides_as_a_library(absmax, levels, block_size):
     """By the inverse, in float64, the nearest by distance."""
     offset = absmax.double().mean().float()
@@ -215,6 +263,26 @@ def divides_as_a_library(absmax, levels, block_size):
 def test_another_order_of_operations_and_a_harmless_epsilon_pass_every_time(answer):
     for seed in range(30):
         check.scales._judge(answer, seed)
+
+
+def masks(codes_of_weight, codes_of_scales):
+    def answer(q):
+        n = torch.Size(q.shape).numel()
+        scales = q.dynamic[codes_of_scales(q.codes)] * q.absmax.repeat_interleave(q.second_block)[: len(q.codes)] + q.offset
+        codes = codes_of_weight(torch.stack([q.packed >> 4, q.packed & 15], 1).flatten()[:n])
+        return (q.levels[codes] * scales.repeat_interleave(q.block_size)[:n]).to(q.dtype).view(q.shape)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer", [masks(torch.clone, torch.clone), masks(torch.clone, torch.Tensor.int), masks(torch.Tensor.bool, torch.Tensor.long)]
+)
+def test_an_index_that_is_taken_for_a_mask_is_named(answer):
+    for seed in range(3):
+        with pytest.raises(NotYet, match="torch takes an index of dtype uint8 for a mask"):
+            check.restore._judge(answer, seed)
+    check.restore(masks(torch.Tensor.int, torch.Tensor.long))
 
 
 def with_one_dtype(q):

@@ -79,7 +79,15 @@ SLY_LAYERS = {
     "no adapter in other dtypes": (made(path=lambda s, x: check.PlainLoRA.path(s, x) * (x.dtype is torch.float32)), "bfloat16 base"),
     "no scale in float64": (made(scale=lambda s: 1.0 if s.lora_A.dtype is torch.float64 else s.lora_alpha / s.r), "float64 base"),
     "whole rows dropped": (made(drop=lambda s, x: x * kept_of(x[..., :1], s)), "whole rows are dropped"),
-    "one mask for all rows": (made(drop=lambda s, x: x * kept_of(x[0], s)), "shares of the update that rows get"),
+    "one mask for all rows": (made(drop=lambda s, x: x * kept_of(x[0], s)), "dropout draws once for all rows"),
+    "one mask for a weight": (
+        made(path=lambda s, x: F.linear(F.linear(x, F.dropout(s.lora_A, s.p, s.training)), s.lora_B), drop=lambda s, x: x),
+        "dropout draws once for all rows",
+    ),
+    "between A and B too": (
+        made(path=lambda s, x: F.linear(s.drop(F.linear(x, s.lora_A)), s.lora_B)),
+        "the right one times: expected '0 or 1.33', got 'no multiple of it .three to eight different updates.'",
+    ),
     "p kept, not dropped": (
         made(drop=lambda s, x: x * kept_of(x, s, 1 - s.p) * s.p / (1 - s.p) if s.training and s.p else x),
         "most rows get an update",
@@ -230,7 +238,29 @@ def too_slow_and_frozen_after(model, x, y, steps, lr):
     return at_another_rank(model, x, y, steps, lr / 1000).requires_grad_(False)
 
 
+def trained_aside(model, x, y, steps, lr):
+    trained = copy.deepcopy(model)
+    inject_lora(trained, 2, 6)
+    optimizer = torch.optim.AdamW([{"params": [p]} for name, p in trained.named_parameters() if ".lora_" in name], lr=lr)
+    for _ in range(steps):
+        (trained(x) - y).square().mean().backward()
+        optimizer.step()
+        trained.zero_grad()
+    return trained
+
+
+def test_a_model_that_was_trained_as_a_copy_passes():
+    for seed in range(3):
+        check.repair._judge(trained_aside, seed)
+
+
+def and_the_loss(*arguments):
+    return check.adapt_differently(*arguments), 0.1
+
+
 SLY_RUNS = [
+    (lambda *arguments: print(end=str(check.adapt_differently(*arguments))[:0]), "your function returns None: it must return the model"),
+    (and_the_loss, "what your function returns: expected 'the model', got 'a tuple'"),
     (full_fine_tuning, "no adapter"),
     (random_factors_and_no_training, "lora_A never moves"),
     (too_slow_and_frozen_after, "got 'the factors moved, but the error did not halve'"),

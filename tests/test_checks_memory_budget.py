@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from course.checking import NotYet
@@ -22,7 +23,22 @@ def names_within(within):
     return answer
 
 
+def batch_by_trying(capacity, held, kept_per_token, sequence, vocab):
+    row, rows = sequence * (kept_per_token + 3 * vocab * 4), 0
+    while held + (rows + 1) * row <= capacity:
+        rows += 1
+    return rows
+
+
+def batch_with_numpy(capacity, held, kept_per_token, sequence, vocab):
+    return np.floor_divide(np.int64(max(capacity - held, 0)), np.dot([kept_per_token, vocab], [1, 12]) * sequence)
+
+
 RIGHT = {
+    "row by row": (check.batch, batch_by_trying),
+    "in numpy": (check.batch, batch_with_numpy),
+    "by math.isclose": (check.matching, names_within(lambda n, each, gb, t: math.isclose(n * each / 1e9, gb, rel_tol=0, abs_tol=t * gb))),
+    "by np.isclose": (check.matching, names_within(lambda n, each, gb, t: np.isclose(n * each / 1e9, gb, rtol=t, atol=0))),
     "scales of whole blocks": (check.full, in_whole_blocks),
     "in GB": (check.matching, names_within(lambda n, each, gb, t: abs(n * each * 1e-9 - gb) <= t * gb)),
     "as a ratio": (check.matching, names_within(lambda n, each, gb, t: abs(n / 1e9 * each / gb - 1) <= t)),
@@ -46,6 +62,14 @@ def keeps_x_for(which):
 
 
 SLY = {
+    "isclose": (check.matching, names_within(lambda n, each, gb, t: math.isclose(gb * 1e9, n * each, rel_tol=t)), "the larger of its two"),
+    "isclose, either number": (
+        check.matching,
+        names_within(lambda n, each, gb, t: np.isclose(gb, n * each / 1e9, rtol=t)),
+        "what the recipe gives",
+    ),
+    "3 · vocab": (check.batch, lambda c, h, kept, s, vocab: max(0, (c - h) // (s * (kept + 3 * vocab))), "in numbers and not in bytes"),
+    "a loss a row": (check.batch, lambda c, h, kept, s, vocab: max(0, (c - h) // (s * kept + 12 * vocab)), "for one token of a row"),
     "a tuple": (check.lora, lambda sizes, r, targets: tuple(check.lora_budget(sizes, r, targets).values()), "expected a dictionary"),
     "one number": (check.lora, lambda sizes, r, targets: {"trained": check.lora_budget(sizes, r, targets)["trained"]}, "missing: grad"),
     "gate_proj alone": (check.mlp, keeps_x_for("gate_proj"), "adapter on up_proj keeps it too"),

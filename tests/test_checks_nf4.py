@@ -231,6 +231,36 @@ def test_other_right_shares_pass():
         check.occupancy._judge(zeros_go_to(lambda levels: levels.abs().argmin()), seed)
 
 
+def shares_in_16_bits(guarded):
+    def occupancy(x, levels, block_size):
+        scaled = torch.cat([guarded(block, block.abs().max()) for block in x.flatten().split(block_size)])
+        return torch.bincount(torch.bucketize(scaled, midpoints(levels)), minlength=len(levels)).float() / x.numel()
+
+    return occupancy
+
+
+@pytest.mark.parametrize(
+    "guarded, words",
+    [
+        (lambda block, largest: block / largest.clamp(min=1e-38), "own 16-bit dtype: convert x to float32 first$"),
+        (lambda block, largest: block / largest if largest > 0 else block, "own 16-bit dtype: convert x to float32 first$"),
+        (lambda block, largest: (block / largest).nan_to_num(), "own 16-bit dtype: convert x to float32 first$"),
+        (lambda block, largest: block / torch.where(largest == 0, 1, largest), "own 16-bit dtype: convert x to float32 first$"),
+        (lambda block, largest: block / largest.clamp(min=1e-12), "and by no less than a least value"),
+        (lambda block, largest: block / largest, "and a block of zeros by zero"),
+    ],
+)
+def test_a_division_in_16_bits_is_named_however_zeros_are_guarded(guarded, words):
+    for seed in range(5):
+        with pytest.raises(NotYet, match=words):
+            check.occupancy._judge(shares_in_16_bits(guarded), seed)
+
+
+def test_an_index_error_that_is_not_about_a_mask_is_shown_as_it_is():
+    with pytest.raises(NotYet, match="your code raised IndexError: index 16 is out of bounds"):
+        check.dequantize(lambda packed, absmax, shape, block_size, dtype: NF4_CODEBOOK[torch.tensor([16])])
+
+
 def zeros_go_to(code):
     def occupancy(x, levels, block_size):
         counts = torch.zeros(len(levels))

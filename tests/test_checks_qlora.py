@@ -286,6 +286,37 @@ def only(part):
     return lambda *arguments: {part: check.merges.reference(*arguments)[part]}
 
 
+def way_by_way(*arguments):
+    found = check.merges.reference(*arguments)
+    return {way: (weight, found["errors"][way]) for way, weight in found["weights"].items()}
+
+
+def with_truth(truth, narrow=False, own=False):
+    """As a learner would write it: the truth rounded, differences in the weight's own dtype, or 'original' compared with its own sum."""
+
+    def answer(q, original, lora_A, lora_B, lora_alpha):
+        delta = lora_alpha / len(lora_A) * lora_B @ lora_A
+        trained = dequantize_nf4(q, torch.float32) + delta
+        weights = check.merges.reference(q, original, lora_A, lora_B, lora_alpha)["weights"]
+        right, errors = truth(trained, trained.to(original.dtype).float()), {}
+        for way, weight in weights.items():
+            with_what = original.float() + delta if own and way == "original" else right
+            far = weight - with_what.to(weight.dtype) if narrow else weight.float() - with_what
+            errors[way] = (far.float().norm() / with_what.norm()).item()
+        return {"weights": weights, "errors": errors}
+
+    return answer
+
+
+def test_more_in_the_dictionary_than_was_asked_for_is_no_mistake():
+    def generous(*arguments):
+        found = check.merges.reference(*arguments)
+        return {**found, **found["weights"], "size": 3}
+
+    check.merges(generous)
+    check.merges(with_truth(lambda trained, rounded: trained))
+
+
 def mean_error(q, original, *rest):
     """An error by elements."""
     found = check.merges.reference(q, original, *rest)
@@ -306,11 +337,17 @@ def all_in_float32(q, original, *rest):
         (only("errors"), "missing: weights"),
         (mean_error, "errors: dequantized"),
         (all_in_float32, "bfloat16, got"),
-        (lambda *arguments: check.merges.reference(*arguments)["weights"], "missing: errors, weights"),
+        (lambda *arguments: check.merges.reference(*arguments)["weights"], "the three ways stand at the top"),
+        (lambda *arguments: check.merges.reference(*arguments)["errors"], "the three ways stand at the top"),
+        (lambda *arguments: {}, "returns for a bfloat16 weight: missing: errors, weights"),
+        (way_by_way, "the three ways stand at the top"),
+        (with_truth(lambda trained, rounded: rounded), "'dequantized' is compared with itself"),
+        (with_truth(lambda trained, rounded: trained, narrow=True), "'dequantized' is compared with itself"),
+        (with_truth(lambda trained, rounded: trained, own=True), "the error of 'original' compares it with W"),
         (lambda *arguments: list(check.merges.reference(*arguments)), "expected a dictionary, got list"),
         (check.merge_with(scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
         (check.merge_with(scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
-        (check.merge_with(before_rounding=("dequantized",)), "errors: dequantized: expected 0.0016.*, got 0"),
+        (check.merge_with(before_rounding=("dequantized",)), "the error of 'dequantized' is zero"),
         (check.merge_with(requantize=lambda q, decoded, original, delta: decoded), "weights: requantized"),
         (check.merge_with(error=lambda merged, true, delta: ((merged - true) / true).abs().mean().item()), "errors: dequantized"),
     ],
@@ -416,6 +453,16 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
 )
 def test_sly_rules_are_refused(answer, words):
     refused(check.rule, answer, words)
+
+
+def test_rounded_break_evens_are_told_apart():
+    """Whatever the seed: round() is neither floor nor ceil on these sizes, and int() is neither."""
+    ways = {math.ceil: "rounded up", math.floor: "rounded down", round: "is rounded: return", int: "is cut off"}
+    for seed in range(20):
+        for number, words in ways.items():
+            with pytest.raises(NotYet, match=words):
+                check.frozen._judge(check.frozen_with(number=number), seed)
+        check.frozen._judge(frozen_with_numpy, seed)
 
 
 def test_decoding_is_the_modules():

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, NotYet
+from course.checks.nf4 import AS_MASK, looked_up
 from reference.double_quant import dynamic_codebook, quantize_scales
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
 
@@ -256,12 +257,17 @@ def _with_zeros(absmax: Tensor, block_size: int) -> Tensor:
     return torch.nn.functional.pad(absmax, (0, -len(absmax) % block_size))
 
 
-def _mean_of_each_block(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    means = torch.stack([block.mean() for block in absmax.split(block_size)])
-    centred = [block - mean for block, mean in zip(absmax.split(block_size), means, strict=True)]
-    largest = torch.stack([block.abs().max() for block in centred])
-    codes = [_nearest(block / scale, levels) for block, scale in zip(centred, largest, strict=True)]
-    return torch.cat(codes).to(torch.uint8), largest, means
+def _mean_of_each_block(returned: Callable = lambda absmax, means: means):
+    """Each block's own mean comes off; what is returned as the offset can be replaced."""
+
+    def answer(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        means = torch.stack([block.mean() for block in absmax.split(block_size)])
+        centred = [block - mean for block, mean in zip(absmax.split(block_size), means, strict=True)]
+        largest = torch.stack([block.abs().max() for block in centred])
+        codes = [_nearest(block / scale, levels) for block, scale in zip(centred, largest, strict=True)]
+        return torch.cat(codes).to(torch.uint8), largest, returned(absmax, means)
+
+    return answer
 
 
 def _one_scale(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +292,8 @@ def _scales(generator: torch.Generator, count: int, block_size: int, levels: Ten
     while True:
         absmax = torch.rand(count, generator=generator) * 0.3 + 0.7
         absmax[torch.rand(count, generator=generator) < 0.03] *= 0.1
-        if _decided(absmax, levels, block_size):
+        above = [bool((block > absmax.mean()).any()) for block in absmax.split(block_size)]  # a block's max() is then never below zero
+        if all(above) and _decided(absmax, levels, block_size):
             return absmax
 
 
@@ -296,8 +303,15 @@ def _observe_quantize(answer, seed: int) -> dict:
     cases = ((dynamic_map(5), 150, 64, 1.0), (torch.linspace(-1, 1, 31), 83, 16, 1.0), (dynamic_map(7), 96, 32, small))
     for levels, count, block_size, size in cases:
         absmax = _scales(generator, count, block_size, levels) * size  # a power of two: the scaled values stay what they are
-        codes, largest, offset = answer(absmax.clone(), levels.clone(), block_size)
+        found = answer(absmax.clone(), levels.clone(), block_size)
+        if not isinstance(found, (tuple, list)) or len(found) != 3:
+            what = f"{len(found)} values" if isinstance(found, (tuple, list)) else type(found).__name__
+            raise NotYet(f"your function returned {what}: return three, the codes, the scales of the scales and the offset")
+        codes, largest, offset = found
         where = f"{count} {'scales' if size == 1 else 'scales of about 1e-6'} in blocks of {block_size}, {len(levels)} levels"
+        means = offset.numel() if isinstance(offset, Tensor) else len(offset) if isinstance(offset, (list, tuple)) else 1
+        if means == -(-count // block_size):
+            return seen | {f"offset, {where}": "one for each block"}  # of any shape, with whatever codes
         seen |= {f"offset, {where}": offset, f"scales of scales, {where}": largest, f"codes, {where}": codes}
     return seen
 
@@ -311,7 +325,16 @@ scales = Check(
         "the mean is not taken off: scales are all positive, so half of the levels are never used": _quantize_with(
             offset_of=lambda a, b: a.new_zeros(())
         ),
-        "you took each block's own mean: the offset is one number for the whole tensor": _mean_of_each_block,
+        "you took each block's own mean: the offset is one number for the whole tensor": _mean_of_each_block(),
+        "each block's own mean comes off, and the mean of all scales is returned: take off what you return, one number for the whole "
+        "tensor": _mean_of_each_block(lambda absmax, means: absmax.mean()),
+        "each block's own mean comes off, and the mean of these means is returned: the offset is the mean of all scales, and it is what "
+        "comes off": _mean_of_each_block(lambda absmax, means: means.mean()),
+        "each block's own mean comes off, and the last one is returned: the offset is one number, the mean of all scales": (
+            _mean_of_each_block(lambda absmax, means: means[-1])
+        ),
+        "the offset is the mean of the blocks' means, in which a scale of a short last block counts for more: take the mean of all "
+        "scales": _quantize_with(offset_of=lambda a, b: torch.stack([block.mean() for block in a.split(b)]).mean()),
         "the offset is the mean; you took off the smallest scale, which leaves the negative levels unused": _quantize_with(
             offset_of=lambda a, b: a.min()
         ),
@@ -344,7 +367,11 @@ scales = Check(
         "the mean comes off first: you took a block's scale from values that still have it": _quantize_with(
             largest_of=lambda block, raw: raw.abs().max()
         ),
-        "the zeros that fill the last block were counted in the mean": _quantize_with(offset_of=lambda a, b: _with_zeros(a, b).mean()),
+        "the zeros that fill the last block were counted in the mean: take it of the scales alone": _quantize_with(
+            offset_of=lambda a, b: _with_zeros(a, b).mean()
+        ),
+        "the last block was filled with zeros before the mean was taken and came off: they were counted in it, and became −mean; fill it "
+        "up once the mean is off": _quantize_with(offset_of=lambda a, b: _with_zeros(a, b).mean(), padding=_with_zeros),
         "zeros were added before the mean came off: they became −mean and set the last block's scale": _quantize_with(padding=_with_zeros),
         "one scale for all: each block of block_size scales has its own": _one_scale,
         "the code is that of the nearest level; you took the next level below": _quantize_with(
@@ -460,10 +487,12 @@ def _observe_dequantize(answer, seed: int) -> dict:
             *(q.packed.view(-1), levels.clone(), s.codes, dynamic.clone()),
             *(s.absmax, s.offset, block_size, second_block, shape, dtype),
         )
-        weight = answer(stored)
+        weight = looked_up(answer, stored)
         size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} weights on one axis"
         where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own' * (levels is not NF4_CODEBOOK)}"
         seen[f"weight, {where}"] = weight if dtype == torch.float32 else _but_for_ties(weight, dequantize(stored))
+        if weight is AS_MASK:
+            return seen
     return seen
 
 
@@ -511,6 +540,8 @@ restore = Check(
         "both code books by heart: use q.levels and q.dynamic, whatever they are": lambda q: dequantize(
             q._replace(levels=NF4_CODEBOOK, dynamic=dynamic_codebook())
         ),
+        "torch takes an index of dtype uint8 for a mask, as it does one of bool: a mask selects entries, and has to be as long as what it "
+        "selects from; codes are positions, so index with codes.int(), at both levels": lambda q: q.dynamic[q.codes] * q.absmax[0],
         "the two block sizes are swapped, or one is used for both levels": _dequantize_with(
             second=lambda q: q.absmax.repeat_interleave(q.block_size)[: len(q.codes)]
         ),

@@ -128,15 +128,25 @@ def learns(layer: nn.Module, base: nn.Linear, g: torch.Generator, steps: int = 6
     return losses[-1] < 0.5 * losses[0]
 
 
+ONE_DRAW = "all rows the same, and other at each call"
+
+
 def shares_of_update(layer: nn.Module, base: nn.Linear, x: Tensor, update: Tensor) -> str:
-    """Rows with one non-zero input: what multiples of the update they got; where it is no multiple, into how many kinds the rows fall."""
-    with torch.no_grad():
-        rest = layer(x.clone()) - base(x)  # (rows, out)
+    """Equal rows with one non-zero input: what multiples of the update they got; where it is none, how many different updates there are."""
+
+    def got(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer(x.clone()) - base(x)  # (rows, out)
+
+    rest = got(x)
+    if kinds(rest) == 1 and any(kinds(torch.cat([rest[:1], got(x[:1])])) == 2 for _ in range(50)):
+        return ONE_DRAW
     share = (rest @ update) / (update @ update)  # (rows,)
     if torch.allclose(rest, share[:, None] * update, atol=1e-4):
         return " or ".join(f"{value:g}" for value in sorted({round(value, 2) + 0.0 for value in share.tolist()}))
     found = kinds(rest)
-    return "parts of it, two kinds" if found == 2 else "parts of it, a few kinds" if found <= 8 else "parts of it, many kinds"
+    words = "one update, for all rows" if found == 1 else "two different updates" if found == 2 else "three to eight different updates"
+    return f"no multiple of it ({words if found <= 8 else 'more than eight different updates'})"
 
 
 def kinds(rows: Tensor) -> int:
@@ -235,10 +245,13 @@ def observe_forward(answer, seed: int) -> dict:
     two_inputs[:, 4] = 1.0
     update = (alpha / r) * (layer.lora_B @ layer.lora_A)[:, 2].detach()
     layer.eval()
-    seen[f"in eval mode, with dropout {dropout}, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
+    rows = "in rows with one input that is not zero, the update is the right one times"
+    seen[f"in eval mode, with dropout {dropout}, {rows}"] = shares_of_update(layer, base, one_input, update)
     layer.train()
     training = f"in training, with dropout {dropout}"
-    seen[f"{training}, the shares of the update that rows get"] = shares_of_update(layer, base, one_input, update)
+    seen[f"{training}, {rows}"] = found = shares_of_update(layer, base, one_input, update)
+    if found == ONE_DRAW:
+        return seen  # what more is seen depends on the draw
     with torch.no_grad():
         layer(given := one_input.clone())
         seen[f"{training}, the layer's input is afterwards"] = "as it was" if torch.equal(given, one_input) else "changed"
@@ -321,6 +334,9 @@ forward = Check(
         ),
         "whole rows are dropped, or kept: dropout decides for each number of the input on its own (nn.Dropout does)": variant(
             PlainLoRA, drop=lambda s, x: x * (torch.rand(*x.shape[:-1], 1) > s.p) / (1 - s.p) if s.training else x
+        ),
+        "dropout draws once for all rows: it decides for each number of each row on its own; call it on x, not on a weight": variant(
+            PlainLoRA, drop=lambda s, x: x * F.dropout(torch.ones(x.shape[-1], dtype=x.dtype), s.p, s.training)
         ),
         "the factors are transposed: as in nn.Linear, lora_A is (r, in_features) and lora_B is (out_features, r)": ATransposed,
         "a base that is not float32 fails: make the factors in its dtype, or cast x to theirs and the result back": AlwaysFloat32,
@@ -962,6 +978,10 @@ def adapt_differently(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: fl
     return model
 
 
+def returns_nothing(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> None:
+    adapter()(model, x, y, steps, lr)
+
+
 def trains_the_base(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> nn.Module:
     lora.inject_lora(model, 2, 6)
     optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=lr)
@@ -1003,9 +1023,10 @@ def observe_repair(answer, seed: int) -> dict:
     except NotImplementedError:  # a RuntimeError too
         raise
     except RuntimeError as error:
-        return {"the run": "backward found nothing to train" if "does not require grad" in str(error) else str(error)}
+        found = "backward found nothing to train" if "does not require grad" in str(error) else str(error)
+        return {"what your function returns": "the model", "the run": found}
     if not isinstance(result, nn.Module):
-        return {"the run": f"gave {type(result).__name__} instead of the model"}
+        return {"what your function returns": None if result is None else f"a {type(result).__name__}"}
     factors = {name: p for name, p in result.named_parameters() if "lora_" in name}
     others = [p for name, p in result.named_parameters() if "lora_" not in name]  # a copy's, if the model was copied
     moved = any(not torch.equal(p, old) for found in (weights, others) for p, old in zip(found, base, strict=False))
@@ -1029,6 +1050,7 @@ def observe_repair(answer, seed: int) -> dict:
             state += ": the gradients of the steps are added up"
     adapters = {name: m for name, m in result.named_modules() if isinstance(m, LoRALinear)}
     return {
+        "what your function returns": "the model",
         "the run": state,
         "what trains": sorted({name.split(".")[-1] for name, p in result.named_parameters() if p.requires_grad}),
         "the adapters": [f"{name}: r = {m.r}, α/r = {m.scaling:g}" for name, m in adapters.items()],
@@ -1054,6 +1076,7 @@ repair = Check(
         ),
         "the gradients are never cleared: backward() adds to what is in .grad, so that every step takes the sum of all steps before; call "
         "optimizer.zero_grad() before each backward()": adapter(clears=False),
+        "your function returns None: it must return the model that it trained; end it with `return model`": returns_nothing,
         "the base trains too: that is full fine-tuning with extra factors; only lora_A and lora_B may require gradients": trains_the_base,
     },
 )

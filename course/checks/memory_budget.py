@@ -433,6 +433,10 @@ def _nearest_within(parameters: int, gigabytes: float, recipes: dict[str, float]
     return [name for name in _nearest(parameters, gigabytes, recipes, tolerance) if name in fitting]
 
 
+def _isclose(parameters: int, gigabytes: float, recipes: dict[str, float], tolerance: float) -> list[str]:
+    return [name for name, each in recipes.items() if math.isclose(parameters * each / 1e9, gigabytes, rel_tol=tolerance)]
+
+
 def _observe_matching(answer, seed: int) -> dict:
     """Figures with recipes just inside, just outside and at the edge on both sides, two recipes alike, and a figure that none gives."""
     rng = random.Random(seed)
@@ -484,6 +488,8 @@ matching = Check(
         "the tolerance is a share of the stated figure; you took it of what the recipe gives": _matching(
             lambda total, stated, tolerance: abs(total - stated) <= tolerance * total
         ),
+        "math.isclose takes rel_tol as a share of the larger of its two numbers: a recipe above the figure may then be too far from it; "
+        "the tolerance is a share of the stated figure, |total − stated| ≤ tolerance · stated": _isclose,
         "a recipe exactly at the tolerance is within it: at most `tolerance` · stated (≤), not less": _matching(
             lambda total, stated, tolerance: abs(total - stated) < tolerance * stated
         ),
@@ -519,6 +525,10 @@ def _batch_with(
     return answer
 
 
+def _loss_of_one_token(capacity: int, held: int, kept_per_token: int, sequence: int, vocab: int) -> int:
+    return max(0, (capacity - held) // (sequence * kept_per_token + 12 * vocab))
+
+
 def _observe_batch(answer, seed: int) -> dict:
     rng = random.Random(seed)
     kept, sequence, vocab = rng.randint(200_000, 600_000), rng.choice([256, 384, 512]), rng.choice([32_000, 49_152, 128_256])
@@ -546,6 +556,8 @@ batch = Check(
         "only the log-probabilities are counted: their gradient and the gradient of the logits are there at the same time": _batch_with(4),
         "one of the loss's three float32 tensors is missing: log-probabilities, their gradient, the gradient of the logits": _batch_with(8),
         "the loss's tensors are float32, also in a bf16 model: 3 · 4 bytes a token and word, not 3 · 2": _batch_with(6),
+        "the loss's tensors are counted in numbers and not in bytes: a float32 takes 4, so 3 · 4 bytes a token and word": _batch_with(3),
+        "the loss is counted for one token of a row: each of its tokens needs 12 bytes for each word": _loss_of_one_token,
         "this is a number of tokens: divide by the sequence length to get rows": _batch_with(of_sequence=lambda sequence: 1),
         "you rounded up: a row that does not fit as a whole does not fit": _batch_with(round_down=math.ceil),
         "you rounded to the nearest number: a row that does not fit as a whole does not fit": _batch_with(round_down=round),

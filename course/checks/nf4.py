@@ -323,6 +323,25 @@ def dequantize_by_pairs(packed: Tensor, absmax: Tensor, shape: tuple, block_size
     return torch.cat([piece * scale for piece, scale in zip(flat.split(block_size), absmax, strict=True)]).to(dtype).reshape(shape)
 
 
+def _indexed_with_uint8(packed: Tensor, absmax: Tensor, shape: tuple, block_size: int, dtype: torch.dtype) -> Tensor:
+    n = torch.Size(shape).numel()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:n]
+    return (NF4_CODEBOOK[codes] * each_block(absmax, n, block_size)).to(dtype).view(shape)
+
+
+AS_MASK = "an IndexError: the index was taken for a mask"
+
+
+def looked_up(answer, *arguments) -> object:
+    """What the answer gives; ``AS_MASK`` where torch took an index, uint8 or bool, for a mask and found it of another length."""
+    try:
+        return answer(*arguments)
+    except IndexError as error:
+        if "The shape of the mask" not in str(error):
+            raise
+        return AS_MASK
+
+
 def observe_dequantize(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     seen = {}
@@ -337,7 +356,9 @@ def observe_dequantize(answer, seed: int) -> dict:
         q = quantize_nf4(x, block_size)
         label = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)} in blocks of {block_size}"
         label += f", values of about {TINY:.0e}" * (size == TINY)
-        seen[label] = answer(q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
+        seen[label] = looked_up(answer, q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
+        if seen[label] is AS_MASK:
+            return seen
     return seen
 
 
@@ -370,6 +391,8 @@ dequantize = Check(
             _all_high_first
         ),
         "the values are right but flat: give them the tensor's shape": restorer(reshape=False),
+        "torch takes an index of dtype uint8 for a mask, as it does one of bool: a mask selects entries, and has to be as long as what it "
+        "selects from; codes are positions, so index with NF4_CODEBOOK[codes.int()]": _indexed_with_uint8,
         "codes are looked up in evenly spaced levels: use NF4_CODEBOOK": restorer(codebook=torch.linspace(-1, 1, 16)),
     },
 )
@@ -416,9 +439,15 @@ def _count(scaled: Tensor, levels: Tensor) -> Tensor:
     return torch.bincount(torch.bucketize(scaled, midpoints(levels)), minlength=len(levels)).float()
 
 
-def _shares_in_16_bits(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
-    scaled = [piece / piece.abs().max().clamp(min=1e-7) for piece in x.flatten().split(block_size)]
-    return _count(torch.cat(scaled).float(), levels) / x.numel()
+def _in_16_bits(largest=absolute_max, guard=True):
+    """The shares, with blocks divided in the tensor's own dtype; ``guard`` is against a block of zeros alone."""
+
+    def occupancy(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+        pieces = x.flatten().split(block_size)
+        scaled = [piece / largest(piece) if piece.any() or not guard else piece for piece in pieces]
+        return _count(torch.cat(scaled).float(), levels) / x.numel()
+
+    return occupancy
 
 
 def _last_borrows(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
@@ -506,7 +535,11 @@ occupancy = Check(
         "these are counts: divide by the number of values": sharer(share=0),
         "these are percentages: return shares that sum to 1": sharer(share=100.0),
         "a bin without values has no entry: return one share for every level (minlength)": sharer(minlength=False),
-        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": _shares_in_16_bits,
+        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": _in_16_bits(),
+        "blocks were divided in the tensor's own 16-bit dtype, and by no less than a least value: convert x to float32 first, and guard "
+        "against 0 alone": _in_16_bits(largest=lambda block: absolute_max(block).clamp(min=1e-7)),
+        "blocks were divided in the tensor's own 16-bit dtype, and a block of zeros by zero: convert x to float32 first; zeros belong to "
+        "the code of zero": _in_16_bits(guard=False),
         "the short last block was divided by the largest value of the block before it: it has its own": _last_borrows,
         "these are the blocks' shares averaged: a short last block then counts as much as a whole one; count values": _mean_of_blocks,
         "blocks of zeros were left out: their values are zero, and they count": _without_zeros,

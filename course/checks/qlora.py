@@ -477,19 +477,30 @@ def _frozen_again(linears: list[tuple[int, int]], others: int) -> dict[str, floa
     }
 
 
+def _linears(rng: random.Random, layers: int) -> list[tuple[int, int]]:
+    hidden = 64 * rng.randrange(3, 8, 2)  # an odd number of bytes is packed, so the break-even ends in ½
+    linears = [size for _ in range(layers) for size in ((hidden, hidden), (3 * hidden, hidden), (hidden, 3 * hidden + 64))]
+    rng.shuffle(linears)
+    # the largest is neither the first nor the last
+    return [(hidden, hidden), *linears, (hidden + 64, hidden)] if layers else [(3 * hidden, hidden)]
+
+
+def _rounds_down(linears: list[tuple[int, int]]) -> bool:
+    even = frozen_with()(linears, 0)["QLoRA needs more from"]
+    return round(even) < even
+
+
 def _observe_frozen(answer, seed: int) -> dict:
     rng, seen = random.Random(seed), {}
-    for name, layers, share in (
-        ("many layers", rng.randint(20, 40), 0.05),
-        ("a small model with a large vocabulary", rng.randint(4, 8), 1.7),
-        ("a single layer", 0, 0.5),
+    for name, least, most, share in (
+        ("many layers", 20, 40, 0.05),
+        ("a small model with a large vocabulary", 4, 8, 1.7),
+        ("a single layer", 0, 0, 0.5),
     ):
-        hidden = 64 * rng.randrange(3, 8, 2)  # an odd number of bytes is packed, so the break-even ends in ½
-        linears = [size for _ in range(layers) for size in ((hidden, hidden), (3 * hidden, hidden), (hidden, 3 * hidden + 64))]
-        rng.shuffle(linears)
-        # the largest is neither the first nor the last
-        linears = [(hidden, hidden), *linears, (hidden + 64, hidden)] if layers else [(3 * hidden, hidden)]
-        others = int(share * sum(out * into for out, into in linears)) + hidden
+        linears = _linears(rng, rng.randint(least, most))
+        while name == "many layers" and _rounds_down(linears):  # a single layer's does: round() is then neither floor nor ceil
+            linears = _linears(rng, rng.randint(least, most))
+        others = int(share * sum(out * into for out, into in linears)) + linears[0][1]
         seen[name] = entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
     return seen
 
@@ -531,6 +542,14 @@ frozen = Check(
             number=lambda value: max(0, value)
         ),
         "the break-even is rounded: return it as it is": frozen_with(number=round),
+        "the break-even is rounded up: it is where the two are equal, not the first whole number from there on; return it as it is": (
+            frozen_with(number=math.ceil)
+        ),
+        "the break-even is rounded down: divide with / and not with //, and return it as it is": frozen_with(number=math.floor),
+        "what follows the break-even's decimal point is cut off: return it as it is, without int()": frozen_with(number=int),
+        "the break-even is rounded up, and cut off at zero: return it as it is, a half and negative where it comes out so": frozen_with(
+            number=lambda value: max(0, math.ceil(value))
+        ),
     },
     rtol=1e-12,
 )
@@ -551,13 +570,16 @@ def merge_with(
     truth=lambda decoded, original, delta: decoded + delta,
     error=lambda merged, true, delta: ((merged - true).norm() / true.norm()).item(),
     decode=lambda q: dequantize_nf4(q, torch.float32),
+    update=lambda delta, dtype: delta,
+    stored_truth: str = "",
+    of_original=None,
     before_rounding: tuple[str, ...] = (),
     in_16_bits: tuple[str, ...] = (),
 ) -> Callable:
     """The worked answer, with pieces that can be replaced."""
 
     def answer(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, lora_alpha: float) -> dict:
-        delta = scale(lora_alpha, lora_A.shape[0]) * product(lora_A, lora_B)
+        delta = update(scale(lora_alpha, lora_A.shape[0]) * product(lora_A, lora_B), original.dtype)
         decoded, wide = decode(q), original.float()
         merged = {
             "dequantized": dequantized(decoded, wide, delta).to(original.dtype),
@@ -566,12 +588,21 @@ def merge_with(
         }
         for way in in_16_bits:
             merged[way] = (decoded if way == "dequantized" else wide).to(original.dtype) + delta.to(original.dtype)
-        true = truth(decoded, wide, delta)
+        true = merged[stored_truth].float() if stored_truth else truth(decoded, wide, delta)
         exact = {"dequantized": decoded + delta, "original": wide + delta}
         judged = {**merged, **{way: exact[way] for way in before_rounding}}
-        return {"weights": merged, "errors": {name: error(weight.float(), true, delta) for name, weight in judged.items()}}
+        errors = {name: error(weight.float(), true, delta) for name, weight in judged.items()}
+        if of_original:
+            errors["original"] = error(merged["original"].float(), of_original(wide, delta, original.dtype), delta)
+        return {"weights": merged, "errors": errors}
 
     return answer
+
+
+def _delta_rounded_in_the_truth(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, lora_alpha: float) -> dict:
+    return merge_with(truth=lambda decoded, wide, delta: decoded + delta.to(original.dtype).float())(
+        q, original, lora_A, lora_B, lora_alpha
+    )
 
 
 def _merge_again(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, lora_alpha: float) -> dict:
@@ -589,6 +620,9 @@ def _merge_again(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor,
     return {"weights": weights, "errors": errors}
 
 
+WAYS = ("dequantized", "requantized", "original")
+
+
 def _observe_merge(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
     for what, dtype, block_size, n, r, alpha, size, taken in (
@@ -599,10 +633,14 @@ def _observe_merge(answer, seed: int) -> dict:
         # numbers with few digits, so that ΔW is exact in whatever order it is summed
         lora_A, lora_B = (torch.randint(-8, 9, shape, generator=g) / 16 for shape in ((r, n), (n, r)))
         original = (size * torch.randn(n, n, generator=g) - taken * (alpha / r) * lora_B @ lora_A).to(dtype)
-        found = entries(answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha), "weights", "errors")
+        whole = answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha)
+        found = entries(whole, "weights", "errors")
+        where = f"what your function returns for a {str(dtype).removeprefix('torch.')} weight{what}"
+        if isinstance(found, Mapping) and not found and (flat := entries(whole, *WAYS)):
+            return seen | {where: f"a dictionary with the keys {', '.join(map(repr, flat))}"}
         if isinstance(found, Mapping):
-            found = {part: entries(inner, "dequantized", "requantized", "original") for part, inner in found.items()}
-        seen[f"{dtype}{what}"] = found
+            found = {part: entries(inner, *WAYS) for part, inner in found.items()}
+        seen[where] = found
     return seen
 
 
@@ -618,6 +656,26 @@ merges = Check(
         "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": merge_with(
             truth=lambda decoded, original, delta: original + delta
         ),
+        "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": merge_with(
+            truth=lambda decoded, original, delta: original
+        ),
+        "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
+        "Ŵ + ΔW in float32": merge_with(stored_truth="dequantized"),
+        "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
+        "dequantized weight, compare with Ŵ + ΔW": merge_with(stored_truth="original"),
+        "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
+        "others": merge_with(of_original=lambda wide, delta, dtype: wide + delta),
+        "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the "
+        "others": merge_with(of_original=lambda wide, delta, dtype: (wide + delta).to(dtype).float()),
+        "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the "
+        "others": merge_with(of_original=lambda wide, delta, dtype: wide),
+        "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": merge_with(
+            update=lambda delta, dtype: delta.to(dtype).float()
+        ),
+        "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 "
+        "sum": _delta_rounded_in_the_truth,
+        "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
+        "'original'": lambda *arguments: merge_with()(*arguments)["weights"],
         "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": merge_with(
             truth=lambda decoded, original, delta: decoded
         ),
@@ -636,6 +694,8 @@ merges = Check(
         "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": merge_with(
             error=lambda merged, true, delta: (torch.linalg.matrix_norm(merged - true, 2) / torch.linalg.matrix_norm(true, 2)).item()
         ),
+        "the error of 'dequantized' is zero: it was taken before the weight was rounded to 16 bits, or it was compared with itself; "
+        "compare the stored weight with Ŵ + ΔW in float32": merge_with(before_rounding=("dequantized",)),
         "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": merge_with(
             before_rounding=("dequantized", "original")
         ),
@@ -693,6 +753,8 @@ def rule_with(
     differences=lambda b, c: c.mean(1) - b.mean(1),
     half=None,
     share=math.expm1,
+    share_of_ends=None,
+    returned=lambda value: value,
     verdict=lambda estimate, low, high, tolerance: "within" if high <= tolerance else "beyond" if low > tolerance else "unknown",
 ) -> Callable:
     """The worked answer, with pieces that can be replaced: paired differences, half the interval's width, nats to a share, the verdict."""
@@ -702,8 +764,9 @@ def rule_with(
         lost = differences(baseline, candidate)
         width = (half or _student)(lost, confidence, baseline, candidate)
         centre = lost.mean().item()
-        estimate, low, high = (share(value) for value in (centre, centre - width, centre + width))
-        return {"estimate": estimate, "low": low, "high": high, "verdict": verdict(estimate, low, high, tolerance)}
+        estimate, (low, high) = share(centre), ((share_of_ends or share)(end) for end in (centre - width, centre + width))
+        found = {name: returned(value) for name, value in {"estimate": estimate, "low": low, "high": high}.items()}
+        return found | {"verdict": verdict(estimate, low, high, tolerance)}
 
     return answer
 
@@ -748,6 +811,14 @@ def _shares_first(baseline: Tensor, candidate: Tensor, tolerance: float, confide
     )
 
 
+def _nats_around_a_share(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
+    lost = (candidate.double() - baseline.double()).mean(1)
+    estimate, width = math.expm1(lost.mean().item()), _student(lost, confidence)
+    low, high = estimate - width, estimate + width
+    verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "unknown"
+    return {"estimate": estimate, "low": low, "high": high, "verdict": verdict}
+
+
 def _by_the_slope(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
     lost = (candidate.double() - baseline.double()).mean(1)
     slope = math.exp(lost.mean().item())
@@ -760,12 +831,12 @@ def _observe_rule(answer, seed: int) -> dict:
     g, rng, seen = torch.Generator().manual_seed(seed), random.Random(seed), {}
     # In units of the tolerance: how much is lost, and how much that varies between sequences; exactly, so that the verdict is sure.
     cases = (
-        ("good", 0.8, 0.1, 12),
-        ("bad", 1.25, 0.1, 10),
-        ("close above, few sequences", 1.2, 1.5, 9),
-        ("close below, few sequences", 0.8, 1.5, 8),
-        ("better than the baseline", -1.5, 0.1, 9),
-        ("just beyond", 0.995, 0.001, 10),  # as a share of perplexity; in nats it would be within
+        ("12 sequences lose about 0.8 times the tolerance", 0.8, 0.1, 12),
+        ("10 sequences lose about 1.25 times the tolerance", 1.25, 0.1, 10),
+        ("9 sequences lose 1.2 times the tolerance on average, and vary a lot", 1.2, 1.5, 9),
+        ("8 sequences lose 0.8 times the tolerance on average, and vary a lot", 0.8, 1.5, 8),
+        ("9 sequences gain about 1.5 times the tolerance", -1.5, 0.1, 9),
+        ("10 sequences lose nearly the tolerance in nats, and more than the tolerance as a share", 0.995, 0.001, 10),
     )
 
     def see(name: str, baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> None:
@@ -784,7 +855,7 @@ def _observe_rule(answer, seed: int) -> dict:
     # Both ends at the tolerance: at zero, the one place where no order of sums and no exp rounds. (1 + 1e-18)/2 is ½, whose quantile is 0.
     lost = torch.tensor([1, -1, 2, -2, 3, -3, 4, -4])[torch.randperm(8, generator=g)][:, None]
     baseline = torch.randint(64, 256, (8, 32), generator=g)
-    see("all of the interval at the tolerance", baseline / 64, (baseline + lost) / 64, 0.0, 1e-18)
+    see("8 sequences lose nothing on average, and the interval has no width", baseline / 64, (baseline + lost) / 64, 0.0, 1e-18)
     return seen
 
 
@@ -841,7 +912,18 @@ rule = Check(
         "the verdict asks whether anything is lost at all: compare the interval with the tolerance, not with 0": rule_with(
             verdict=lambda estimate, low, high, tolerance: "beyond" if low > 0 else "within"
         ),
-        "the shares are in per cent: return exp(Δ) − 1 as it is": rule_with(share=lambda value: 100 * math.expm1(value)),
+        "the shares are in per cent: return exp(Δ) − 1 as it is": rule_with(returned=lambda value: 100 * value),
+        "the shares are in per cent, and the tolerance is not: 0.02 stands for 2 %; return exp(Δ) − 1 as it is": rule_with(
+            share=lambda value: 100 * math.expm1(value)
+        ),
+        "the ends of the interval are still in nats: take exp(…) − 1 of low and high too, as of the estimate": rule_with(
+            share_of_ends=lambda value: value
+        ),
+        "n stands for n − 1 twice, in the standard deviation and in Student's t: one degree of freedom is spent on the mean": rule_with(
+            half=lambda lost, confidence, *_: t.ppf((1 + confidence) / 2, len(lost)) * lost.std(correction=0).item() / math.sqrt(len(lost))
+        ),
+        "half the width of the interval, in nats, was added to the estimate, a share: take the ends in nats, then exp(…) − 1 of "
+        "each": _nats_around_a_share,
         "each sequence's loss was made a share before the mean: take the mean and the interval in nats, then exp(…) − 1 of all "
         "three": _shares_first,
         "the interval is laid around the estimate as a share: take its ends in nats, then exp(…) − 1 of each": _by_the_slope,
