@@ -5,13 +5,17 @@ order: type, shape, dtype, value. On a difference it runs the *known wrong answe
 the learner's answer gave, the learner reads that mistake's own words. Otherwise the first difference is named.
 """
 
+import contextlib
 import functools
 import inspect
 import math
 import numbers
 import random
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -153,6 +157,34 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
+LIMIT_SECONDS = 60.0  # for one run of an answer; right ones take a second or two
+
+
+class _TooLong(BaseException):
+    """Not an ``Exception``, which an answer or an observation may catch."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises ``_TooLong`` in what runs longer. No limit without SIGALRM, outside of the main thread, or where the alarm is in use."""
+    main = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not main or signal.getitimer(signal.ITIMER_REAL)[0] or signal.getsignal(signal.SIGALRM) is None:
+        yield
+        return
+
+    def stop(*_) -> None:
+        if sys.gettrace() is None:  # somebody who looks around in a debugger may take as long as it takes
+            raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and every second from then on, since a bare `except` catches everything
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -191,9 +223,12 @@ class Check:
     def _judge(self, answer: Any, seed: int) -> None:
         expected = self._run(self.reference, seed)
         try:
-            actual = self._run(answer, seed)
+            with _time_limit(LIMIT_SECONDS):
+                actual = self._run(answer, seed)
         except NotYet:
             raise
+        except _TooLong:
+            raise NotYet(f"your answer was still running after {LIMIT_SECONDS:g} s: is there a loop that never ends?") from None
         except Exception as error:
             if unwritten(error):
                 raise NotYet("nothing here yet: replace the NotImplementedError with your answer") from None
@@ -203,12 +238,11 @@ class Check:
             return
         for message, wrong in self.misconceptions.items():
             try:
-                if self._first(actual, self._run(wrong, seed)) is None:
-                    raise NotYet(message)
-            except NotYet:
-                raise
+                same = self._first(actual, self._run(wrong, seed)) is None
             except Exception:  # this mistake fails on these inputs, so it is not the learner's
                 continue
+            if same:
+                raise NotYet(message)
         raise NotYet(f"{label_and_difference[0]}: {label_and_difference[1]}")
 
     def _run(self, answer: Any, seed: int) -> Observations:

@@ -1,6 +1,10 @@
 """The judge's core: what it compares, in which order, and which words a learner reads."""
 
+import contextlib
 import random
+import signal
+import threading
+import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from course import checking
 from course.checking import Check, NotYet, Raised, first_difference, raised
 
 
@@ -274,3 +279,128 @@ def test_the_cause_of_a_failing_answer_is_kept():
     with pytest.raises(NotYet) as caught:
         CHECK(partial(torch.reshape, shape=(-2, 0)))
     assert isinstance(caught.value.__cause__, Exception)
+
+
+# the time limit
+
+
+@pytest.fixture
+def short_limit(monkeypatch):
+    monkeypatch.setattr(checking, "LIMIT_SECONDS", 0.2)
+
+
+def never_ends(x):
+    while True:
+        with contextlib.suppress(Exception):  # which the limit is not
+            x = x + 0 * x
+
+
+def takes_a_while(x):
+    time.sleep(0.4)
+    return 3 * x
+
+
+def catches_everything(x):
+    for _ in range(2):
+        try:
+            while True:
+                x = x + 0 * x
+        except:  # noqa: E722
+            continue
+    return never_ends(x)
+
+
+def alarm():
+    return signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+
+
+needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs SIGALRM")
+
+
+@needs_alarm
+@pytest.mark.parametrize("answer", [never_ends, catches_everything])
+def test_an_answer_that_never_ends_is_stopped_between_two_operations(answer, short_limit):
+    before, numbers = alarm(), torch.random.get_rng_state()
+    started = time.monotonic()
+    with torch.no_grad():
+        assert refusal(answer) == "your answer was still running after 0.2 s: is there a loop that never ends?"
+        assert not torch.is_grad_enabled()
+    assert time.monotonic() - started < 10
+    assert alarm() == before and torch.equal(torch.random.get_rng_state(), numbers)
+
+
+@needs_alarm
+def test_an_observation_that_catches_errors_does_not_catch_the_limit(short_limit):
+    check = Check("errors", lambda answer, seed: {"the error": raised(answer, torch.ones(2))}, fails, fails)
+    assert refusal(never_ends, check).startswith("your answer was still running")
+
+
+@needs_alarm
+@pytest.mark.parametrize("answer", [scale, added, fails])
+def test_the_handler_of_the_alarm_is_put_back(answer):
+    def mine(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGALRM, mine)
+    try:
+        with contextlib.suppress(NotYet):
+            CHECK(answer)
+        assert alarm() == (mine, (0.0, 0.0))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@needs_alarm
+def test_a_timer_that_runs_already_stays_and_nothing_is_limited(short_limit):
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    started = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        Check("once", lambda answer, seed: {"the result": answer(torch.ones(2))}, scale, scale, rounds=1)(takes_a_while)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(rung) == 1 and 0.3 <= rung[0] - started < 2
+
+
+def passes(answer, printed):
+    try:
+        Check("once", lambda answer, seed: {"the result": answer(torch.ones(2))}, scale, scale, rounds=1)(answer)
+    except BaseException as error:
+        printed.append(error)
+    else:
+        printed.append("passed")
+
+
+def test_outside_of_the_main_thread_nothing_is_limited(short_limit):
+    heard = []
+    thread = threading.Thread(target=passes, args=(takes_a_while, heard))
+    thread.start()
+    thread.join()
+    assert heard == ["passed"]
+
+
+def test_without_the_alarm_nothing_is_limited(short_limit, monkeypatch):
+    monkeypatch.delattr(signal, "setitimer", raising=False)
+    heard = []
+    passes(takes_a_while, heard)
+    assert heard == ["passed"]
+
+
+def test_in_a_debugger_nothing_is_limited(short_limit, monkeypatch):
+    monkeypatch.setattr(checking.sys, "gettrace", lambda: lambda *_: None)
+    heard = []
+    passes(takes_a_while, heard)
+    assert heard == ["passed"]
+
+
+def test_a_known_mistake_that_is_refused_in_other_words_is_not_the_learners():
+    def strict(answer, seed):
+        result = answer(torch.ones(1)).item()
+        if result == 4:
+            raise NotYet("that was an addition")
+        return {"the result": result}
+
+    check = Check("strict", strict, scale, scale, {"you added 3": added, "you took it as it is": lambda x: x})
+    assert refusal(lambda x: x.clone(), check) == "you took it as it is"
