@@ -23,11 +23,12 @@ POINTERS |= {
     "levels_ptr": "*fp32",
     "bias_ptr": "*bf16",
     "table_ptr": "*i32",
+    "pairs_ptr": "*i32",
     "parts_ptr": "*fp32",
     "arrived_ptr": "*i32",
     "out_ptr": "*bf16",
 }
-SIZES = "M", "N", "K_WORDS", "K_BLOCKS"
+SIZES = "M", "N", "K_BLOCKS", "K_PAIRS"
 
 
 def loop(listing: str) -> list[str]:
@@ -67,19 +68,20 @@ def compiled(kernel, double: bool, options: dict, constants: dict) -> str:
 def measure() -> dict:
     import triton
 
-    from reference.kernels import nf4_linear, nf4_rows
+    from reference.kernels import nf4_rows, nf4_vector
 
     found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
-    row = {key: nf4_linear.ROW[key] for key in ("ROWS", "WORDS", "RUN")} | {"BIAS": False}
+    row = {"BIAS": False, "PTX": True, "ODD": 0, "EVEN": True, "W": nf4_vector.WARPS}
     rows = {"BIAS": False, "PTX": True, "ROWS_X": 16, "ROWS": nf4_rows.ROWS, "W": nf4_rows.WARPS}
-    kernels = {  # and how many weights a lane decodes in one turn of the loop
-        "1 row": (nf4_linear._row_kernel, row, nf4_linear.ROW["num_warps"], row["ROWS"] * 8 * row["WORDS"]),
-        "16 rows": (nf4_rows._rows_kernel, rows, nf4_rows.WARPS, nf4_rows.ROWS * BLOCK),
+    options = {"num_warps": nf4_rows.WARPS, "num_stages": 1}
+    kernels = {  # and how many weights a program decodes in one turn of the loop
+        "1 row": (nf4_vector._vector_kernel, row, nf4_vector.OPTIONS, nf4_vector.ROWS * nf4_vector.FEATURES * nf4_vector.WARPS),
+        "16 rows": (nf4_rows._rows_kernel, rows, options, nf4_rows.ROWS * BLOCK),
     }
-    for name, (kernel, constants, warps, weights) in kernels.items():
+    for name, (kernel, constants, options, weights) in kernels.items():
         for double in (False, True):
-            names = loop(compiled(kernel, double, {"num_warps": warps, "num_stages": 1}, constants))
-            a_lane = weights / (LANES * warps)
+            names = loop(compiled(kernel, double, options, constants))
+            a_lane = weights / (LANES * options["num_warps"])
             each = len(names) / a_lane
             found[name + ", double quantization" * double] = {
                 "instructions": each,

@@ -29,7 +29,7 @@ METRICS = {
     "alu instructions": "sm__inst_executed_pipe_alu.sum",
     "cycles": "sm__cycles_active.avg",
 }
-KERNELS = {"quantize": "_quantize", "dequantize": "_dequantize", "1 row": "_row_kernel", "16 rows": "_rows_kernel"}
+KERNELS = {"quantize": "_quantize", "dequantize": "_dequantize", "1 row": "_vector_kernel", "16 rows": "_rows_kernel"}
 SCALES = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1, "us": 1, "msecond": 1e3, "ms": 1e3}  # to microseconds
 
 

@@ -7,7 +7,7 @@ from course.lab import recorded
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-from reference.kernels.nf4_rows import LOOK_UP
+from reference.kernels import nf4_rows, nf4_vector
 
 LISTING = """
 	.headerflags	@"EF_CUDA_SM90"
@@ -40,10 +40,11 @@ def test_without_a_loop_there_is_none():
 @pytest.mark.parametrize("rows", ["1 row", "16 rows"])
 @pytest.mark.parametrize("scales", ["", ", double quantization"])
 def test_the_record_holds_together(rows, scales):
-    """Each weight is looked up once, by a shuffle or by its share of a word's permutes; the kinds are parts of the count; the time is the
-    count over the scheduler's rate."""
+    """Each weight is looked up once, by its share of a word's loads from shared memory, or permutes; the kinds are parts of the count; the
+    time is the count over the scheduler's rate."""
     row = recorded.load("nf4_instructions", device="cpu")["result"][rows + scales]
-    kind, each = ("SHFL", 1) if rows == "1 row" else ("PRMT", LOOK_UP.value.count("prmt") / 8)
+    kind, program, name = ("LDS", nf4_vector.LOOK_UP, "ld.shared") if rows == "1 row" else ("PRMT", nf4_rows.LOOK_UP, "prmt")
+    each = program.value.count(name) / 8
     assert each <= row["kinds"][kind] < 1.3 * each
     assert sum(row["kinds"].values()) <= row["instructions"]
     clocks = row["instructions"] * benchmark.SIDE**2 / (benchmark.SMS * benchmark.SCHEDULERS * benchmark.LANES)

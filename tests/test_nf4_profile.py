@@ -25,7 +25,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(RuntimeError, match="ncu measured nothing; its last lines: ==ERROR== no permission"):
         benchmark.parse("==ERROR== no permission")
     with pytest.raises(RuntimeError, match="ncu saw no kernel _rows_kernel"):
-        benchmark.parse(report(kernels=("_quantize_kernel", "_dequantize_kernel", "_row_kernel")))
+        benchmark.parse(report(kernels=("_quantize_kernel", "_dequantize_kernel", "_vector_kernel")))
 
 
 @pytest.mark.parametrize("kernel", benchmark.KERNELS)

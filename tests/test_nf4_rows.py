@@ -3,10 +3,9 @@
 Its numbers are tested with the other kernels' in test_kernels.py.
 """
 
-import re
-
 import pytest
 import torch
+from ptx import execute, words_of_codes
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
@@ -18,47 +17,15 @@ gpu = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def permute(low: int, high: int, selectors: int) -> int:
-    """PTX's prmt: four of eight bytes; bit 3 of a selector asks for the byte's sign, spread over all of it."""
-    bytes_ = [(low >> 8 * i) & 255 for i in range(4)] + [(high >> 8 * i) & 255 for i in range(4)]
-    result = 0
-    for i in range(4):
-        selector = (selectors >> 4 * i) & 15
-        byte = bytes_[selector & 7]
-        result |= ((255 if byte & 128 else 0) if selector & 8 else byte) << 8 * i
-    return result
-
-
-def execute(program: str, registers: dict[str, int]) -> dict[str, int]:
-    """What a straight line of and, shl, shr, prmt and lop3 leaves in its registers."""
-    operations = {
-        "and": lambda a, b: a & b,
-        "shl": lambda a, b: a << b & 0xFFFFFFFF,
-        "shr": lambda a, b: a >> b,
-        "prmt": permute,
-        # bit i of the last operand is the result for the bits (a, b, c) = i
-        "lop3": lambda a, b, c, table: sum(((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1))) & 1) << i for i in range(32)),
-    }
-    for line in re.sub(r"//.*|[{}]|\.reg.*", "", program).split(";"):
-        if line.strip():
-            name, operands = line.strip().split(None, 1)
-            target, *sources = [operand.strip() for operand in operands.split(",")]
-            values = [registers[s] if s in registers else int(s, 0) for s in sources]
-            registers[target] = operations[name.split(".")[0]](*values)
-    return registers
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_look_up_gives_the_levels_of_a_words_codes_in_order(dtype):
     table = [word & 0xFFFFFFFF for word in nf4_rows.byte_table(torch.device("cpu"), dtype)[:, 0].tolist()]
     places = dict(zip((f"${6 + 2 * i}" for i in range(8)), table, strict=True))  # every operand comes twice: two elements a register
     levels = NF4_CODEBOOK.to(dtype)
-    codes = torch.cat([torch.arange(16), torch.randint(16, (16 * 30,))]).view(-1, 8)
-    packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8)  # the first of two codes in the high four bits
-    for word, expected in zip(packed.view(torch.int32).view(-1).tolist(), levels[codes], strict=True):
-        registers = execute(nf4_rows.LOOK_UP.value, places | {"$4": word & 0xFFFFFFFF})
+    for word, codes in words_of_codes():
+        registers = execute(nf4_rows.LOOK_UP.value, places | {"$4": word})
         pairs = torch.tensor([registers[f"${i}"] for i in range(4)], dtype=torch.int64).to(torch.int32)
-        assert torch.equal(pairs.view(dtype), expected)
+        assert torch.equal(pairs.view(dtype), levels[codes])
 
 
 def parts(count: int, in_features: int = 4096, out_features: int = 256):

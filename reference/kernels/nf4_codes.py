@@ -42,13 +42,26 @@ def _tables(device: torch.device) -> dict[str, tuple[Tensor, ...]]:
 
 
 @triton.jit
-def read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, block, mask, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
-    """absmax of the given blocks; with double quantization decoded here: level · scale of the scales + their mean."""
+def fetch_scales(absmax_ptr, nested_ptr, block, mask, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
+    """absmax of the given blocks, twice; or its 8-bit codes, and their own scales."""
+    codes = tl.load(absmax_ptr + block, mask, other=0)
+    return codes, tl.load(nested_ptr + block // NESTED, mask, other=0.0) if DOUBLE else codes
+
+
+@triton.jit
+def decode_scales(codes, outer, offset_ptr, dynamic_ptr, DOUBLE: tl.constexpr):
+    """absmax, from what ``fetch_scales`` gave: with double quantization level · scale of the scales + their mean."""
     if DOUBLE:
-        level = tl.load(dynamic_ptr + tl.load(absmax_ptr + block, mask, other=0).to(tl.int32))
-        return level * tl.load(nested_ptr + block // NESTED, mask, other=0.0) + tl.load(offset_ptr)
+        return tl.load(dynamic_ptr + codes.to(tl.int32)) * outer + tl.load(offset_ptr)
     else:
-        return tl.load(absmax_ptr + block, mask, other=0.0)
+        return codes
+
+
+@triton.jit
+def read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, block, mask, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
+    """Both at once: a code must have arrived before its level is looked up, and all that comes after waits as well."""
+    codes, outer = fetch_scales(absmax_ptr, nested_ptr, block, mask, NESTED, DOUBLE)
+    return decode_scales(codes, outer, offset_ptr, dynamic_ptr, DOUBLE)
 
 
 def scale_tensors(q: NF4Tensor, scales: QuantizedScales | None) -> tuple[Tensor, ...]:

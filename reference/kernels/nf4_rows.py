@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reference.double_quant import QuantizedScales
-from reference.kernels.nf4_codes import nested, read_scales, scale_tensors
+from reference.kernels.nf4_codes import decode_scales, fetch_scales, nested, scale_tensors
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor
 
 ROWS, WARPS = 64, 4  # of a program: rows of the weight, and warps
@@ -74,10 +74,18 @@ def own(table_ptr, i: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def plain_levels(words, levels_ptr, dtype: tl.constexpr):
+    """What ``look_up`` gives, in Triton alone: bytes in a word are little-endian, the first of two codes is in the high four bits."""
+    words = words.to(tl.uint32, bitcast=True)
+    halves = tl.join(words, words >> 16)
+    bytes_ = tl.join(halves, halves >> 8)
+    level = tl.load(levels_ptr + (tl.join(bytes_ >> 4, bytes_) & 15).to(tl.int32)).to(dtype)
+    return level.reshape(words.shape[0], words.shape[1], 8)
+
+
+@triton.jit
 def look_up(words, table, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8). Bytes in a word are little-endian."""
-    ROWS: tl.constexpr = words.shape[0]
-    WORDS: tl.constexpr = words.shape[1]
+    """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
     if PTX:
         names: tl.constexpr = "=r,=r,=r,=r," + "r," * 17 + "r"
         types: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
@@ -85,12 +93,9 @@ def look_up(words, table, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         given = [twice, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
         a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, dtype=types, is_pure=True, pack=2)
         level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
+        return level.reshape(words.shape[0], words.shape[1], 8)
     else:
-        words = words.to(tl.uint32, bitcast=True)
-        halves = tl.join(words, words >> 16)
-        bytes_ = tl.join(halves, halves >> 8)
-        level = tl.load(levels_ptr + (tl.join(bytes_ >> 4, bytes_) & 15).to(tl.int32)).to(dtype)
-    return level.reshape(ROWS, WORDS, 8)
+        return plain_levels(words, levels_ptr, dtype)
 
 
 @triton.jit
@@ -140,14 +145,15 @@ def _rows_kernel(
 
     block = tl.minimum(first, K_BLOCKS - 1)
     words, x = tl.load(words_ptr + block * WORDS), tl.load(x_ptr + block * BLOCK)
-    scales = read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, scale + block, live, NESTED, DOUBLE)
+    codes, outer = fetch_scales(absmax_ptr, nested_ptr, scale + block, live, NESTED, DOUBLE)
     total = tl.zeros((ROWS, ROWS_X), tl.float32)
     for block in range(first, last):
         block = tl.minimum(block + 1, last - 1)  # the next is fetched while this one is computed
         next_words, next_x = tl.load(words_ptr + block * WORDS), tl.load(x_ptr + block * BLOCK)
-        next_scales = read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, scale + block, live, NESTED, DOUBLE)
+        next_codes, next_outer = fetch_scales(absmax_ptr, nested_ptr, scale + block, live, NESTED, DOUBLE)
+        scales = decode_scales(codes, outer, offset_ptr, dynamic_ptr, DOUBLE)
         total += product(look_up(words, table, levels_ptr, x.dtype, PTX), x, W) * scales[:, None]
-        words, x, scales = next_words, next_x, next_scales
+        words, x, codes, outer = next_words, next_x, next_codes, next_outer
 
     place, mask = row_x[None, :] * N + row[:, None], live[:, None] & live_x[None, :]
     if parts > 1:
@@ -179,10 +185,9 @@ def counters(tiles: int, device: torch.device) -> Tensor:
     return _counters(tiles, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def programs(rows_x: int, device: torch.device) -> int:
-    """As many as the device runs at once."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return PROGRAMS[rows_x] * multiprocessors
+def multiprocessors(device: torch.device) -> int:
+    """1 without a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def rows_product(x: Tensor, q: NF4Tensor, bias: Tensor | None, scales: QuantizedScales | None) -> Tensor:
@@ -193,7 +198,7 @@ def rows_product(x: Tensor, q: NF4Tensor, bias: Tensor | None, scales: Quantized
     """
     (M, K), (N, _), block = x.shape, q.shape, q.block_size
     rows_x, tiles = max(16, triton.next_power_of_2(M)), triton.cdiv(N, ROWS)
-    parts = max(1, min(programs(rows_x, x.device) // tiles, K // block))
+    parts = max(1, min(PROGRAMS[rows_x] * multiprocessors(x.device) // tiles, K // block))
     shares = torch.empty(parts, M, N, device=x.device) if parts > 1 else x  # without parts it is not touched
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _rows_kernel[(tiles, parts)](
