@@ -396,6 +396,7 @@ def _linear(who: str, rows: int) -> float:
 
 
 one_row_ours = partial(_linear, "ours", 1)
+one_row_ours_double = partial(_linear, "ours, double quantization", 1)
 one_row_bitsandbytes = partial(_linear, "bitsandbytes", 1)
 one_row_16_bit = partial(_linear, "bf16 weights", 1)
 one_row_floor = partial(_linear, "floor", 1)
@@ -461,19 +462,19 @@ one_row_starting = partial(_compiled, "1 row", "milliseconds")
 few_rows_instructions = partial(_compiled, "16 rows", "instructions")
 
 
-def one_row_takes_the_sum() -> bool:
-    """Bytes and instructions one after the other: to within a twentieth."""
-    return abs((one_row_floor() + one_row_starting()) / one_row_ours() - 1) < 0.05
-
-
-def half_of_bitsandbytes() -> float:
-    """Milliseconds for one row at twice its speed."""
-    return one_row_bitsandbytes() / 2
-
-
 def reading_alone() -> float:
     """Milliseconds in which a launch reads codes and scales of the same weight, and does nothing else."""
     return _speed()["reading"]
+
+
+def reading_share_of_the_rate() -> float:
+    """Of the rate of a copy that such a launch reaches, per cent."""
+    return 100 * _linear("floor", 1) / reading_alone()
+
+
+def decoding_hides() -> bool:
+    """The layer takes less than a tenth longer than only reading its weight."""
+    return one_row_ours() < 1.1 * reading_alone()
 
 
 def _counted(kernel: str, what: str) -> float:
@@ -481,9 +482,6 @@ def _counted(kernel: str, what: str) -> float:
     return recorded.load("nf4_profile", device="h100")["result"]["kernels"][kernel][what]
 
 
-one_row_memory_busy = partial(_counted, "1 row", "dram")
-one_row_issue_busy = partial(_counted, "1 row", "issue")
-one_row_load_path_busy = partial(_counted, "1 row", "l1")
 few_rows_logic_busy = partial(_counted, "16 rows", "alu")
 few_rows_tensor_busy = partial(_counted, "16 rows", "tensor")
 
