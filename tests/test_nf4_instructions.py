@@ -7,7 +7,7 @@ from course.lab import recorded
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-from reference.kernels import nf4_rows, nf4_vector
+from reference.kernels import nf4_pairs, nf4_rows
 
 LISTING = """
 	.headerflags	@"EF_CUDA_SM90"
@@ -43,7 +43,7 @@ def test_the_record_holds_together(rows, scales):
     """Each weight is looked up once, by its share of a word's loads from shared memory, or permutes; the kinds are parts of the count; the
     time is the count over the scheduler's rate."""
     row = recorded.load("nf4_instructions", device="cpu")["result"][rows + scales]
-    kind, program, name = ("LDS", nf4_vector.LOOK_UP, "ld.shared") if rows == "1 row" else ("PRMT", nf4_rows.LOOK_UP, "prmt")
+    kind, program, name = ("LDS", nf4_pairs.LOOK_UP, "ld.shared") if rows == "1 row" else ("PRMT", nf4_rows.LOOK_UP, "prmt")
     each = program.value.count(name) / 8
     assert each <= row["kinds"][kind] < 1.3 * each
     assert sum(row["kinds"].values()) <= row["instructions"]

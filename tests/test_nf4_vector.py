@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.double_quant import dequantize_scales, quantize_scales
 from reference.kernels import nf4 as kernels
-from reference.kernels import nf4_linear, nf4_vector
+from reference.kernels import nf4_linear, nf4_pairs, nf4_vector
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
 gpu = pytest.mark.gpu
@@ -19,11 +19,11 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # Triton's in
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_look_up_gives_the_levels_of_a_words_codes_in_order(dtype):
     """Whatever the lane: pairs are 128 bytes apart, and its own are four bytes of them."""
-    table, levels = nf4_vector.pair_table(torch.device("cpu"), dtype).tolist(), NF4_CODEBOOK.to(dtype)
+    table, levels = nf4_pairs.pair_table(torch.device("cpu"), dtype).tolist(), NF4_CODEBOOK.to(dtype)
     start, lane = 1024, 19
     memory = {start + 128 * byte + 4 * lane: pair & 0xFFFFFFFF for byte, pair in enumerate(table)}
     for word, codes in words_of_codes():
-        registers = execute(nf4_vector.LOOK_UP.value, {"$4": word, "$6": start + 4 * lane}, memory)
+        registers = execute(nf4_pairs.LOOK_UP.value, {"$4": word, "$6": start + 4 * lane}, memory)
         pairs = torch.tensor([registers[f"${i}"] for i in range(4)], dtype=torch.int64).to(torch.int32)
         assert torch.equal(pairs.view(dtype), levels[codes])
 

@@ -13,8 +13,6 @@ arrives. Four things make it fit.
   arrive first, and everything behind it would wait.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,79 +20,17 @@ from torch import Tensor
 
 from reference.double_quant import QuantizedScales
 from reference.kernels.nf4_codes import nested, scale_tensors
-from reference.kernels.nf4_rows import PTX, multiprocessors, plain_levels
-from reference.nf4 import NF4_CODEBOOK, NF4Tensor
+from reference.kernels.nf4_pairs import look_up, look_up_scales, pair_table, set_up
+from reference.kernels.nf4_rows import PTX, multiprocessors
+from reference.nf4 import NF4Tensor
 
 BLOCK_SIZES = 64, 128  # so that the blocks of a step fit into eight columns
 ROWS, FEATURES = 16, 512  # of the weight, for a warp in a step
 WARPS, PROGRAMS = 4, 4  # of a program, and of a multiprocessor: what was fastest on an H100
 OPTIONS = dict(num_warps=WARPS, num_stages=1, maxnreg=65536 // (32 * WARPS * PROGRAMS))  # a multiprocessor has 65,536 registers
 
-# Addresses: of this lane's copy of the pairs, of all copies, and of the levels of 8-bit scales.
-PLACES = tl.constexpr("""{
-    .reg .b32 lane;
-    .shared .align 128 .b8 pairs[32768];
-    .shared .align 128 .b8 dynamic[1024];
-    mov.u32 lane, %laneid;
-    mov.u32 $1, pairs;
-    mov.u32 $2, dynamic;
-    mad.lo.u32 $0, lane, 4, $1;
-}""")
-STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.u32 $0, 0;")
-STORE_FOUR = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, 0;")
-LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
 # Unlike tl.load, which chooses who loads what: here each thread loads what it will use.
 LOAD_HERE = tl.constexpr("ld.global.nc.f32 $0, [$1];")
-# dp4a multiplies four bytes by four others and adds the products to a third operand. With 128 and three zeros it takes one byte out of a
-# word and makes it the address of a pair.
-LOOK_UP = tl.constexpr("""{
-    .reg .b32 first, second, third, fourth;
-    dp4a.u32.u32 first, $4, 0x00000080, $6;
-    dp4a.u32.u32 second, $4, 0x00008000, $6;
-    dp4a.u32.u32 third, $4, 0x00800000, $6;
-    dp4a.u32.u32 fourth, $4, 0x80000000, $6;
-    ld.shared.b32 $0, [first];
-    ld.shared.b32 $1, [second];
-    ld.shared.b32 $2, [third];
-    ld.shared.b32 $3, [fourth];
-}""")
-
-
-@lru_cache
-def pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(256,) int32: two levels in ``dtype`` for each byte; the first code is in its high four bits, the first level in the low half."""
-    levels, byte = NF4_CODEBOOK.to(dtype), torch.arange(256)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).view(torch.int32).view(-1).to(device)
-
-
-@triton.jit
-def set_up(pairs_ptr, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
-    """Copy the tables into shared memory. Returns addresses: of this lane's pairs, 128 bytes apart, and of the levels of 8-bit scales."""
-    if PTX:
-        part = tl.arange(0, 2048)  # eight for each pair
-        pair = tl.load(pairs_ptr + part // 8)
-        mine, start, levels = tl.inline_asm_elementwise(PLACES, "=r,=r,=r", [], (tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
-        tl.inline_asm_elementwise(STORE_FOUR, "=r,r,r", [start + 16 * part, pair], tl.int32, is_pure=False, pack=1)
-        if DOUBLE:
-            code = tl.arange(0, 256)
-            tl.inline_asm_elementwise(STORE, "=r,r,f", [levels + 4 * code, tl.load(dynamic_ptr + code)], tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-        return mine, levels
-    else:
-        return 0, 0
-
-
-@triton.jit
-def look_up(words, pairs, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
-    if PTX:
-        types: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
-        twice = tl.join(words, words)  # as many elements as come out: two in each register
-        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, "=r,=r,=r,=r,r,r,r,r", [twice, pairs], dtype=types, is_pure=False, pack=2)
-        level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
-        return level.reshape(words.shape[0], words.shape[1], 8)
-    else:
-        return plain_levels(words, levels_ptr, dtype)
 
 
 @triton.jit
@@ -136,12 +72,7 @@ def fetch_rows(
 def decode_scales(scales, outer, offset, levels, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
     """The scales themselves, from what ``fetch_rows`` gave."""
     if DOUBLE:
-        code = scales.to(tl.int32)
-        if PTX:
-            level = tl.inline_asm_elementwise(LOAD, "=f,r", [levels + 4 * code], dtype=tl.float32, is_pure=False, pack=1)
-        else:
-            level = tl.load(dynamic_ptr + code)
-        return level * outer + offset
+        return look_up_scales(scales.to(tl.int32), levels, dynamic_ptr, PTX) * outer + offset
     else:
         return scales
 

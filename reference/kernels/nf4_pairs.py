@@ -1,0 +1,88 @@
+"""NF4 levels two at a time: a table of the 256 pairs that a byte can stand for, in shared memory, for :mod:`reference.kernels.nf4_vector`.
+
+A warp's 32 lanes look up at once, and shared memory serves them at once if each asks another of its 32 banks. So the table is there 32
+times: entry by entry, a lane's copy in a bank of its own.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reference.kernels.nf4_rows import plain_levels
+from reference.nf4 import NF4_CODEBOOK
+
+# Addresses: of this lane's copy of the pairs, of all copies, and of the levels of 8-bit scales.
+PLACES = tl.constexpr("""{
+    .reg .b32 lane;
+    .shared .align 128 .b8 pairs[32768];
+    .shared .align 128 .b8 dynamic[1024];
+    mov.u32 lane, %laneid;
+    mov.u32 $1, pairs;
+    mov.u32 $2, dynamic;
+    mad.lo.u32 $0, lane, 4, $1;
+}""")
+STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.u32 $0, 0;")
+STORE_FOUR = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, 0;")
+LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
+# dp4a multiplies four bytes by four others and adds the products to a third operand. With 128 and three zeros it takes one byte out of a
+# word and makes it the address of a pair.
+LOOK_UP = tl.constexpr("""{
+    .reg .b32 first, second, third, fourth;
+    dp4a.u32.u32 first, $4, 0x00000080, $6;
+    dp4a.u32.u32 second, $4, 0x00008000, $6;
+    dp4a.u32.u32 third, $4, 0x00800000, $6;
+    dp4a.u32.u32 fourth, $4, 0x80000000, $6;
+    ld.shared.b32 $0, [first];
+    ld.shared.b32 $1, [second];
+    ld.shared.b32 $2, [third];
+    ld.shared.b32 $3, [fourth];
+}""")
+
+
+@lru_cache
+def pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(256,) int32: two levels in ``dtype`` for each byte; the first code is in its high four bits, the first level in the low half."""
+    levels, byte = NF4_CODEBOOK.to(dtype), torch.arange(256)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).view(torch.int32).view(-1).to(device)
+
+
+@triton.jit
+def set_up(pairs_ptr, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
+    """Copy the tables into shared memory. Returns addresses: of this lane's pairs, 128 bytes apart, and of the levels of 8-bit scales."""
+    if PTX:
+        part = tl.arange(0, 2048)  # eight for each pair
+        pair = tl.load(pairs_ptr + part // 8)
+        mine, start, levels = tl.inline_asm_elementwise(PLACES, "=r,=r,=r", [], (tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+        tl.inline_asm_elementwise(STORE_FOUR, "=r,r,r", [start + 16 * part, pair], tl.int32, is_pure=False, pack=1)
+        if DOUBLE:
+            code = tl.arange(0, 256)
+            tl.inline_asm_elementwise(STORE, "=r,r,f", [levels + 4 * code, tl.load(dynamic_ptr + code)], tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+        return mine, levels
+    else:
+        return 0, 0
+
+
+@triton.jit
+def look_up(words, pairs, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
+    if PTX:
+        types: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
+        twice = tl.join(words, words)  # as many elements as come out: two in each register
+        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, "=r,=r,=r,=r,r,r,r,r", [twice, pairs], dtype=types, is_pure=False, pack=2)
+        level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
+        return level.reshape(words.shape[0], words.shape[1], 8)
+    else:
+        return plain_levels(words, levels_ptr, dtype)
+
+
+@triton.jit
+def look_up_scales(codes, levels, dynamic_ptr, PTX: tl.constexpr):
+    """Levels of the 8-bit codes of scales."""
+    if PTX:
+        return tl.inline_asm_elementwise(LOAD, "=f,r", [levels + 4 * codes], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return tl.load(dynamic_ptr + codes)
