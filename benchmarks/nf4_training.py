@@ -1,0 +1,80 @@
+"""The NF4 linear layer in training, forward and backward, beside bitsandbytes' and bf16 weights.
+
+    python benchmarks/nf4_training.py             # a CUDA device, seconds; saves the recorded result "nf4_training"
+
+Measured as in benchmarks/nf4_kernels.py. The weight is frozen, so the gradient of x is the only one: y = x · Ŵᵀ, then ∂L/∂y · Ŵ.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from nf4_kernels import BLOCK, SIDE, time
+from torch import Tensor
+from torch.nn.functional import linear
+
+from course.lab import recorded
+from reference.qlora_layer import NF4Linear
+
+COPIES, ROWS = 4, (512, 2048, 8192)  # products of so many rows leave little of a weight in the cache, and it is little of their time
+
+
+def both_ways(forward: Callable, x: Tensor, direction: Tensor) -> Callable[..., Tensor]:
+    """The product with a weight, and the gradient of x."""
+    return lambda *weight: torch.autograd.grad(forward(x, *weight), x, direction)[0]
+
+
+def contestants(weights: list[Tensor]) -> dict[str, tuple]:
+    """Name -> how x is multiplied with what, and lists of what."""
+    import bitsandbytes
+    import bitsandbytes.functional as bnb
+
+    packed, states = zip(*(bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4") for w in weights), strict=True)
+    return {
+        "ours": (lambda x, layer: layer(x), [NF4Linear.from_weight(w, None, BLOCK, False) for w in weights]),
+        "ours, double quantization": (lambda x, layer: layer(x), [NF4Linear.from_weight(w, None, BLOCK, True) for w in weights]),
+        "bitsandbytes": (lambda x, codes, state: bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state), packed, states),
+        "bf16 weights": (linear, weights),
+    }
+
+
+def measure(side: int = SIDE, counts: tuple[int, ...] = ROWS, repeats: int = 24, where: str = "cuda") -> dict:
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, device=where, dtype=torch.bfloat16)  # noqa: E731
+    given = contestants([draw(side, side) * 0.02 for _ in range(COPIES)])
+    rows, gradients = [], {}
+    for count in counts:
+        x, direction = draw(count, side).requires_grad_(), draw(count, side)
+        row = {"rows": count}
+        for name, (forward, *weights) in given.items():
+            work = both_ways(forward, x, direction)
+            row[name] = time(work, *weights, repeats=repeats)
+            gradients[name] = work(*(column[0] for column in weights)).double()
+        row["difference"] = ((gradients["ours"] - gradients["bitsandbytes"]).norm() / gradients["bitsandbytes"].norm()).item()
+        rows.append(row)
+    return {"side": side, "block_size": BLOCK, "rows": rows}
+
+
+def table(result: dict) -> str:
+    lines = ["forward and backward, milliseconds; × is bitsandbytes' time over ours"]
+    for row in result["rows"]:
+        theirs = f"bitsandbytes {row['bitsandbytes']:.4f} ({row['bitsandbytes'] / row['ours']:.2f}×)"
+        others = "".join(f"{key} {row[key]:.4f}  " for key in ("ours, double quantization", "bf16 weights"))
+        lines.append(f"{row['rows']:6,} rows {row['ours']:9.4f}  {theirs}  {others}gradients differ by {row['difference']:.1e}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=recorded.FOLDER, help="folder of the result (default: benchmarks/recorded)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise RuntimeError("the layer is timed on a CUDA device, and this machine has none")
+    result = measure()
+    print(table(result))
+    print(recorded.save("nf4_training", result, arguments.out).name)
+
+
+if __name__ == "__main__":
+    main()
