@@ -45,11 +45,10 @@ def loop(listing: str) -> list[str]:
     return longest
 
 
-def compiled(kernel, double: bool, options: dict, constants: dict) -> str:
-    """The kernel's listing for compute capability 9.0."""
+def compiled(kernel, double: bool, options: dict, constants: dict, capability: int = 90):
+    """The kernel as Triton compiles it for a compute capability, without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource
 
     constants = constants | {"BLOCK": BLOCK, "NESTED": 256 if double else 1, "DOUBLE": double}
@@ -57,7 +56,13 @@ def compiled(kernel, double: bool, options: dict, constants: dict) -> str:
     signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants and name != "M"}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, LANES), options=options).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, LANES), options=options)
+
+
+def listing(binary: bytes) -> str:
+    """By nvdisasm, which comes with Triton."""
+    from triton.backends.nvidia import compiler
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -80,7 +85,7 @@ def measure() -> dict:
     }
     for name, (kernel, constants, options, weights) in kernels.items():
         for double in (False, True):
-            names = loop(compiled(kernel, double, options, constants))
+            names = loop(listing(compiled(kernel, double, options, constants).asm["cubin"]))
             a_lane = weights / (LANES * options["num_warps"])
             each = len(names) / a_lane
             found[name + ", double quantization" * double] = {

@@ -1,5 +1,10 @@
 """The kernel for one row: its look-up, instruction by instruction, each feature by itself, and which weights it takes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ptx import execute, words_of_codes
@@ -8,10 +13,11 @@ pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.double_quant import dequantize_scales, quantize_scales
 from reference.kernels import nf4 as kernels
-from reference.kernels import nf4_linear, nf4_pairs, nf4_vector
+from reference.kernels import nf4_linear, nf4_pairs, nf4_rows, nf4_vector
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
 gpu = pytest.mark.gpu
+ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # Triton's interpreter can't multiply matrices of bfloat16
 
@@ -81,6 +87,35 @@ def test_what_is_not_for_it_goes_another_way():
     for row, weight in ((shifted, q), (x, elsewhere)):
         assert not nf4_vector.takes(row, weight)
         assert (kernels.linear_nf4(row, weight).double() - expected).norm() <= 2 * torch.finfo(HALF).eps * expected.norm()
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_gpu_without_such_tensor_cores_writes_the_weight_out(count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(nf4_linear, "multiplies_bfloat16", lambda device: nf4_rows.multiplies_bfloat16.__wrapped__(torch.device("cuda")))
+    monkeypatch.setattr(nf4_linear, "vector_product", None)
+    monkeypatch.setattr(nf4_linear, "rows_product", None)
+    q, x = quantize_nf4(torch.randn(24, 128, device=DEVICE)), torch.randn(count, 128, device=DEVICE, dtype=HALF)
+    assert torch.equal(kernels.linear_nf4(x, q), torch.nn.functional.linear(x, kernels.dequantize_nf4(q, HALF)))
+
+
+SHARED = """
+import nf4_instructions as compiler
+from reference.kernels import nf4_vector
+
+for capability in (80, 90, 120):
+    for double in (False, True):
+        constants = {"BIAS": True, "PTX": True, "ODD": 0, "EVEN": False, "W": nf4_vector.WARPS}
+        print(compiler.compiled(nf4_vector._vector_kernel, double, nf4_vector.OPTIONS, constants, capability).metadata.shared)
+"""
+
+
+def test_no_level_goes_through_shared_memory():
+    """Compiled for three generations of GPUs. The tables are not counted here; they leave 15 KB of the 48 that every program may have."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(["benchmarks", ".", *sys.path])}
+    run = subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) == 6 and max(map(int, run.stdout.split())) < 4096
 
 
 @gpu

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from reference.double_quant import QuantizedScales
 from reference.kernels.nf4_codes import dequantize_nf4, on
-from reference.kernels.nf4_rows import BLOCK_SIZES, PROGRAMS, rows_product
+from reference.kernels.nf4_rows import BLOCK_SIZES, PROGRAMS, multiplies_bfloat16, rows_product
 from reference.kernels.nf4_vector import takes, vector_product
 from reference.nf4 import NF4Tensor
 
@@ -16,8 +16,8 @@ FUSED_ROWS = max(PROGRAMS)  # rows of x
 def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: QuantizedScales | None = None) -> Tensor:
     """x · Wᵀ + bias for a weight in NF4, without a gradient.
 
-    Up to ``FUSED_ROWS`` rows of x in 16 bits, and where rows of the weight are whole blocks, the weight is decoded on the way; else it is
-    written out in the dtype of x first. Sums are float32 in every case.
+    Up to ``FUSED_ROWS`` rows of x in 16 bits, and where rows of the weight are whole blocks, the weight is decoded on the way; else, and on
+    GPUs before compute capability 8.0, it is written out in the dtype of x first. Sums are float32 in every case.
 
     Args:
         x: (..., in_features), float32, float16 or bfloat16.
@@ -35,7 +35,8 @@ def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: Quan
     if x.shape[-1:] != (K,):
         raise ValueError(f"x has shape {tuple(x.shape)}, but the weight takes {K} features: the last axis must be {K}")
     rows, block = x.numel() // K, q.block_size
-    if not (0 < rows <= FUSED_ROWS and x.dtype != torch.float32 and K % block == 0 and block in BLOCK_SIZES):
+    whole = K % block == 0 and block in BLOCK_SIZES
+    if not (0 < rows <= FUSED_ROWS and x.dtype != torch.float32 and whole and multiplies_bfloat16(x.device)):
         return linear(x, dequantize_nf4(q, x.dtype, scales), bias)
     flat = x.reshape(rows, K).contiguous()
     with on(x):

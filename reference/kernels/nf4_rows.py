@@ -185,9 +185,16 @@ def counters(tiles: int, device: torch.device) -> Tensor:
     return _counters(tiles, device, torch.cuda.current_stream(device).cuda_stream)
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """1 without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has tensor cores with the instructions that fused products are laid out for: since compute capability 8.0."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def rows_product(x: Tensor, q: NF4Tensor, bias: Tensor | None, scales: QuantizedScales | None) -> Tensor:
