@@ -7,7 +7,7 @@ in registers. Then every instruction counts that is spent on a weight:
 - quantize: fifteen comparisons become one. [−1, 1] is cut into equal cells, none of which holds two midpoints, so a value's cell says all
   of its code but whether the value lies above the cell's midpoint.
 - dequantize: sixteen levels lie in sixteen banks of shared memory (or in the lanes of a warp), where any codes are looked up at once.
-- linear: up to ``FUSED_ROWS`` rows the weight is decoded in registers on the way to the tensor cores, and never written; scales come in
+- linear: up to ``FUSED_ROWS`` rows the weight is decoded on the way to the tensor cores, and never written; scales come in
   after the products. For one row a table of pairs decodes two codes at a time, for a few rows bytes are permuted. With more rows the
   weight would be decoded again for each tile of them, which costs more than writing it out once and leaving the product to the library.
 
