@@ -121,8 +121,9 @@ def measure() -> dict:
             }
         )
     fastest = rows[-1]["bf16 weights"] / ROWS[-1]  # milliseconds for the products of a row, many at a time
-    for row in rows[3:]:
-        row["floor"] = max((packed_bytes + 4 * row["rows"] * SIDE) / rate, row["rows"] * fastest)
+    for row in rows:
+        if count := row.get("rows"):
+            row["floor"] = max((packed_bytes + 4 * count * SIDE) / rate, count * fastest)
     reading = min(time(partial(read, parts=parts, blocks=blocks), ours) for parts in (2, 3, 4, 6, 8) for blocks in (2, 4))
     found = {"side": SIDE, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "reading": reading, "rows": rows}
     return found | {"equal": equal(ours, scales, double)}
@@ -162,15 +163,20 @@ def table(result: dict) -> str:
     return "\n".join([*lines, f"equal: {result['equal']}"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def record(name: str, about: str, measure: Callable[[], dict], table: Callable[[dict], str]) -> None:
+    """What a script does that measures on a GPU: read ``--out``, measure, print a table, save the result."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--out", type=Path, default=recorded.FOLDER, help="folder of the result (default: benchmarks/recorded)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise RuntimeError("the kernels are timed on a CUDA device, and this machine has none")
+        raise RuntimeError(f"{name} is measured on a CUDA device, and this machine has none")
     result = measure()
     print(table(result))
-    print(recorded.save("nf4_kernels", result, arguments.out).name)
+    print(recorded.save(name, result, arguments.out).name)
+
+
+def main() -> None:
+    record("nf4_kernels", __doc__, measure, table)
 
 
 if __name__ == "__main__":

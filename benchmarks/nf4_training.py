@@ -5,19 +5,16 @@
 Measured as in benchmarks/nf4_kernels.py. The weight is frozen, so the gradient of x is the only one: y = x · Ŵᵀ, then ∂L/∂y · Ŵ.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from nf4_kernels import BLOCK, SIDE, time
+from nf4_kernels import BLOCK, COPIES, SIDE, record, time
 from torch import Tensor
 from torch.nn.functional import linear
 
-from course.lab import recorded
 from reference.qlora_layer import NF4Linear
 
-COPIES, ROWS = 4, (512, 2048, 8192)  # products of so many rows leave little of a weight in the cache, and it is little of their time
+ROWS = 512, 2048, 8192
 
 
 def both_ways(forward: Callable, x: Tensor, direction: Tensor) -> Callable[..., Tensor]:
@@ -66,14 +63,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=recorded.FOLDER, help="folder of the result (default: benchmarks/recorded)")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise RuntimeError("the layer is timed on a CUDA device, and this machine has none")
-    result = measure()
-    print(table(result))
-    print(recorded.save("nf4_training", result, arguments.out).name)
+    record("nf4_training", __doc__, measure, table)
 
 
 if __name__ == "__main__":

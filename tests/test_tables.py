@@ -34,6 +34,14 @@ def test_goals_that_were_missed_are_said():
     assert peers.table("h100").count("not met") == len(missed)
 
 
+def test_what_notebook_06_says_of_the_table():
+    """All goals are met; the gain in time is largest in quantizing and in a short step, and smallest in the largest product."""
+    rows = [*peers.kernels("h100"), *peers.layers("h100"), *peers.steps("h100")]
+    assert "not met" not in peers.table("h100")
+    smallest, *_, second, largest = sorted((row for row in rows if row.unit != "GB"), key=lambda row: row.times)
+    assert (smallest.work, second.work, largest.work) == ("8,192 rows of x", "1 × 512 tokens", "quantize")
+
+
 def test_a_verdict_turns_at_the_goal():
     verdicts = {peers.Row("", "", 1.0, library, "ms", 2).verdict for library in (2.0, 2.1)}
     assert verdicts == {"met"}

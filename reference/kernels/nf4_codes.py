@@ -65,7 +65,7 @@ def read_scales(absmax_ptr, nested_ptr, offset_ptr, dynamic_ptr, block, mask, NE
 
 
 def scale_tensors(q: NF4Tensor, scales: QuantizedScales | None) -> tuple[Tensor, ...]:
-    """What ``read_scales`` and ``decode`` read. Without double quantization two of them are never touched, and repeat the first."""
+    """What the kernels read of scales and levels. Without double quantization two of them are never touched, and repeat the first."""
     first = (q.absmax,) * 3 if scales is None else (scales.codes, scales.absmax, scales.offset)
     return *first, *_tables(q.packed.device)["levels"]
 

@@ -69,7 +69,7 @@ def fetch_rows(
 
 
 @triton.jit
-def decode_scales(scales, outer, offset, levels, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
+def decode_fetched(scales, outer, offset, levels, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
     """The scales themselves, from what ``fetch_rows`` gave."""
     if DOUBLE:
         return look_up_scales(scales.to(tl.int32), levels, dynamic_ptr, PTX) * outer + offset
@@ -149,12 +149,12 @@ def _vector_kernel(
             step = 0
             tile += tl.num_programs(0)
         # What comes next is fetched as soon as its registers are free.
-        scales = decode_scales(codes_a, outer_a, offset, levels, dynamic_ptr, DOUBLE, PTX)
+        scales = decode_fetched(codes_a, outer_a, offset, levels, dynamic_ptr, DOUBLE, PTX)
         total_a += eight_rows(a0, a1, x, scales, pairs, levels_ptr, BLOCKS, PTX)
         a0, a1, codes_a, outer_a = fetch_rows(
             tile * 16, step, packed_ptr, absmax_ptr, nested_ptr, N, K_BLOCKS, BLOCK, NESTED, DOUBLE, EVEN, PTX, W
         )  # fmt: skip
-        scales = decode_scales(codes_b, outer_b, offset, levels, dynamic_ptr, DOUBLE, PTX)
+        scales = decode_fetched(codes_b, outer_b, offset, levels, dynamic_ptr, DOUBLE, PTX)
         total_b += eight_rows(b0, b1, x, scales, pairs, levels_ptr, BLOCKS, PTX)
         b0, b1, codes_b, outer_b = fetch_rows(
             tile * 16 + 8, step, packed_ptr, absmax_ptr, nested_ptr, N, K_BLOCKS, BLOCK, NESTED, DOUBLE, EVEN, PTX, W
