@@ -6,6 +6,7 @@ the learner's answer gave, the learner reads that mistake's own words. Otherwise
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -133,7 +134,7 @@ def _at(wrong: Tensor, actual: Tensor, expected: Tensor) -> str:
 
 
 def _watched(answer: Any, changed: list[str]) -> Any:
-    """A function, noting which of the tensors that it is given it changes in place. A class is left alone: it may train itself."""
+    """A function, noting what it changes in place: tensors, lists, dictionaries of numbers. A class is left alone: it may train itself."""
     if not inspect.isfunction(answer):
         return answer
 
@@ -141,11 +142,20 @@ def _watched(answer: Any, changed: list[str]) -> Any:
     def watched(*arguments, **settings):
         given = {f"argument {i}": value for i, value in enumerate(arguments, 1)} | settings
         tensors = [(name, tensor, tensor.detach().clone()) for name, value in given.items() for tensor in _tensors(value)]
+        plain = [(name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict)) and _plain(value)]
         result = answer(*arguments, **settings)
+        changed.extend(name for name, value, before in plain if value != before or list(value) != list(before))
         changed.extend(name for name, tensor, before in tensors if first_difference(tensor.detach(), before, 0, 0) is not None)
         return result
 
     return watched
+
+
+def _plain(value: Any) -> bool:
+    """A number or a name, or a list, tuple or dictionary of nothing else."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_plain, (*value, *value.values()) if isinstance(value, dict) else value))
+    return isinstance(value, (numbers.Number, str))
 
 
 def _tensors(value: Any) -> list[Tensor]:

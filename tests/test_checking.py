@@ -281,6 +281,24 @@ def test_the_cause_of_a_failing_answer_is_kept():
     assert isinstance(caught.value.__cause__, Exception)
 
 
+@pytest.mark.parametrize("spoil", [lambda given: given.clear(), lambda given: given.pop(next(iter(given)))])
+def test_a_dictionary_of_numbers_that_is_changed_is_noticed(spoil):
+    check = Check(
+        "sizes", lambda answer, seed: {"the sum": answer({"a": 1, "b": 2.5})}, lambda d: sum(d.values()), lambda d: d["a"] + d["b"]
+    )
+    check(lambda d: sum(d.values()))
+    assert "changed in place: argument 1" in refusal(lambda d: (sum(d.values()), spoil(d))[0], check)
+
+
+@pytest.mark.parametrize("spoil", [list.sort, list.clear, lambda given: given.append((7, 7)), lambda given: given.reverse()])
+def test_a_list_of_sizes_that_is_changed_is_noticed(spoil):
+    def total(sizes):
+        return sum(out * into for out, into in sizes)
+
+    check = Check("sizes", lambda answer, seed: {"the sum": answer([(3, 2), (1, 5)])}, total, lambda sizes: total(sorted(sizes)))
+    assert "changed in place: argument 1" in refusal(lambda sizes: (total(sizes), spoil(sizes))[0], check)
+
+
 # the time limit
 
 

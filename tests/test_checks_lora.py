@@ -249,6 +249,29 @@ def trained_aside(model, x, y, steps, lr):
     return trained
 
 
+@pytest.mark.parametrize(
+    "kind, rate, more, work",
+    [
+        (torch.optim.SGD, 5, 3, "120, 3, 6 steps of SGD, lr 0.25"),
+        (torch.optim.Adam, 1, 1, "40, 1, 2 steps of Adam, lr 0.05"),
+        (torch.optim.AdamW, 1, 0.5, "20, 0, 1 steps of AdamW, lr 0.05"),
+        (torch.optim.AdamW, 2, 1, "40, 1, 2 steps of AdamW, lr 0.1"),
+    ],
+)
+def test_another_optimizer_another_rate_and_other_steps_are_refused(kind, rate, more, work):
+    def answer(model, x, y, steps, lr):
+        inject_lora(model, 2, 6)
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate * lr)
+        for _ in range(int(more * steps)):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        return model
+
+    with pytest.raises(NotYet, match=f"the optimizer takes: expected '40, 1, 2 steps of AdamW, lr 0.05', got '{work}'"):
+        check.repair(answer)
+
+
 def test_a_model_that_was_trained_as_a_copy_passes():
     for seed in range(3):
         check.repair._judge(trained_aside, seed)
@@ -262,7 +285,7 @@ SLY_RUNS = [
     (lambda *arguments: print(end=str(check.adapt_differently(*arguments))[:0]), "your function returns None: it must return the model"),
     (and_the_loss, "what your function returns: expected 'the model', got 'a tuple'"),
     (full_fine_tuning, "no adapter"),
-    (random_factors_and_no_training, "lora_A never moves"),
+    (random_factors_and_no_training, "got .lora_A never moved"),
     (too_slow_and_frozen_after, "got 'the factors moved, but the error did not halve'"),
 ]
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from course.checking import Check, raised
 from course.checks.svd import nearest
@@ -970,7 +971,7 @@ def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_cleari
 def adapt_differently(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> nn.Module:
     lora.inject_lora(model, 2, 6, target_modules="all-linear")
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
-    optimizer = torch.optim.Adam(factors, lr=lr)
+    optimizer = torch.optim.AdamW(factors, lr=lr)
     for _ in range(steps):
         for p, grad in zip(factors, torch.autograd.grad(F.mse_loss(model(x), y), factors), strict=True):
             p.grad = grad
@@ -1005,6 +1006,16 @@ def added_up(once: nn.Module, twice: nn.Module, x: Tensor, y: Tensor) -> bool:
     return all(torch.allclose(now, old + new, rtol=1e-3, atol=1e-6) for now, old, new in zip(both, first, second, strict=True))
 
 
+def work_of(runs: dict[int, list[torch.optim.Optimizer]]) -> str:
+    """From the optimizer of each step that was taken in each run: how many steps, of which kind, at which rate."""
+    stepped = [optimizer for run in runs.values() for optimizer in run]
+    kinds_ = sorted({type(optimizer).__name__ for optimizer in stepped})
+    rates = sorted({float(group["lr"]) for optimizer in stepped for group in optimizer.param_groups})
+    several = ", each of a new one" if any(len({id(optimizer) for optimizer in run}) > 1 for run in runs.values()) else ""
+    counts = ", ".join(str(len(run)) for run in runs.values())
+    return f"{counts} steps of {' and '.join(kinds_) or 'none'}, lr {', '.join(f'{rate:g}' for rate in rates)}{several}"
+
+
 def observe_repair(answer, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -1013,18 +1024,22 @@ def observe_repair(answer, seed: int) -> dict:
         y = model(x) + x @ torch.randn(8, 1, generator=g) @ torch.randn(1, 4, generator=g) / 3
         base, before = [p.clone() for p in model.parameters()], F.mse_loss(model(x), y).item()
     weights, other = list(model.parameters()), copy.deepcopy(model)
+    runs, models = {40: [], 1: [], 2: []}, [model, copy.deepcopy(other), other]
+    results = []
+    watch = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: runs[steps].append(optimizer))
     try:
-        torch.manual_seed(seed)
-        result = answer(model, x, y, 40, 0.05)
-        shorter = []
-        for steps in (1, 2):
+        for steps, each in zip(runs, models, strict=True):
             torch.manual_seed(seed)  # the same start: what is the same after two steps as after 40 does not train
-            shorter.append(answer(copy.deepcopy(other), x, y, steps, 0.05))
+            results.append(answer(each, x, y, steps, 0.05))
     except NotImplementedError:  # a RuntimeError too
         raise
     except RuntimeError as error:
         found = "backward found nothing to train" if "does not require grad" in str(error) else str(error)
         return {"what your function returns": "the model", "the run": found}
+    finally:
+        watch.remove()
+    result, *shorter = results
+    obeyed = all(len(stepped) in (0, steps) for steps, stepped in runs.items())
     if not isinstance(result, nn.Module):
         return {"what your function returns": None if result is None else f"a {type(result).__name__}"}
     factors = {name: p for name, p in result.named_parameters() if "lora_" in name}
@@ -1042,7 +1057,7 @@ def observe_repair(answer, seed: int) -> dict:
         state = "lora_A and lora_B are both still zero"
     elif not any(p.any() for p in b):
         state = "lora_B never moved" + (", though it has gradients" if gradients else ", and it has no gradients")
-    elif all(torch.equal(p, early) for p, early in zip(a, _factors(shorter[1], "lora_A"), strict=False)):
+    elif obeyed and all(torch.equal(p, early) for p, early in zip(a, _factors(shorter[1], "lora_A"), strict=False)):
         state = "lora_A never moved"
     else:
         state = "it learned" if after < 0.5 * before else "the factors moved, but the error did not halve"
@@ -1054,6 +1069,7 @@ def observe_repair(answer, seed: int) -> dict:
         "the run": state,
         "what trains": sorted({name.split(".")[-1] for name, p in result.named_parameters() if p.requires_grad}),
         "the adapters": [f"{name}: r = {m.r}, α/r = {m.scaling:g}" for name, m in adapters.items()],
+        "for 40, 1 and 2 steps at lr = 0.05, the optimizer takes": work_of(runs),
     }
 
 

@@ -437,6 +437,9 @@ def _isclose(parameters: int, gigabytes: float, recipes: dict[str, float], toler
     return [name for name, each in recipes.items() if math.isclose(parameters * each / 1e9, gigabytes, rel_tol=tolerance)]
 
 
+FINE = {"4.66 GB": 4.66 / 1.3, "4.69 GB": 4.69 / 1.3, "5.71 GB": 5.71 / 1.3, "5.73 GB": 5.73 / 1.3}  # 4.68 to 5.72 GB are within a tenth
+
+
 def _observe_matching(answer, seed: int) -> dict:
     """Figures with recipes just inside, just outside and at the edge on both sides, two recipes alike, and a figure that none gives."""
     rng = random.Random(seed)
@@ -462,7 +465,12 @@ def _observe_matching(answer, seed: int) -> dict:
         f"{billions}B parameters, {8 * billions} GB, recipes {edges}, tolerance 0.25": answer(
             billions * 10**9, 8.0 * billions, dict(edges), 0.25
         ),
+        f"1.3B parameters, 5.2 GB, recipes {FINE}, tolerance 0.1": answer(13 * 10**8, 5.2, dict(FINE), 0.1),
     }
+
+
+def _rounded(digits: int):
+    return _matching(lambda total, stated, tolerance: abs(round(total / 1e9, digits) - stated / 1e9) <= tolerance * stated / 1e9)
 
 
 matching = Check(
@@ -474,6 +482,8 @@ matching = Check(
         "you read the stated figure as GiB: it is in GB, 10⁹ bytes": lambda parameters, gigabytes, recipes, tolerance: matching_recipes(
             parameters, gigabytes * 2**30 / 1e9, recipes, tolerance
         ),
+        "the total is rounded to whole GB before it is compared: compare it as it is": _rounded(0),
+        "the total is rounded to tenths of a GB before it is compared: compare it as it is": _rounded(1),
         "you return the nearest recipe even where none is near: an empty list is an answer": _nearest,
         "several recipes can give the same figure: return all within the tolerance, not the nearest alone": _nearest_within,
         "a recipe may need less or more than the stated figure; yours must not exceed it": _matching(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from course.checking import Check, NotYet
 from course.lab.live import LiveBytes
-from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, quantize_linears
 
 
@@ -623,6 +623,13 @@ def _merge_again(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor,
 WAYS = ("dequantized", "requantized", "original")
 
 
+def _on_levels(weight: Tensor, block_size: int) -> str:
+    """Whether each block holds nothing but its scale times levels, to more digits than 16 bits have."""
+    shares = [block / block.abs().max() for block in weight.flatten().split(block_size)]
+    far = max((share[:, None] - NF4_CODEBOOK).abs().amin(1).max().item() for share in shares)
+    return "a level times its block's scale" if far < 1e-5 else "near a level times its block's scale" if far < 0.02 else "no such product"
+
+
 def _observe_merge(answer, seed: int) -> dict:
     g, seen = torch.Generator().manual_seed(seed), {}
     for what, dtype, block_size, n, r, alpha, size, taken in (
@@ -641,6 +648,10 @@ def _observe_merge(answer, seed: int) -> dict:
         if isinstance(found, Mapping):
             found = {part: entries(inner, *WAYS) for part, inner in found.items()}
         seen[where] = found
+        kept = found.get("weights") if isinstance(found, Mapping) else None
+        kept = kept.get("requantized") if isinstance(kept, Mapping) else None
+        if isinstance(kept, Tensor) and kept.shape == original.shape:
+            seen[where.replace("what", "each number of 'requantized' that", 1)] = _on_levels(kept.float(), block_size)
     return seen
 
 
@@ -725,6 +736,9 @@ merges = Check(
         ),
         "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": merge_with(
             requantize=lambda q, decoded, original, delta: _round_trip(original + delta, q.block_size)
+        ),
+        "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": merge_with(
+            requantize=lambda q, decoded, original, delta: _round_trip(decoded + delta, q.block_size).to(q.dtype).float()
         ),
         "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": merge_with(
             requantize=lambda q, decoded, original, delta: decoded + delta
