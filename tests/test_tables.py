@@ -26,8 +26,13 @@ def test_every_row_of_the_kernels_is_in_the_table():
     assert [(row.ours, row.library) for row in peers.kernels("h100")] == [(row["ours"], row["bitsandbytes"]) for row in measured]
 
 
+def test_every_row_of_training_is_in_the_table():
+    measured = recorded.load("nf4_training", "h100")["result"]["rows"]
+    assert [(row.ours, row.library) for row in peers.trained("h100")] == [(row["ours"], row["bitsandbytes"]) for row in measured]
+
+
 def test_goals_that_were_missed_are_said():
-    rows = [*peers.kernels("h100"), *peers.layers("h100"), *peers.steps("h100")]
+    rows = [*peers.kernels("h100"), *peers.trained("h100"), *peers.layers("h100"), *peers.steps("h100")]
     assert all((row.verdict == "") == (row.goal is None) for row in rows)
     missed = [row for row in rows if row.goal is not None and row.library / row.ours < row.goal]
     assert [row.verdict for row in missed] == ["not met"] * len(missed)

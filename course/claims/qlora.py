@@ -395,6 +395,14 @@ def _linear(who: str, rows: int) -> float:
     return _milliseconds("linear", who, rows)
 
 
+def _both_ways(who: str, rows: int) -> float:
+    """Milliseconds of the layer forward and backward."""
+    return next(row for row in recorded.load("nf4_training", device="h100")["result"]["rows"] if row["rows"] == rows)[who]
+
+
+trained_2048_ours = partial(_both_ways, "ours", 2048)
+trained_2048_bitsandbytes = partial(_both_ways, "bitsandbytes", 2048)
+trained_2048_16_bit = partial(_both_ways, "bf16 weights", 2048)
 one_row_ours = partial(_linear, "ours", 1)
 one_row_ours_double = partial(_linear, "ours, double quantization", 1)
 one_row_bitsandbytes = partial(_linear, "bitsandbytes", 1)

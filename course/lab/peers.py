@@ -46,6 +46,13 @@ def kernels(device: str | None = None) -> list[Row]:
     return rows
 
 
+def trained(device: str | None = None) -> list[Row]:
+    """The NF4 layer in training, forward and backward, beside bitsandbytes': milliseconds, a weight of 8192 × 8192."""
+    found = recorded.load("nf4_training", device)["result"]["rows"]
+    group, goals = "NF4 linear layer, forward + backward", {2048: 1, 8192: 1}
+    return [Row(group, f"{row['rows']:,} rows of x", row["ours"], row["bitsandbytes"], "ms", goals.get(row["rows"])) for row in found]
+
+
 def layers(device: str | None = None) -> list[Row]:
     """A LoRA layer over bf16 weights beside peft's, forward and backward, α/r = 2: milliseconds."""
     training = recorded.load("lora_layer", device)["result"]["training"]
@@ -68,7 +75,7 @@ def steps(device: str | None = None) -> list[Row]:
 def table(device: str | None = None) -> str:
     """All rows as text, missed goals said plainly; below them the steps under a cap, which no library's run is beside."""
     heads, lines, group = ("", "ours", "library", "", "library/ours", "goal", ""), [], None
-    for row in (*kernels(device), *layers(device), *steps(device)):
+    for row in (*kernels(device), *trained(device), *layers(device), *steps(device)):
         if row.group != group:
             group = row.group
             lines.append((group, *[""] * (len(heads) - 1)))
