@@ -483,13 +483,15 @@ def _observe_dequantize(answer, seed: int) -> dict:
         spread = 1 + torch.rand(shape, generator=generator).view(-1).cumsum(0).view(shape) / 50  # blocks of unlike size
         q = quantize_nf4((torch.randn(shape, generator=generator) * spread).to(dtype), block_size)
         s = quantize_scales(q.absmax, second_block)
+        own = levels is not NF4_CODEBOOK
+        offset = -s.offset if own else s.offset  # most scales are negative then: nothing but arithmetic is asked for
         stored = Stored(
             *(q.packed.view(-1), levels.clone(), s.codes, dynamic.clone()),
-            *(s.absmax, s.offset, block_size, second_block, shape, dtype),
+            *(s.absmax, offset, block_size, second_block, shape, dtype),
         )
         weight = looked_up(answer, stored)
         size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} weights on one axis"
-        where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own' * (levels is not NF4_CODEBOOK)}"
+        where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own and scales below zero' * own}"
         seen[f"weight, {where}"] = weight if dtype == torch.float32 else _but_for_ties(weight, dequantize(stored))
         if weight is AS_MASK:
             return seen
@@ -502,6 +504,12 @@ restore = Check(
     reference=dequantize,
     second=_dequantize_again,
     misconceptions={
+        "a scale below zero is set to zero: a scale is dynamic[code]·absmax + offset, whatever comes out": _dequantize_with(
+            scale=lambda level, absmax, offset: (level * absmax + offset).clamp(min=0)
+        ),
+        "a scale below zero loses its sign: a scale is dynamic[code]·absmax + offset, whatever comes out": _dequantize_with(
+            scale=lambda level, absmax, offset: (level * absmax + offset).abs()
+        ),
         "the offset is missing: a scale is dynamic[code]·absmax + offset": _dequantize_with(
             scale=lambda level, absmax, offset: level * absmax
         ),

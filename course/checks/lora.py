@@ -106,6 +106,11 @@ class AlwaysFloat32(PlainLoRA):
         self.lora_A, self.lora_B = nn.Parameter(self.lora_A.data.float()), nn.Parameter(self.lora_B.data.float())
 
 
+class CastBase(PlainLoRA):
+    def __init__(self, base: nn.Linear, *arguments) -> None:
+        super().__init__(base.float(), *arguments)
+
+
 class CopiedBase(PlainLoRA):
     def __init__(self, base: nn.Linear, *arguments) -> None:
         super().__init__(copy.deepcopy(base), *arguments)
@@ -161,7 +166,14 @@ def kinds(rows: Tensor) -> int:
 def order_of_start(layer: nn.Module) -> str:
     """lora_A's entries beside 1/√in_features. Uniform or normal, by torch's rule, Xavier's or PEFT's 1/r: all are of that order."""
     spread = layer.lora_A.detach().float().std().item() * math.sqrt(layer.lora_A.shape[1])
-    return "far smaller" if spread < 0.1 else "far larger" if spread > 4 else "of that order"
+    return "far smaller" if spread < 0.1 else "far larger" if spread > 16 else "larger" if spread > 4 else "of that order"
+
+
+def drawn_alike(updates: Tensor) -> str:
+    """Of (samples, positions, out) updates of inputs that are all the same: along which axis they are the same too."""
+    axes = {"samples": updates[:1], "positions": updates[:, :1]}
+    alike = [name for name, first in axes.items() if torch.allclose(updates, first.expand_as(updates), atol=1e-4)]
+    return " and ".join(alike) or "neither"
 
 
 def observe_forward(answer, seed: int) -> dict:
@@ -186,7 +198,7 @@ def observe_forward(answer, seed: int) -> dict:
     parameters = dict(layer.named_parameters())
     held = [*layer.parameters(), *layer.buffers()]
     a, b = layer.lora_A, layer.lora_B
-    start = order_of_start(answer(nn.Linear(256, 16), 8, alpha))
+    start = order_of_start(answer(nn.Linear(1024, 16), 16, alpha))
     seen |= {
         "lora_A trains": any(p is a and p.requires_grad for p in parameters.values()),
         "lora_B trains": any(p is b and p.requires_grad for p in parameters.values()),
@@ -199,7 +211,7 @@ def observe_forward(answer, seed: int) -> dict:
         "before training the output is the base's own": torch.allclose(layer(x), base(x), atol=1e-6),
         "the rank of lora_A before training": int(torch.linalg.matrix_rank(a.detach().float())) if a.any() else 0,
         "two layers start alike": torch.equal(a, answer(linear(), r, alpha).lora_A),
-        "before training lora_A's entries beside 1/√in_features, for 256 inputs and rank 8": start,
+        "before training lora_A's entries beside 1/√in_features, for 1,024 inputs, 16 outputs and rank 16": start,
     }
     with torch.no_grad():
         a.copy_(torch.randn(a.shape, generator=g))
@@ -222,6 +234,7 @@ def observe_forward(answer, seed: int) -> dict:
         x = torch.randn(2, in_features, generator=g).to(dtype)
         try:
             layer = answer(base, r, alpha)
+            seen[f"a {dtype} base is afterwards"] = str(base.weight.dtype)
             with torch.no_grad():  # numbers that bfloat16 and float32 factors both hold exactly
                 layer.lora_A.copy_(torch.randn(a.shape, generator=g).bfloat16())
                 layer.lora_B.copy_(torch.randn(b.shape, generator=g).bfloat16())
@@ -258,6 +271,8 @@ def observe_forward(answer, seed: int) -> dict:
         seen[f"{training}, the layer's input is afterwards"] = "as it was" if torch.equal(given, one_input) else "changed"
         seen[f"{training}, most rows get an update"] = bool((layer(one_input.clone()) - base(one_input)).any(1).float().mean() > 0.5)
         seen[f"{training} and two inputs that are not zero, kinds of updates"] = min(kinds(layer(two_inputs.clone()) - base(two_inputs)), 9)
+        many = torch.ones(12, 15, in_features)
+        seen[f"{training}, what is the same for all in a batch of (12 samples, 15 positions)"] = drawn_alike(layer(many) - base(many))
 
     base = linear()
     learned = learns(answer(base, r, alpha), base, g) if start == "of that order" else f"not tried: lora_A starts {start}"
@@ -295,6 +310,8 @@ forward = Check(
         "zero": start_with(nn.init.zeros_, large),
         "lora_A starts far too large: its entries are to be of the order of 1/√in_features (torch.randn alone gives 1, at 4,096 inputs 64 "
         "times too much); else the first steps are too long": start_with(nn.init.normal_, nn.init.zeros_),
+        "lora_A starts too large: its entries are of the order of 1/√out_features or 1/√r; what A sums over are the inputs, so divide by "
+        "√in_features": start_with(lambda factor: nn.init.normal_(factor, std=factor.shape[0] ** -0.5), nn.init.zeros_),
         "all entries of lora_A start equal: its rows get equal gradients for ever, so your rank-r adapter has rank 1; draw them at "
         "random": start_with(nn.init.ones_, nn.init.zeros_),
         "the base layer still trains: call base.requires_grad_(False), else gradients and optimizer are those of full fine-tuning": variant(
@@ -339,6 +356,12 @@ forward = Check(
         "dropout draws once for all rows: it decides for each number of each row on its own; call it on x, not on a weight": variant(
             PlainLoRA, drop=lambda s, x: x * F.dropout(torch.ones(x.shape[-1], dtype=x.dtype), s.p, s.training)
         ),
+        "dropout draws once for all samples of a batch: it decides for each number of each sample on its own; call it on x itself": variant(
+            PlainLoRA, drop=lambda s, x: x * F.dropout(torch.ones_like(x[:1] if x.ndim == 3 else x), s.p, s.training)
+        ),
+        "dropout draws once for all positions of a sample: it decides for each number of each position on its own; call it on x "
+        "itself": variant(PlainLoRA, drop=lambda s, x: x * F.dropout(torch.ones_like(x[:, :1] if x.ndim == 3 else x), s.p, s.training)),
+        "the base was cast to float32: it stays as it was given, in its own dtype; only the factors may be float32": CastBase,
         "the factors are transposed: as in nn.Linear, lora_A is (r, in_features) and lora_B is (out_features, r)": ATransposed,
         "a base that is not float32 fails: make the factors in its dtype, or cast x to theirs and the result back": AlwaysFloat32,
         "the layer holds a copy of the base's weight: that doubles the memory; keep the base layer itself": CopiedBase,
@@ -937,7 +960,7 @@ conv_delta = Check(
 # ----------------------------------------------------------------------------------------------------------------- repair
 
 
-def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_clearing=True, clears=True, holds=""):
+def adapter(late_optimizer=True, random_a=True, random_b=False, freeze=True, steps_before_clearing=True, clears=True, holds=""):
     """The training function of the exercise with its bugs mended, or one of them left in."""
 
     def adapt(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> nn.Module:
@@ -950,6 +973,9 @@ def adapter(late_optimizer=True, random_a=True, freeze=True, steps_before_cleari
             for name, p in model.named_parameters():
                 if "lora_" in name:
                     nn.init.zeros_(p)
+        if random_b:
+            for p in _factors(model, "lora_B"):
+                nn.init.normal_(p, std=0.5)
         if not freeze:
             model.requires_grad_(False)
         optimizer = optimizer or torch.optim.AdamW(
@@ -1063,6 +1089,7 @@ def observe_repair(answer, seed: int) -> dict:
         state = "it learned" if after < 0.5 * before else "the factors moved, but the error did not halve"
         if state != "it learned" and added_up(*shorter, x, y):
             state += ": the gradients of the steps are added up"
+    near = all(p.abs().max() < 0.051 for p in _factors(shorter[0], "lora_B"))
     adapters = {name: m for name, m in result.named_modules() if isinstance(m, LoRALinear)}
     return {
         "what your function returns": "the model",
@@ -1070,6 +1097,8 @@ def observe_repair(answer, seed: int) -> dict:
         "what trains": sorted({name.split(".")[-1] for name, p in result.named_parameters() if p.requires_grad}),
         "the adapters": [f"{name}: r = {m.r}, α/r = {m.scaling:g}" for name, m in adapters.items()],
         "for 40, 1 and 2 steps at lr = 0.05, the optimizer takes": work_of(runs),
+        # AdamW's first step moves no number by more than lr, but for its last digits
+        "after one step of 0.05 from zero, lora_B is": "as near as that" if near else "farther away",
     }
 
 
@@ -1085,6 +1114,8 @@ repair = Check(
         "drew at random; give it both": adapter(holds="lora_B"),
         "both factors are set to zero: the gradient of each is a product with the other, so nothing will ever move; leave lora_A "
         "random": adapter(random_a=False),
+        "both factors are drawn at random: then the first step starts from a model that is not the pretrained one; lora_B starts at "
+        "zero, and inject_lora has seen to that": adapter(random_b=True),
         "everything is frozen after the adapters were put in, the adapters too: backward has nothing to train; inject_lora has frozen the "
         "base already": adapter(freeze=False),
         "the gradients are cleared between backward() and step(): the optimizer sees none; clear them before backward()": adapter(

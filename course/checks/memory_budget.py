@@ -437,7 +437,7 @@ def _isclose(parameters: int, gigabytes: float, recipes: dict[str, float], toler
     return [name for name, each in recipes.items() if math.isclose(parameters * each / 1e9, gigabytes, rel_tol=tolerance)]
 
 
-FINE = {"4.66 GB": 4.66 / 1.3, "4.69 GB": 4.69 / 1.3, "5.71 GB": 5.71 / 1.3, "5.73 GB": 5.73 / 1.3}  # 4.68 to 5.72 GB are within a tenth
+FINE = {f"{total} GB": total / 1.3 for total in (4.66, 4.69, 5.25, 5.71, 5.73)}  # 4.68 to 5.72 GB are within a tenth
 
 
 def _observe_matching(answer, seed: int) -> dict:
@@ -484,6 +484,10 @@ matching = Check(
         ),
         "the total is rounded to whole GB before it is compared: compare it as it is": _rounded(0),
         "the total is rounded to tenths of a GB before it is compared: compare it as it is": _rounded(1),
+        "the list is always empty: append each name that fits, and return the list at the end": lambda *arguments: [],
+        "the parameters are cut to whole billions: divide by 10**9 with / and not with //": lambda parameters, *others: matching_recipes(
+            parameters // 10**9 * 10**9, *others
+        ),
         "you return the nearest recipe even where none is near: an empty list is an answer": _nearest,
         "several recipes can give the same figure: return all within the tolerance, not the nearest alone": _nearest_within,
         "a recipe may need less or more than the stated figure; yours must not exceed it": _matching(
