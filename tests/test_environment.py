@@ -1,5 +1,6 @@
 """One list of dependencies, one list of tested versions, and every other place agrees with them."""
 
+import importlib.metadata
 import re
 import subprocess
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from course import ROOT, doctor
@@ -54,10 +56,16 @@ def test_constraints_are_exact_and_plain():
     assert [line for line in lines if Version(line.partition("==")[2]).is_devrelease] == []
 
 
+def test_every_pinned_version_runs_on_the_oldest_python():
+    """The first of its releases too: Debian 12 has 3.11.2, and a package that wants 3.11.5 could not be installed there."""
+    oldest, tested = PROJECT["requires-python"].removeprefix(">=") + ".0", doctor.tested_versions()
+    wanted = {d.name: d.metadata.get("Requires-Python") or "" for d in importlib.metadata.distributions() if normalized(d.name) in tested}
+    assert len(wanted) > 100
+    assert [(name, versions) for name, versions in wanted.items() if not SpecifierSet(versions).contains(oldest)] == []
+
+
 def test_the_command_is_installed_as_written():
     module, _, function = PROJECT["scripts"]["course"].partition(":")
-    import importlib
-
     assert callable(getattr(importlib.import_module(module), function))
 
 

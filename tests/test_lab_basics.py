@@ -17,7 +17,12 @@ CPU = torch.device("cpu")
 
 def test_the_device_is_the_gpu_where_there_is_one():
     assert device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert device_name(CPU) == f"CPU, {torch.get_num_threads()} threads"
+
+
+@pytest.mark.parametrize("count, name", [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_the_name_of_a_cpu(monkeypatch, count, name):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert device_name(CPU) == name
 
 
 def test_a_seed_gives_the_same_numbers_twice():

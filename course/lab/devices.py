@@ -14,7 +14,10 @@ def device() -> torch.device:
 def device_name(where: torch.device | None = None) -> str:
     """The device as a person would name it: "NVIDIA H100 80GB HBM3", or "CPU, 2 threads"."""
     where = where or device()
-    return torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    count = torch.get_num_threads()
+    return f"CPU, {count} thread{'s' * (count > 1)}"
 
 
 def seed_everything(seed: int) -> None:
