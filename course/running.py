@@ -17,8 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 
 import psutil
+from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -27,6 +29,7 @@ from nbformat import NotebookNode
 from course import ENVIRONMENT
 
 SAMPLE_SECONDS = 0.05
+REPLY_SECONDS = 1.0  # between looks for a cell's reply
 GRACE_SECONDS = 5.0  # between the interrupt and the kill
 OUTPUT_CHARACTERS = 2_000_000  # of one cell; an endless loop that prints must not fill this process instead
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -164,6 +167,21 @@ class _Client(NotebookClient):
         self.process = self.km.provisioner.process
         self.watch = _Watch(self.process.pid, self.limits)
         self.watch.start()
+
+    async def async_start_new_kernel_client(self) -> AsyncKernelClient:
+        client = await super().async_start_new_kernel_client()
+        wait = client.shell_channel.get_msg
+
+        async def look_again(timeout: float | None = None) -> dict:
+            """Wait a second at a time. For a widget nbclient sends on the socket that it waits on. If the reply comes in at that moment,
+            ZeroMQ wakes nobody up, and who waits without end waits for ever."""
+            while timeout is None:
+                with contextlib.suppress(Empty):
+                    return await wait(REPLY_SECONDS)
+            return await wait(timeout)
+
+        client.shell_channel.get_msg = look_again
+        return client
 
     def _begins(self, cell: NotebookNode, cell_index: int) -> None:
         self.cell, self.printed = cell_index, 0

@@ -1,5 +1,6 @@
 """Notebooks in kernels of their own: what is measured, what is reported, and how what never ends is ended."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zmq
+from jupyter_client.channels import AsyncZMQSocketChannel
 from nbformat import v4
 
 from course import running
@@ -64,7 +67,7 @@ def test_the_first_error_ends_the_run_and_is_located(tmp_path: Path):
 
 
 def test_errors_can_be_passed_over_and_expected_ones_are_none(tmp_path: Path):
-    made = notebook("1 / 0", "x = (", "raise KeyError", "print('reached')")
+    made = notebook("1 / 0", "x = )", "raise KeyError", "print('reached')")
     made.cells[0].metadata["tags"] = ["raises-exception"]
     result = execute(made, tmp_path, allow_errors=True)
     assert [(trouble.cell, trouble.kind) for trouble in result.troubles] == [(1, "SyntaxError"), (2, "KeyError")]
@@ -77,6 +80,20 @@ def test_sliders_and_their_outputs_run_too(tmp_path: Path):
     moved = "knob = widgets.IntSlider(3)\nknob.observe(lambda change: shown.append_stdout(str(change['new'])), 'value')\nknob.value = 4"
     used = "with shown:\n    print('inside')\nwidgets.interact(lambda x: print(x), x=(0, 9));"
     assert execute(notebook(slider, moved, used), tmp_path).troubles == []
+
+
+def test_a_reply_that_wakes_nobody_up_is_found(tmp_path: Path, monkeypatch):
+    """As when a widget's answer is sent while the reply comes in: who waits without end waits for ever."""
+    wait = AsyncZMQSocketChannel.get_msg
+
+    async def deaf(channel, timeout=None):
+        replies = channel.socket.socket_type == zmq.DEALER
+        return await (asyncio.sleep(3600) if replies and timeout is None else wait(channel, timeout))
+
+    monkeypatch.setattr(AsyncZMQSocketChannel, "get_msg", deaf)
+    made = notebook("import time; time.sleep(1.5)", "2")
+    assert execute(made, tmp_path, Limits(cell_seconds=20)).troubles == []
+    assert made.cells[1].outputs[0].data["text/plain"] == "2"
 
 
 def test_nobody_waits_for_input(tmp_path: Path):
