@@ -14,16 +14,16 @@ from torch import Tensor
 from reference.kernels.nf4_rows import plain_levels
 from reference.nf4 import NF4_CODEBOOK
 
-# Addresses: of this lane's copy of the pairs, of all copies, and of the levels of 8-bit scales.
+# Addresses: of all copies of the pairs, and of the levels of 8-bit scales.
 PLACES = tl.constexpr("""{
-    .reg .b32 lane;
     .shared .align 128 .b8 pairs[32768];
     .shared .align 128 .b8 dynamic[1024];
-    mov.u32 lane, %laneid;
-    mov.u32 $1, pairs;
-    mov.u32 $2, dynamic;
-    mad.lo.u32 $0, lane, 4, $1;
+    mov.u32 $0, pairs;
+    mov.u32 $1, dynamic;
 }""")
+# Addresses again, of this lane's copy. Look-ups are said to be pure, so that the compiler plans around them as around arithmetic. It may
+# then move them, but not to before this, which stays behind the barrier.
+OWN = tl.constexpr("{ .reg .b32 lane; mov.u32 lane, %laneid; mad.lo.u32 $0, lane, 4, $2; mov.u32 $1, $3; }")
 STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.u32 $0, 0;")
 STORE_FOUR = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, 0;")
 LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
@@ -55,13 +55,13 @@ def set_up(pairs_ptr, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         part = tl.arange(0, 2048)  # eight for each pair
         pair = tl.load(pairs_ptr + part // 8)
-        mine, start, levels = tl.inline_asm_elementwise(PLACES, "=r,=r,=r", [], (tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
-        tl.inline_asm_elementwise(STORE_FOUR, "=r,r,r", [start + 16 * part, pair], tl.int32, is_pure=False, pack=1)
+        pairs, levels = tl.inline_asm_elementwise(PLACES, "=r,=r", [], (tl.int32, tl.int32), is_pure=False, pack=1)
+        tl.inline_asm_elementwise(STORE_FOUR, "=r,r,r", [pairs + 16 * part, pair], tl.int32, is_pure=False, pack=1)
         if DOUBLE:
             code = tl.arange(0, 256)
             tl.inline_asm_elementwise(STORE, "=r,r,f", [levels + 4 * code, tl.load(dynamic_ptr + code)], tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
-        return mine, levels
+        return tl.inline_asm_elementwise(OWN, "=r,=r,r,r", [pairs, levels], (tl.int32, tl.int32), is_pure=False, pack=1)
     else:
         return 0, 0
 
@@ -70,9 +70,10 @@ def set_up(pairs_ptr, dynamic_ptr, DOUBLE: tl.constexpr, PTX: tl.constexpr):
 def look_up(words, pairs, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
     """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
     if PTX:
-        types: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
+        names: tl.constexpr = "=r,=r,=r,=r,r,r,r,r"
         twice = tl.join(words, words)  # as many elements as come out: two in each register
-        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, "=r,=r,=r,=r,r,r,r,r", [twice, pairs], dtype=types, is_pure=False, pack=2)
+        given = [twice, pairs]
+        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2)
         level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
         return level.reshape(words.shape[0], words.shape[1], 8)
     else:
@@ -83,6 +84,6 @@ def look_up(words, pairs, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
 def look_up_scales(codes, levels, dynamic_ptr, PTX: tl.constexpr):
     """Levels of the 8-bit codes of scales."""
     if PTX:
-        return tl.inline_asm_elementwise(LOAD, "=f,r", [levels + 4 * codes], dtype=tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(LOAD, "=f,r", [levels + 4 * codes], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.load(dynamic_ptr + codes)

@@ -88,10 +88,9 @@ def look_up(words, table, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
     """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
     if PTX:
         names: tl.constexpr = "=r,=r,=r,=r," + "r," * 17 + "r"
-        types: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
         twice = tl.join(words, words)  # as many elements as come out: two in each register
         given = [twice, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
-        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, dtype=types, is_pure=True, pack=2)
+        a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2)
         level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
         return level.reshape(words.shape[0], words.shape[1], 8)
     else:
