@@ -78,10 +78,10 @@ def measure() -> dict:
     found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
     row = {"BIAS": False, "PTX": True, "ODD": 0, "EVEN": True, "W": nf4_vector.WARPS}
     rows = {"BIAS": False, "PTX": True, "ROWS_X": 16, "ROWS": nf4_rows.ROWS, "W": nf4_rows.WARPS}
-    options = {"num_warps": nf4_rows.WARPS, "num_stages": 1}
+    few = {"num_warps": nf4_rows.WARPS, "num_stages": 1}
     kernels = {  # and how many weights a program decodes in one turn of the loop
         "1 row": (nf4_vector._vector_kernel, row, nf4_vector.OPTIONS, nf4_vector.ROWS * nf4_vector.FEATURES * nf4_vector.WARPS),
-        "16 rows": (nf4_rows._rows_kernel, rows, options, nf4_rows.ROWS * BLOCK),
+        "16 rows": (nf4_rows._rows_kernel, rows, few, nf4_rows.ROWS * BLOCK),
     }
     for name, (kernel, constants, options, weights) in kernels.items():
         for double in (False, True):

@@ -115,8 +115,7 @@ for capability in (80, 90, 120):
 def test_levels_stay_where_they_were_looked_up():
     """Compiled for three generations of GPUs: neither shared memory nor shuffles between lanes bring levels to the tensor cores.
 
-    The tables are not counted here; they leave 15 KB of the 48 that every program may have. With shuffles there would be twice the
-    instructions.
+    The tables are not counted here; they leave 15 KB of the 48 that every program may have. Shuffles show in the number of instructions.
     """
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(["benchmarks", ".", *sys.path])}
     run = subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)

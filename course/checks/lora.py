@@ -235,6 +235,8 @@ def observe_forward(answer, seed: int) -> dict:
         try:
             layer = answer(base, r, alpha)
             seen[f"a {dtype} base is afterwards"] = str(base.weight.dtype)
+            if base.weight.dtype != dtype:
+                continue
             with torch.no_grad():  # numbers that bfloat16 and float32 factors both hold exactly
                 layer.lora_A.copy_(torch.randn(a.shape, generator=g).bfloat16())
                 layer.lora_B.copy_(torch.randn(b.shape, generator=g).bfloat16())

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.kernels.nf4_rows import plain_levels
+from reference.kernels.nf4_rows import four_words, plain_levels
 from reference.nf4 import NF4_CODEBOOK
 
 # Addresses: of all copies of the pairs, and of the levels of 8-bit scales.
@@ -74,8 +74,7 @@ def look_up(words, pairs, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         twice = tl.join(words, words)  # as many elements as come out: two in each register
         given = [twice, pairs]
         a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2)
-        level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
-        return level.reshape(words.shape[0], words.shape[1], 8)
+        return four_words(a, b, c, d, dtype)
     else:
         return plain_levels(words, levels_ptr, dtype)
 

@@ -84,6 +84,13 @@ def plain_levels(words, levels_ptr, dtype: tl.constexpr):
 
 
 @triton.jit
+def four_words(first, second, third, fourth, dtype: tl.constexpr):
+    """What a look-up left in four registers, two levels each: four times (rows, words, 2) int16 -> (rows, words, 8) of ``dtype``."""
+    level = tl.join(tl.join(first, third), tl.join(second, fourth)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
+    return level.reshape(first.shape[0], first.shape[1], 8)
+
+
+@triton.jit
 def look_up(words, table, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
     """Levels of eight codes a word, in order: (rows, words) int32 -> (rows, words, 8)."""
     if PTX:
@@ -91,8 +98,7 @@ def look_up(words, table, levels_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         twice = tl.join(words, words)  # as many elements as come out: two in each register
         given = [twice, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
         a, b, c, d = tl.inline_asm_elementwise(LOOK_UP, names, given, (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2)
-        level = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 1, 3, 4, 2).to(dtype, bitcast=True)
-        return level.reshape(words.shape[0], words.shape[1], 8)
+        return four_words(a, b, c, d, dtype)
     else:
         return plain_levels(words, levels_ptr, dtype)
 
