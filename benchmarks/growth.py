@@ -40,8 +40,8 @@ from course.lab.devices import device as best_device
 from course.lab.live import storage_bytes
 from course.lab.meters import show_bytes
 from reference.memory import training_memory
+from reference.memory.recipes import QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_2_1B, LLAMA_33B, ModelShape
-from reference.recipes import QLORA
 
 TOKENS = 512
 SWEEPS = "size", "tokens", "rank"

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from course.lab import recorded
 from reference.lora import inject_lora
 from reference.memory import Breakdown, Recipe, training_memory
+from reference.memory.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, LORA_PEFT, QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
-from reference.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, LORA_PEFT, QLORA
 
 STEPS = 3
 

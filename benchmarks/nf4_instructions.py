@@ -73,7 +73,8 @@ def listing(binary: bytes) -> str:
 def measure() -> dict:
     import triton
 
-    from reference.kernels import nf4_rows, nf4_vector
+    from reference.kernels.nf4 import rows as nf4_rows
+    from reference.kernels.nf4 import vector as nf4_vector
 
     found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
     row = {"BIAS": False, "PTX": True, "ODD": 0, "EVEN": True, "W": nf4_vector.WARPS}

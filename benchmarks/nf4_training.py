@@ -12,7 +12,7 @@ from nf4_kernels import BLOCK, COPIES, SIDE, record, time
 from torch import Tensor
 from torch.nn.functional import linear
 
-from reference.qlora_layer import NF4Linear
+from reference.qlora.layer import NF4Linear
 
 ROWS = 512, 2048, 8192
 

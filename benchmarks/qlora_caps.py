@@ -24,8 +24,8 @@ from qlora_memory import ALPHA, OURS, RANK, Case, Extra, Meter, build
 from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.memory import training_memory
+from reference.memory.recipes import QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_33B, ModelShape
-from reference.recipes import QLORA
 
 STEPS, RATE = 20, 1e-3
 

@@ -39,9 +39,9 @@ from course.lab.live import LiveBytes
 from course.lab.meters import show_bytes
 from reference.lora import inject_lora
 from reference.memory import training_memory
+from reference.memory.recipes import LORA, QLORA, Recipe
 from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
 from reference.qlora import quantize_linears
-from reference.recipes import LORA, QLORA, Recipe
 
 RANK, ALPHA, STEPS = 16, 32, 4
 OURS, PEERS, PREPARED = "QLoRA", "QLoRA, peft + bitsandbytes", "QLoRA, peft + bitsandbytes, prepared"

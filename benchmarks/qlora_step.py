@@ -11,8 +11,8 @@ backward, optimizer. "Busy" is the share of such a step in which the GPU runs a 
 
 - "peft" is peft + bitsandbytes on the Hugging Face library's Llama, "library" is reference.qlora on that same model;
 - "llama" is reference.qlora on reference.llama, whose loss never makes the logits whole; "whole logits" makes them;
-- "plain update" computes the adapters' float32 products outside the tensor cores (reference.lora_mixed);
-- "compiled" compiles each layer, "graph" records the step in a CUDA graph (reference.fast_step).
+- "plain update" computes the adapters' float32 products outside the tensor cores (reference.lora.mixed);
+- "compiled" compiles each layer, "graph" records the step in a CUDA graph (reference.llama.step).
 """
 
 import argparse
@@ -30,11 +30,10 @@ from torch import Tensor, nn
 
 from course.lab import recorded
 from course.lab.meters import show_bytes
-from reference import lora_mixed
-from reference.chunked_loss import IGNORED, next_tokens
-from reference.fast_step import GraphedStep, capturable_adamw, compile_layers
 from reference.llama import Llama
-from reference.lora import inject_lora
+from reference.llama.loss import IGNORED, next_tokens
+from reference.llama.step import GraphedStep, capturable_adamw, compile_layers
+from reference.lora import inject_lora, mixed
 from reference.model_shapes import LLAMA_2_7B, ModelShape
 from reference.qlora import quantize_linears
 
@@ -153,7 +152,7 @@ def measure(name: str, batch: tuple[int, int], models: Models) -> dict:
     model = models.get(name)
     for parameter in model.parameters():
         parameter.grad = None
-    lora_mixed.use_tensor_cores("plain update" not in name)
+    mixed.use_tensor_cores("plain update" not in name)
     gc.collect()
     if meter.cuda:
         torch.cuda.empty_cache()
@@ -201,7 +200,7 @@ def attempt(name: str, batch: tuple[int, int], models: Models) -> dict:
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
     finally:
-        lora_mixed.use_tensor_cores(True)
+        mixed.use_tensor_cores(True)
 
 
 def compared(rows: list[dict]) -> dict[str, dict[str, float]]:

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from course import ROOT
 from course.lab import plotting, recorded
 from reference.memory import training_memory
+from reference.memory.recipes import QLORA
 from reference.model_shapes import ModelShape
-from reference.recipes import QLORA
 
 FOLDER = ROOT / "lessons" / "figures"
 FIGURE, GROWTH = FOLDER / "four_bits.png", FOLDER / "growth.png"

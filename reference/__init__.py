@@ -1,1 +1,24 @@
-"""The ideas of the course as short, tested modules: torch, and nothing of the course itself."""
+"""The ideas of the course as short, tested modules: torch, and nothing of the course itself.
+
+A module may import those of its own unit and of earlier ones. A folder's first file is the idea.
+
+    any  arguments
+    00   memory (budget, recipes, activations), model_shapes
+    01   lowrank
+    02   lora (layer, conv_embedding, inject, mixed), adapter_format
+    03   blockwise
+    04   nf4
+    05   double_quant
+    06   qlora (quantize, layer, merge, product, ops, format), llama (model, loss, step)
+    07   paging, offload
+    08   checkpointing, precision
+    09   ewc, rehearsal, progressive
+    10   bottleneck, soft_prompts, ia3, lora (dora), relatives
+    11   multi_lora (layer, combine, serving)
+    12   instruct, self_instruct
+    13   kernels (launch, low_rank, nf4, multi_lora)
+    14   sharded
+
+Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the
+call and not before.
+"""

@@ -17,9 +17,9 @@ from course.lab.evaluation import compare_losses
 from course.lab.live import module_bytes
 from reference.lora import LoRALinear
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
-from reference.nf4_format import Layout
-from reference.nf4_product import NF4Product
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
+from reference.qlora.format import Layout
+from reference.qlora.product import NF4Product
 
 decode = check.decode
 

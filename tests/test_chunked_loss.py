@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from course.lab.live import LiveBytes
-from reference.chunked_loss import IGNORED, linear_cross_entropy, next_tokens
+from reference.llama.loss import IGNORED, linear_cross_entropy, next_tokens
 
 
 def whole(hidden, weight, targets):

@@ -12,13 +12,16 @@ if not CUDA:
 
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
-from reference import lora_mixed  # noqa: E402
-from reference.fast_step import GraphedStep, capturable_adamw, compile_layers  # noqa: E402
 from reference.llama import Llama  # noqa: E402
-from reference.lora import inject_lora, lora_layers  # noqa: E402
+from reference.llama.step import GraphedStep, capturable_adamw, compile_layers  # noqa: E402
+from reference.lora import (  # noqa: E402
+    inject_lora,
+    lora_layers,
+    mixed,
+)
 from reference.model_shapes import ModelShape  # noqa: E402
-from reference.nf4_ops import dequantize, nf4_product  # noqa: E402
 from reference.qlora import NF4Linear, quantize_linears  # noqa: E402
+from reference.qlora.ops import dequantize, nf4_product  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SMALL = ModelShape("small", 128, 3, 4, 2, 32, 192, 50)
@@ -125,7 +128,7 @@ def test_other_shapes_are_refused():
 
 
 def test_layers_compile_whole_and_once_for_all(monkeypatch):
-    monkeypatch.setattr(lora_mixed, "FEW_ROWS", 0)  # the kernels, or none, in both models: they round elsewhere
+    monkeypatch.setattr(mixed, "FEW_ROWS", 0)  # the kernels, or none, in both models: they round elsewhere
     plain, compiled, ids = qlora(), qlora(), batches(1)[0]
     counter = CompileCounterWithBackend("aot_eager")
     assert compile_layers(compiled, counter) == SMALL.layers  # fullgraph: a break would raise
@@ -194,7 +197,7 @@ def test_the_layer_takes_the_kernels_where_it_can_and_learns_the_same(monkeypatc
     x = torch.randn(3, 21, 64, device=DEVICE, dtype=torch.bfloat16)
     results = []
     for takes in (True, False):
-        monkeypatch.setattr(lora_mixed, "takes_kernels", lambda *_, takes=takes: takes)
+        monkeypatch.setattr(mixed, "takes_kernels", lambda *_, takes=takes: takes)
         layer.zero_grad()
         x.grad, x.requires_grad = None, True
         y = layer(x)
@@ -215,16 +218,16 @@ def test_the_update_s_operations_are_whole():
 
 
 def test_only_bfloat16_beside_float32_on_cuda_takes_the_kernels():
-    rows = lora_mixed.FEW_ROWS
+    rows = mixed.FEW_ROWS
     half, factor = torch.zeros(rows, 4, dtype=torch.bfloat16, device=DEVICE), torch.zeros(4, 4, device=DEVICE)
-    assert lora_mixed.takes_kernels(half, half, factor, factor) == (CUDA and lora_mixed._TRITON)
-    assert not lora_mixed.takes_kernels(half[1:], half[1:], factor, factor)
-    assert not lora_mixed.takes_kernels(half.half(), half.half(), factor, factor)
+    assert mixed.takes_kernels(half, half, factor, factor) == (CUDA and mixed._TRITON)
+    assert not mixed.takes_kernels(half[1:], half[1:], factor, factor)
+    assert not mixed.takes_kernels(half.half(), half.half(), factor, factor)
     wide = torch.zeros(65, 4, device=DEVICE)
-    assert not lora_mixed.takes_kernels(half, half, wide, wide.T)
-    lora_mixed.use_tensor_cores(False)
-    assert not lora_mixed.takes_kernels(half, half, factor, factor)
-    lora_mixed.use_tensor_cores(True)
+    assert not mixed.takes_kernels(half, half, wide, wide.T)
+    mixed.use_tensor_cores(False)
+    assert not mixed.takes_kernels(half, half, factor, factor)
+    mixed.use_tensor_cores(True)
 
 
 def inject_one():

@@ -12,8 +12,8 @@ import torch
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.memory import training_memory
+from reference.memory.recipes import QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_70B, ModelShape
-from reference.recipes import QLORA
 
 CPU = torch.device("cpu")
 PLAN = benchmark.plan(cuda=False, smoke=True)

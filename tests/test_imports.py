@@ -1,47 +1,84 @@
 """Imports run one way, notebooks → course → reference, and a unit is whole once its notebook exists."""
 
 import ast
+import functools
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import reference
 from course import ROOT
 from course.units import Unit, units
 
-# The reference modules of each unit, in the course's order; a module may import its own unit's and earlier ones'.
-ORDER = {
-    "00": ["model_shapes", "activations", "recipes", "memory"],
-    "01": ["lowrank"],
-    "02": ["lora_mixed", "lora_base", "lora_layers", "lora", "tensor_file", "adapter_format"],
-    "03": ["blockwise"],
-    "04": ["nf4"],
-    "05": ["double_quant"],
-    "06": ["chunked_loss", "llama", "fast_step", "nf4_product", "nf4_ops", "nf4_format", "qlora_layer", "qlora_merge", "qlora"],
-    "07": ["paging", "offload"],
-    "08": ["checkpointing", "precision"],
-    "09": ["ewc", "rehearsal", "progressive"],
-    "10": ["bottleneck", "soft_prompts", "ia3"],
-    "11": ["multi_lora"],
-    "12": ["instruct"],
-}
-UNIT_OF = {module: unit for unit, modules in ORDER.items() for module in modules}
-REFERENCE = sorted(path for path in (ROOT / "reference").rglob("*.py") if path.name != "__init__.py")
+_ROW = re.compile(r"^ {4}(?P<unit>\d\d|any) {2,}(?P<modules>\S.*)$", re.MULTILINE)
+
+
+def order(text: str) -> dict[str, str]:
+    """Module -> unit, from the rows of ``reference``'s docstring: "02  lora (layer, inject), adapter_format"."""
+    found: dict[str, str] = {}
+    for row in _ROW.finditer(text):
+        for name, inner in re.findall(r"(\w+)(?: \(([^)]*)\))?", row["modules"]):
+            modules = [f"reference.{name}.{part.strip()}" for part in inner.split(",")] if inner else [f"reference.{name}"]
+            assert not set(modules) & set(found), f"the map names {name} twice"
+            found |= dict.fromkeys(modules, "00" if row["unit"] == "any" else row["unit"])
+    return found
+
+
+UNIT_OF = order(reference.__doc__)
 TOOLS = {"torch", "numpy", "scipy", "safetensors"}  # what a reference module may use
-PACKAGES = {"reference", "reference.kernels", "course"}  # whose modules are imported by name
 RIVALS = {"transformers", "peft", "bitsandbytes"}  # what it is compared with
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of all that the file imports, wherever in it: "torch.nn", "reference.lora"."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {dotted(path): path for path in sorted((ROOT / "reference").rglob("*.py"))}
+REFERENCE = [path for path in PATHS.values() if path.name != "__init__.py"]
+
+
+def imports(path: Path, deferred: bool = True) -> set[str]:
+    """Full names of all that the file imports: "torch.nn", "reference.lora.layer".
+
+    A name that a package of ``reference`` hands on counts as the module that it is from.
+
+    Args:
+        deferred: those inside functions too, which are carried out at the call.
+    """
+    return _imports(path, deferred)
+
+
+@functools.cache
+def _imports(path: Path, deferred: bool) -> frozenset[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)) for part in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in inner and not deferred:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: write imports in full"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module in PACKAGES else {node.module}
-    return found
+            for alias in node.names:
+                found |= home(node.module, alias.name)
+    return frozenset(found)
+
+
+def home(module: str, name: str) -> set[str]:
+    """Where ``from module import name`` gets it: the module that defines it, or a whole package's."""
+    if (full := f"{module}.{name}") in PATHS:
+        return _imports(PATHS[full], False) & set(PATHS) | {full} if PATHS[full].name == "__init__.py" else {full}
+    if module not in PATHS or PATHS[module].name != "__init__.py":
+        return {full} if module == "course" else {module}
+    for node in ast.parse(PATHS[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and name in (alias.asname or alias.name for alias in node.names):
+            return home(node.module, name)
+    return {module}
 
 
 def tops(names: set[str]) -> set[str]:
@@ -52,28 +89,29 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def unit_of(module: str) -> str | None:
+    """Its own row's, or that of the folder it lies in."""
+    return UNIT_OF.get(module) or (unit_of(module.rpartition(".")[0]) if "." in module else None)
+
+
+def is_kernel(module: str) -> bool:
+    return module.startswith("reference.kernels.")
+
+
 @pytest.mark.parametrize("path", REFERENCE, ids=relative)
 def test_reference_uses_torch_and_lower_modules_only(path: Path):
-    names = imports(path)
-    kernel = path.parent.name == "kernels"
-    assert tops(names) <= TOOLS | {"reference"} | ({"triton"} if kernel else set())
-    own = "06" if kernel else UNIT_OF.get(path.stem)  # kernels are for what unit 06 has built with
-    assert own, f"{relative(path)}: put it into ORDER above, under its unit"
-    for name in names:
-        if name.startswith("reference."):
-            module = name.split(".")[1]
-            if module != "kernels":
-                assert UNIT_OF.get(module, "?") <= own, (
-                    f"{relative(path)} of unit {own} imports {module} of unit {UNIT_OF.get(module, '?')}"
-                )
+    module = dotted(path)
+    assert tops(imports(path)) <= TOOLS | {"reference"} | ({"triton"} if is_kernel(module) else set())
+    own = unit_of(module)
+    assert own, f"put {module} into the map in reference/__init__.py, under its unit"
+    for name in imports(path, deferred=False) & set(PATHS):
+        assert unit_of(name) <= own, f"{module} of unit {own} imports {name} of unit {unit_of(name)}"
+    later = {name for name in imports(path) & set(PATHS) if unit_of(name) > own}
+    assert all(map(is_kernel, later)), f"{module} of unit {own} reaches for {later}: only kernels may be of a later unit, at the call"
 
 
 def test_no_reference_modules_import_each_other_in_a_circle():
-    graph = {
-        path.stem: {n.split(".")[1] for n in imports(path) if n.startswith("reference.")}
-        for path in REFERENCE
-        if path.parent.name == "reference"
-    }
+    graph = {dotted(path): imports(path, deferred=False) & set(PATHS) for path in REFERENCE}
 
     def visit(module: str, above: tuple[str, ...]) -> None:
         assert module not in above, " → ".join((*above, module))
@@ -82,6 +120,20 @@ def test_no_reference_modules_import_each_other_in_a_circle():
 
     for module in graph:
         visit(module, ())
+
+
+def test_the_kernels_of_lora_do_without_those_of_nf4():
+    code = "import sys, reference.kernels.low_rank; print([m for m in sys.modules if 'nf4' in m])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if "No module named 'triton'" in run.stderr:
+        pytest.skip("there is no Triton here")
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("path", REFERENCE, ids=relative)
+def test_lines_of_reference_fit_a_page(path: Path):
+    long = [i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 100]
+    assert not long, f"lines {long} have more than 100 columns"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "course").rglob("*.py")), ids=relative)
@@ -102,7 +154,7 @@ def test_benchmarks_import_no_tests(path: Path):
 @pytest.mark.parametrize("path", REFERENCE, ids=relative)
 def test_reference_modules_are_short_and_finished(path: Path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 230, "one idea a file, about 200 lines"
+    assert len(text.splitlines()) <= 200, "one idea a file"
     tree = ast.parse(text)
     assert ast.get_docstring(tree), "the docstring states the idea"
     raised = [ast.unparse(node.exc) for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
@@ -113,14 +165,12 @@ def test_reference_modules_are_short_and_finished(path: Path):
 def test_a_unit_is_whole(unit: Unit):
     parts = (unit.lesson, unit.notebook, unit.exercise, unit.solution, unit.checks, unit.interview)
     assert [relative(part) for part in parts if not part.exists()] == []
-    missing = [module for module in ORDER.get(unit.number, []) if not (ROOT / "reference" / f"{module}.py").exists()]
-    assert missing == []
+    assert [module for module, number in UNIT_OF.items() if number == unit.number and module not in PATHS] == []
 
 
 def test_every_reference_module_is_tested():
     """A test imports it, or a module that such a test reaches."""
-    uses = {f"reference.{path.stem}": imports(path) for path in REFERENCE if path.parent.name == "reference"}
-    uses |= {f"reference.kernels.{path.stem}": imports(path) for path in REFERENCE if path.parent.name == "kernels"}
+    uses = {dotted(path): imports(path) for path in REFERENCE}
     reached, waiting = set(), {name for test in (ROOT / "tests").glob("test_*.py") for name in imports(test)}
     while waiting:
         name = waiting.pop()
@@ -128,7 +178,3 @@ def test_every_reference_module_is_tested():
             reached.add(name)
             waiting |= uses[name]
     assert set(uses) - reached == set()
-
-
-def test_the_order_knows_a_module_once():
-    assert len(UNIT_OF) == sum(map(len, ORDER.values()))

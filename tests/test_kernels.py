@@ -20,8 +20,8 @@ from reference.blockwise import midpoints  # noqa: E402
 from reference.double_quant import QuantizedScales, dequantize_scales, quantize_scales  # noqa: E402
 from reference.kernels import nf4 as kernels  # noqa: E402
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor  # noqa: E402
-from reference.nf4_product import use_kernels  # noqa: E402
 from reference.qlora import NF4Linear  # noqa: E402
+from reference.qlora.product import use_kernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,12 +20,10 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from course.lab import recorded
-from reference import activations
-from reference.activations import Run
 from reference.lora import inject_lora, trainable_parameters
-from reference.memory import RECIPES, SHAPES, training_memory
-from reference.model_shapes import GEMMA_3_270M, GPT_3, LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_2_1B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
-from reference.recipes import (
+from reference.memory import RECIPES, SHAPES, activations, training_memory
+from reference.memory.activations import Run
+from reference.memory.recipes import (
     ADAM_8BIT,
     FULL_BF16,
     FULL_FP32,
@@ -37,6 +35,7 @@ from reference.recipes import (
     adam_8bit_bytes,
     nf4_bytes,
 )
+from reference.model_shapes import GEMMA_3_270M, GPT_3, LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_2_1B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMALL = ModelShape("small", 64, 4, 4, 2, 16, 256, 64, tied=True)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reference.lora import LoRALinear
-from reference.nf4_format import STATE
 from reference.qlora import NF4Linear, quantize_linears
+from reference.qlora.format import STATE
 
 few = settings(max_examples=25)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,8 @@ from course.lab import recorded
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-from reference.kernels import nf4_pairs, nf4_rows
+from reference.kernels.nf4 import pairs as nf4_pairs
+from reference.kernels.nf4 import rows as nf4_rows
 
 LISTING = """
 	.headerflags	@"EF_CUDA_SM90"

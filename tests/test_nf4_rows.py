@@ -10,7 +10,7 @@ from ptx import execute, words_of_codes
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.kernels import nf4 as kernels
-from reference.kernels import nf4_rows
+from reference.kernels.nf4 import rows as nf4_rows
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
 
 gpu = pytest.mark.gpu

@@ -13,7 +13,10 @@ pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.double_quant import dequantize_scales, quantize_scales
 from reference.kernels import nf4 as kernels
-from reference.kernels import nf4_linear, nf4_pairs, nf4_rows, nf4_vector
+from reference.kernels.nf4 import linear as nf4_linear
+from reference.kernels.nf4 import pairs as nf4_pairs
+from reference.kernels.nf4 import rows as nf4_rows
+from reference.kernels.nf4 import vector as nf4_vector
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
 gpu = pytest.mark.gpu
@@ -101,7 +104,7 @@ def test_a_gpu_without_such_tensor_cores_writes_the_weight_out(count, monkeypatc
 
 SHARED = """
 import nf4_instructions as compiler
-from reference.kernels import nf4_vector
+from reference.kernels.nf4 import vector as nf4_vector
 
 for capability in (80, 90, 120):
     for double in (False, True):

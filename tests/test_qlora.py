@@ -20,8 +20,8 @@ from course.lab.live import LiveBytes, SavedForBackward, module_bytes
 from reference.adapter_format import load_adapter, save_adapter
 from reference.lora import LoRALinear, inject_lora, lora_layers, merge_lora
 from reference.nf4 import quantize_nf4
-from reference.nf4_product import NF4Product
 from reference.qlora import NF4Linear, merge_into_dequantized, quantize_linears
+from reference.qlora.product import NF4Product
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Merge lora module", "ignore:`is_gradient_checkpointing`", "ignore:Initializing zero-element"
@@ -252,7 +252,7 @@ def test_a_large_weight_goes_in_pieces_and_comes_out_whole(monkeypatch):
     for double_quant in (True, False):
         whole = NF4Linear.from_weight(weight, None, 64, double_quant)
         with monkeypatch.context() as patch:
-            patch.setattr("reference.nf4_product.PIECE", 256)
+            patch.setattr("reference.qlora.product.PIECE", 256)
             pieces = NF4Linear.from_weight(weight, None, 64, double_quant)
             assert all(torch.equal(*pair) for pair in zip(state(whole), state(pieces), strict=True))
             restored = pieces.dequantize(torch.float32)

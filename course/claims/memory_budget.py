@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from course.lab import recorded
-from reference import activations
-from reference.activations import Run
 from reference.lora import LoRALinear
-from reference.memory import training_memory
+from reference.memory import activations, training_memory
+from reference.memory.activations import Run
+from reference.memory.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, QLORA, Recipe
 from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_8B, LLAMA_3_70B, ModelShape
-from reference.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, QLORA, Recipe
 
 QV = ("q_proj", "v_proj")
 ALL = tuple(LLAMA_2_7B.linears)

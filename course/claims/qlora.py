@@ -16,10 +16,10 @@ from course.lab.world import World
 from reference.blockwise import midpoints
 from reference.lora import LoRALinear
 from reference.memory import training_memory
+from reference.memory.recipes import LORA, QLORA, nf4_bytes, weights
 from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_2_70B, ModelShape
 from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
-from reference.recipes import LORA, QLORA, nf4_bytes, weights
 
 # Counting
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.kernels.nf4_codes import on
+from reference.kernels.nf4.codes import on
 
 PIECES = 1024  # numbers a program
 ADD = dict(ROWS=64, COLUMNS=128, num_warps=4)

@@ -2,14 +2,14 @@
 
 A compiler reads Python until it knows every operation; launches of hand-written kernels, and loops over pieces, are nothing it could
 improve. ``torch.library`` gives them a name, a schema, a gradient, and a "fake": a function from the shapes of the arguments to the shape
-of the result. The numbers are those of :class:`reference.nf4_product.NF4Product`, which costs less of the CPU's time where nothing is
+of the result. The numbers are those of :class:`reference.qlora.product.NF4Product`, which costs less of the CPU's time where nothing is
 compiled.
 """
 
 import torch
 from torch import Tensor
 
-from reference.nf4_product import Layout, NF4Product, Packed, product, unpack
+from reference.qlora.product import Layout, NF4Product, Packed, product, unpack
 
 PACKED = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int out_features, int in_features, int block_size"
 

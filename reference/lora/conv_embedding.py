@@ -1,7 +1,7 @@
 """LoRA's three layers: linear, convolution, embedding.
 
 Each adds s·B·A to what its frozen base does, and holds A and B where the base holds one weight. Arguments, merging and errors are those
-of :class:`reference.lora_base.LoRALayer`.
+of :class:`reference.lora.layer.LoRALayer`.
 """
 
 import math
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.lora_base import LoRALayer, describe, product
-from reference.lora_mixed import add_update
+from reference.lora.layer import LoRALayer, describe, product
+from reference.lora.mixed import add_update
 from reference.lowrank import truncated_svd
 
 

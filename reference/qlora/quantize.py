@@ -2,16 +2,16 @@
 
     y = x · Ŵᵀ + b + s · B·A·x        Ŵ: NF4, frozen, dequantized for the moment of each product        A, B: 32 bits, trained
 
-Gradients flow *through* Ŵ to the adapters below it, never *to* it (:mod:`reference.nf4_product`). The base then takes about 4.13 bits a
+Gradients flow *through* Ŵ to the adapters below it, never *to* it (:mod:`reference.qlora.product`). The base then takes about 4.13 bits a
 weight instead of 16, and what is trained, and so Adam's state, is as small as in LoRA. Dettmers et al. 2023, "QLoRA: Efficient Finetuning
 of Quantized LLMs". There is no QLoRA layer: it is the LoRA layer over another base.
 
     quantize_linears(model)                                   # nn.Linear → NF4Linear, one at a time
     inject_lora(model, r=16, lora_alpha=32)                   # from reference.lora, as over any base
     ...                                                       # train
-    merge_into_dequantized(model)                             # one of three ways to get a plain model: see reference.qlora_merge
+    merge_into_dequantized(model)                             # one of three ways to get a plain model: see reference.qlora.merge
 
-This module quantizes models; the layer is in :mod:`reference.qlora_layer`.
+This module quantizes models; the layer is in :mod:`reference.qlora.layer`.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.lora import lora_layers, merge_lora, replace_layers
-from reference.qlora_layer import NF4Linear
-from reference.qlora_merge import merge_errors, merge_into_dequantized, merge_into_original
+from reference.qlora.layer import NF4Linear
+from reference.qlora.merge import merge_errors, merge_into_dequantized, merge_into_original
 
 __all__ = ["NF4Linear", "merge_errors", "merge_into_dequantized", "merge_into_original", "merge_lora", "quantize_linears"]
 

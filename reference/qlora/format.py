@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reference.double_quant import dynamic_codebook
 from reference.nf4 import NF4_CODEBOOK
-from reference.nf4_product import SCALES_BLOCK, Layout, Packed
+from reference.qlora.product import SCALES_BLOCK, Layout, Packed
 
 STATE = "quant_state.bitsandbytes__nf4"
 

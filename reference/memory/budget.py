@@ -12,18 +12,18 @@ peak is not the sum of all lines but the largest of a few moments:
     in the backward pass     held + activations not yet used + one layer's temporaries + gradients so far
     in the optimizer's step  held + all gradients + the optimizer's own temporaries
 
-The parts are in :mod:`reference.model_shapes` (how many parameters), :mod:`reference.recipes` (bytes of each) and
-:mod:`reference.activations` (bytes of a token). 1 GB is 1e9 bytes. What is not here: the CUDA context, libraries' workspaces, and the
+The parts are in :mod:`reference.model_shapes` (how many parameters), :mod:`reference.memory.recipes` (bytes of each) and
+:mod:`reference.memory.activations` (bytes of a token). 1 GB is 1e9 bytes. What is not here: the CUDA context, libraries' workspaces, and the
 allocator's unused remainders.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from reference import activations
-from reference.activations import Run
+from reference.memory import activations
+from reference.memory.activations import Run
+from reference.memory.recipes import RECIPES, Line, Recipe, optimizer_states, step_buffer, trained_tensors, weights
 from reference.model_shapes import SHAPES, ModelShape
-from reference.recipes import RECIPES, Line, Recipe, optimizer_states, step_buffer, trained_tensors, weights
 
 __all__ = ["RECIPES", "SHAPES", "Breakdown", "Line", "ModelShape", "Recipe", "training_memory"]
 
@@ -87,7 +87,7 @@ def training_memory(
         batch, sequence: rows of tokens in a step, and their length.
         rank, targets: of LoRA; ignored by recipes that train the base.
         checkpointing: every decoder layer keeps its input alone and runs again in the backward pass.
-        attention: "fused" or "math"; see :class:`reference.activations.Run`.
+        attention: "fused" or "math"; see :class:`reference.memory.activations.Run`.
 
     Raises:
         ValueError: a size that is not a positive integer, a rank out of range, an unknown target or attention.

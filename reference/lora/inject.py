@@ -9,7 +9,7 @@ B = 0 makes ΔW = 0, so training begins at the pretrained model; A ≠ 0 gives B
 out the factors hold r·(in + out) numbers instead of in·out. (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 rsLoRA, s = α/√r: Kalajdzievski 2023. PiSSA, the factors taken from the top of W itself: Meng et al. 2024.)
 
-The layers that do this are in :mod:`reference.lora_layers`. This module finds the layers to adapt in any tree of modules and puts
+The layers that do this are in :mod:`reference.lora.conv_embedding`. This module finds the layers to adapt in any tree of modules and puts
 adapted ones in their place:
 
     names = inject_lora(model, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from reference.lora_base import LoRALayer
-from reference.lora_layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_linear
+from reference.lora.conv_embedding import LoRAConv2d, LoRAEmbedding, LoRALinear, is_linear
+from reference.lora.layer import LoRALayer
 
 __all__ = [
     "LoRAConv2d",

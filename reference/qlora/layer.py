@@ -3,7 +3,7 @@
     y = x · Ŵᵀ + b        Ŵ = dequantize(weight), in ``compute_dtype``
 
 An ordinary base layer: QLoRA is ``LoRALinear(NF4Linear.from_linear(linear), r, lora_alpha)``. Product and gradient are in
-:mod:`reference.nf4_product`; the ``state_dict`` has the names and the bytes of bitsandbytes' ``Linear4bit`` (:mod:`reference.nf4_format`).
+:mod:`reference.qlora.product`; the ``state_dict`` has the names and the bytes of bitsandbytes' ``Linear4bit`` (:mod:`reference.qlora.format`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from reference.nf4 import check_packable
-from reference.nf4_format import belongs, read_state, write_state
-from reference.nf4_ops import nf4_product
-from reference.nf4_product import SCALES_BLOCK, Layout, Packed, pack, unpack
+from reference.qlora.format import belongs, read_state, write_state
+from reference.qlora.ops import nf4_product
+from reference.qlora.product import SCALES_BLOCK, Layout, Packed, pack, unpack
 
 
 class NF4Linear(nn.Module):
@@ -31,7 +31,7 @@ class NF4Linear(nn.Module):
 
     Attributes:
         weight: the packed codes, uint8, ((n + 1) // 2, 1), a parameter without gradient.
-        absmax, nested_absmax, offset: see :class:`reference.nf4_format.Packed`. Moving the layer moves them; no cast touches them.
+        absmax, nested_absmax, offset: see :class:`reference.qlora.format.Packed`. Moving the layer moves them; no cast touches them.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.lora import LoRALayer, LoRALinear, lora_layers, merge_lora, replace_layers
-from reference.lora_base import describe
-from reference.qlora_layer import NF4Linear
+from reference.lora.layer import describe
+from reference.qlora.layer import NF4Linear
 
 
 def merge_into_dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reference.double_quant import QuantizedScales
-from reference.kernels.nf4_codes import decode_scales, fetch_scales, nested, scale_tensors
+from reference.kernels.nf4.codes import decode_scales, fetch_scales, nested, scale_tensors
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor
 
 ROWS, WARPS = 64, 4  # of a program: rows of the weight, and warps

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from reference.double_quant import QuantizedScales
-from reference.kernels.nf4_codes import nested, scale_tensors
-from reference.kernels.nf4_pairs import look_up, look_up_scales, pair_table, set_up
-from reference.kernels.nf4_rows import PTX, multiprocessors
+from reference.kernels.nf4.codes import nested, scale_tensors
+from reference.kernels.nf4.pairs import look_up, look_up_scales, pair_table, set_up
+from reference.kernels.nf4.rows import PTX, multiprocessors
 from reference.nf4 import NF4Tensor
 
 BLOCK_SIZES = 64, 128  # so that the blocks of a step fit into eight columns

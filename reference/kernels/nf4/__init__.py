@@ -14,7 +14,7 @@ in registers. Then every instruction counts that is spent on a weight:
 Same arguments and same numbers, bit for bit, as :mod:`reference.nf4`. Without a GPU they run in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
-from reference.kernels.nf4_codes import dequantize_nf4, quantize_nf4
-from reference.kernels.nf4_linear import FUSED_ROWS, linear_nf4
+from reference.kernels.nf4.codes import dequantize_nf4, quantize_nf4
+from reference.kernels.nf4.linear import FUSED_ROWS, linear_nf4
 
 __all__ = ["FUSED_ROWS", "dequantize_nf4", "linear_nf4", "quantize_nf4"]

@@ -1,4 +1,4 @@
-"""What every adapted layer shares: a frozen base, two thin factors, a scale, merging. The layers are in :mod:`reference.lora_layers`."""
+"""What every adapted layer shares: a frozen base, two thin factors, a scale, merging. The layers are in :mod:`reference.lora.conv_embedding`."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""NF4 levels two at a time: a table of the 256 pairs that a byte can stand for, in shared memory, for :mod:`reference.kernels.nf4_vector`.
+"""NF4 levels two at a time: a table of the 256 pairs that a byte can stand for, in shared memory, for :mod:`reference.kernels.nf4.vector`.
 
 A warp's 32 lanes look up at once, and shared memory serves them at once if each asks another of its 32 banks. So the table is there 32
 times: entry by entry, a lane's copy in a bank of its own.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.kernels.nf4_rows import four_words, plain_levels
+from reference.kernels.nf4.rows import four_words, plain_levels
 from reference.nf4 import NF4_CODEBOOK
 
 # Addresses: of all copies of the pairs, and of the levels of 8-bit scales.

@@ -5,8 +5,8 @@
 
 Parameters have the names of the Hugging Face library's ``LlamaForCausalLM``, so its ``state_dict`` loads, and the numbers are the same.
 Three things differ, for training: each layer is checkpointed (its input is kept, all else computed again in the backward: Chen et al.
-2016), the loss never makes the logits whole (:mod:`reference.chunked_loss`), and nothing in a step waits for the device or depends on a
-value, so that a CUDA graph can record it (:mod:`reference.fast_step`). Touvron et al. 2023, "LLaMA"; RMSNorm: Zhang and Sennrich 2019;
+2016), the loss never makes the logits whole (:mod:`reference.llama.loss`), and nothing in a step waits for the device or depends on a
+value, so that a CUDA graph can record it (:mod:`reference.llama.step`). Touvron et al. 2023, "LLaMA"; RMSNorm: Zhang and Sennrich 2019;
 rotary positions: Su et al. 2021; grouped queries: Ainslie et al. 2023; SwiGLU: Shazeer 2020.
 
 Shapes in comments: B rows, T tokens, C hidden, H heads, G key and value heads, D head_dim, M width of the MLP, V vocabulary.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reference.chunked_loss import CHUNK, linear_cross_entropy, next_tokens
+from reference.llama.loss import CHUNK, linear_cross_entropy, next_tokens
 from reference.model_shapes import ModelShape
 
 Rotation = tuple[Tensor, Tensor]

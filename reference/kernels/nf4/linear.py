@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from reference.double_quant import QuantizedScales
-from reference.kernels.nf4_codes import dequantize_nf4, on
-from reference.kernels.nf4_rows import BLOCK_SIZES, PROGRAMS, multiplies_bfloat16, rows_product
-from reference.kernels.nf4_vector import takes, vector_product
+from reference.kernels.nf4.codes import dequantize_nf4, on
+from reference.kernels.nf4.rows import BLOCK_SIZES, PROGRAMS, multiplies_bfloat16, rows_product
+from reference.kernels.nf4.vector import takes, vector_product
 from reference.nf4 import NF4Tensor
 
 FUSED_ROWS = max(PROGRAMS)  # rows of x

@@ -1,0 +1,5 @@
+"""A Llama whose training step wastes no memory and waits for no launch: begin at :mod:`reference.llama.model`."""
+
+from reference.llama.model import Llama
+
+__all__ = ["Llama"]

@@ -1,0 +1,7 @@
+"""What fills the GPU in training, before anything runs: begin at :mod:`reference.memory.budget`."""
+
+from reference.memory.budget import Breakdown, training_memory
+from reference.memory.recipes import RECIPES, Line, Recipe
+from reference.model_shapes import SHAPES, ModelShape
+
+__all__ = ["RECIPES", "SHAPES", "Breakdown", "Line", "ModelShape", "Recipe", "training_memory"]
