@@ -41,6 +41,13 @@ class Raised:
     kind: type[Exception]
 
 
+@dataclass(frozen=True)
+class Changed:
+    """An observation: which of the things that the answer was given it changed in place."""
+
+    names: tuple[str, ...] = ()
+
+
 def unwritten(error: Exception) -> bool:
     """Whether the error is a stub's. torch raises the same kind, with words, where it has no operation for a dtype."""
     return isinstance(error, NotImplementedError) and not error.args
@@ -63,6 +70,8 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
         if not isinstance(actual, Raised):
             return f"expected a {expected.kind.__name__}, but the call was accepted"
         return None if issubclass(actual.kind, expected.kind) else f"expected a {expected.kind.__name__}, got a {actual.kind.__name__}"
+    if isinstance(expected, Changed):
+        return f"{actual.names[0]} was changed in place; work on a copy" if actual != expected else None
     if isinstance(expected, Tensor):
         return _tensor_difference(actual, expected, rtol, atol)
     if isinstance(expected, bool) or expected is None or isinstance(expected, (str, set, frozenset)):
@@ -167,6 +176,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
+GIVEN = "what your code was given"
 LIMIT_SECONDS = 60.0  # for one run of an answer; the worked ones take less than a tenth of a second
 
 
@@ -195,6 +205,28 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def mistaken(answer: Any, **parts: Any) -> Any:
+    """``answer`` with parts replaced: a function's keyword-only arguments, or a class's methods and attributes (in a subclass).
+
+    Raises:
+        TypeError: the answer has no such part.
+    """
+    if isinstance(answer, type):
+        there = set(dir(answer))
+    else:
+        there = {p.name for p in inspect.signature(answer).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(parts) - there:
+        raise TypeError(f"{answer.__name__} has no part {', '.join(sorted(unknown))}; its parts are {', '.join(sorted(there))}")
+    if isinstance(answer, type):
+        return type(answer.__name__, (answer,), parts)
+
+    @functools.wraps(answer)
+    def wrong(*arguments, **settings):
+        return answer(*arguments, **settings, **parts)
+
+    return wrong
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -210,7 +242,8 @@ class Check:
             in which a learner should hear of it (forward before training). It must not depend on anything but its arguments.
         reference: the worked answer.
         second: a right answer written differently; the test of the checks runs it.
-        misconceptions: what the learner is told -> the wrong answer that behaves so. Four or more.
+        misconceptions: what the learner is told -> the wrong answer that behaves so: the parts of the worked answer that it has otherwise, as
+            :func:`mistaken` takes them, or a whole answer where no part of the worked one is to blame. Four or more.
         rtol, atol: how far two right answers may differ, from the order of their sums and the dtype.
         rounds: how many seeds.
     """
@@ -230,6 +263,18 @@ class Check:
             self._judge(answer, fresh_seed())
         print(f"✓ {self.task}")
 
+    def wrong(self, message: str) -> Any:
+        """The wrong answer behind ``message``."""
+        return self._wrong[message]
+
+    @functools.cached_property
+    def _wrong(self) -> dict[str, Any]:
+        """Each made once: a class that is made anew for every run would be another class every time."""
+        return {
+            message: mistaken(self.reference, **parts) if isinstance(parts, Mapping) else parts
+            for message, parts in self.misconceptions.items()
+        }
+
     def _judge(self, answer: Any, seed: int) -> None:
         expected = self._run(self.reference, seed)
         try:
@@ -246,9 +291,9 @@ class Check:
         label_and_difference = self._first(actual, expected)
         if label_and_difference is None:
             return
-        for message, wrong in self.misconceptions.items():
+        for message in self.misconceptions:
             try:
-                same = self._first(actual, self._run(wrong, seed)) is None
+                same = self._first(actual, self._run(self.wrong(message), seed)) is None
             except Exception:  # this mistake fails on these inputs, so it is not the learner's
                 continue
             if same:
@@ -262,7 +307,7 @@ class Check:
             torch.manual_seed(seed)
             changed: list[str] = []
             seen = self.observe(_watched(answer, changed), seed)
-            return {**seen, "what the answer was given": f"changed in place: {changed[0]}" if changed else "as it was"}
+            return {GIVEN: Changed(tuple(dict.fromkeys(changed))), **seen}  # first: a changed input makes all else hard to read
 
     def _first(self, actual: Observations, expected: Observations) -> tuple[str, str] | None:
         for label, value in expected.items():

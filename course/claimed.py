@@ -1,8 +1,8 @@
-"""Numbers in prose are held by code: a claim is the name of a function that recomputes or measures it.
+"""Numbers in prose are held by code: a claim is a call that recomputes or measures the number.
 
-``svd:rank_of_update`` names ``course.claims.svd.rank_of_update()``. It returns a number, which the text states, or True, where the claim is
-a sentence. Questions (YAML) put the number in by name, ``{rank:.0f}``. Pages (Markdown) state it and carry the claim behind it in a
-comment that readers don't see,
+``svd:rank_of_update`` calls ``course.claims.svd.rank_of_update()``, and ``qlora:linear('ours', rows=2048)`` one that takes arguments, which
+are literals. The result is a number, which the text states, or True, where the claim is a sentence. Questions (YAML) put the number in by
+name, ``{rank:.0f}``. Pages (Markdown) state it and carry the claim behind it in a comment that readers don't see,
 
     it saves **0.373** <!--claim double_quantization:saved_bits .3f--> bits
 
@@ -10,43 +10,67 @@ where the number right before the comment (bold or not, with thousands separator
 test holds.
 """
 
+import ast
 import functools
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 from course import ROOT
 
+_CALL = r"\w+:\w+(?:\([^<>]*?\))?"
 _IN_PAGE = re.compile(
-    r"(?P<number>[−-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?P<between>[*%]*\s*)<!--claim (?P<name>[\w:]+) (?P<format>[^\s>]+)-->"
+    rf"(?P<number>[−-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?P<between>[*%]*\s*)<!--claim (?P<call>{_CALL}) (?P<format>[^\s>]+)-->"
 )
 _ANY_CLAIM = re.compile(r"<!--claim\b")
 
 
-@functools.cache
-def value(name: str) -> float | bool:
-    """Call the claim ``module:function`` and return what it gives.
+def parse(call: str) -> tuple[str, str, tuple, dict[str, Any]]:
+    """``module:function(1, rows=2)`` as module, function, arguments and keyword arguments; without brackets there are none.
 
     Raises:
-        ValueError: the name is not of that form, or there is no such module or function.
-        TypeError: it returned neither a number nor True.
+        ValueError: it is not of that form, or an argument is not a literal.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"claim {name!r} must read module:function")
+    module, colon, rest = call.partition(":")
     try:
-        call = getattr(importlib.import_module(f"course.claims.{module}"), function)
+        node = ast.parse(rest, mode="eval").body
+        function = node.func if isinstance(node, ast.Call) else node
+        if not (colon and module.isidentifier() and isinstance(function, ast.Name)):
+            raise SyntaxError("module:function or module:function(arguments) was expected")
+        arguments, keywords = ([], []) if function is node else (node.args, node.keywords)
+        return module, function.id, tuple(map(ast.literal_eval, arguments)), {k.arg: ast.literal_eval(k.value) for k in keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"claim {call!r} must read module:function or module:function(literals): {error}") from None
+
+
+@functools.cache
+def value(call: str) -> float | bool:
+    """Carry out the claim ``module:function(arguments)`` and return what it gives.
+
+    Raises:
+        ValueError: it is not of that form, or there is no such module or function.
+        TypeError: the function takes other arguments, or returned neither a number nor True.
+    """
+    module, function, arguments, keywords = parse(call)
+    try:
+        found = getattr(importlib.import_module(f"course.claims.{module}"), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"claim {name!r}: {error}") from error
-    result = call()
+        raise ValueError(f"claim {call!r}: {error}") from error
+    result = found(*arguments, **keywords)
     if result is True or (isinstance(result, (int, float)) and not isinstance(result, bool)):
         return result
-    raise TypeError(f"claim {name!r} returned {result!r}; a claim gives a number, or True where it is a sentence that holds")
+    raise TypeError(f"claim {call!r} returned {result!r}; a claim gives a number, or True where it is a sentence that holds")
 
 
 def pages() -> list[Path]:
     """The Markdown pages that may carry claims: the README and the lessons."""
     return [ROOT / "README.md", *sorted((ROOT / "lessons").glob("*.md"))]
+
+
+def in_page(text: str) -> list[str]:
+    """The claims that a page carries, as they are written."""
+    return [match["call"] for match in _IN_PAGE.finditer(text)]
 
 
 def refresh(text: str) -> str:
@@ -57,10 +81,10 @@ def refresh(text: str) -> str:
     """
 
     def put(match: re.Match) -> str:
-        number = format(value(match["name"]), match["format"])
-        return f"{number}{match['between']}<!--claim {match['name']} {match['format']}-->"
+        number = format(value(match["call"]), match["format"])
+        return f"{number}{match['between']}<!--claim {match['call']} {match['format']}-->"
 
     refreshed, count = _IN_PAGE.subn(put, text)
     if count != len(_ANY_CLAIM.findall(text)):
-        raise ValueError("a claim comment must follow a number directly and read <!--claim module:function format-->")
+        raise ValueError("a claim comment must follow a number directly and read <!--claim module:function(arguments) format-->")
     return refreshed

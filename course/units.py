@@ -54,7 +54,7 @@ class Unit:
 
     @property
     def checks(self) -> Path:
-        return self.root / "course" / "checks" / f"{self.topic}.py"
+        return self.root / "course" / "checks" / self.topic
 
     @property
     def interview(self) -> Path:

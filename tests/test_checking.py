@@ -230,9 +230,40 @@ def test_an_answer_that_changes_what_it_is_given_is_told_so():
     def in_place(x, pair):
         return pair.other.add_(x).add_(pair.one)
 
-    words = "what the answer was given: expected 'as it was', got 'changed in place: pair'"
+    words = "what your code was given: pair was changed in place; work on a copy"
     assert refusal(in_place, Check("a sum", observe, right, right)) == words
     assert refusal(lambda x, pair: x.add_(2), Check("a sum", observe, right, right)) == words.replace("pair", "argument 1")
+
+
+def test_what_was_changed_in_place_is_heard_before_what_came_out():
+    check = Check("scale by 3", lambda answer, seed: {"the result": answer(torch.ones(2))}, scale, scale)
+    assert refusal(lambda x: x.mul_(5), check) == "what your code was given: argument 1 was changed in place; work on a copy"
+
+
+def affine(x, *, slope=3.0, shift=torch.zeros_like):
+    return slope * x + shift(x)
+
+
+class Affine(torch.nn.Module):
+    slope = 3.0
+
+    def shift(self, x):
+        return 0 * x
+
+    def forward(self, x):
+        return self.slope * x + self.shift(x)
+
+
+@pytest.mark.parametrize("answer, run", [(affine, observe), (Affine, lambda answer, seed: observe(answer(), seed))])
+def test_a_mistake_is_the_worked_answer_with_parts_replaced(answer, run):
+    words = {"the slope is 3": {"slope": 2.0}, "nothing is added": {"shift": torch.ones_like if answer is affine else lambda self, x: 1}}
+    check = Check("scale by 3", run, answer, answer, words)
+    for message in words:
+        assert refusal(check.wrong(message), check) == message
+        assert check.wrong(message) is check.wrong(message)
+    check(answer)
+    with pytest.raises(TypeError, match=r"has no part offset; its parts are .*shift.*slope"):
+        Check("", run, answer, answer, {"no such part": {"offset": 1}}).wrong("no such part")
 
 
 def test_every_round_has_its_own_seed_and_leaves_the_learners_random_numbers_alone():
@@ -287,7 +318,7 @@ def test_a_dictionary_of_numbers_that_is_changed_is_noticed(spoil):
         "sizes", lambda answer, seed: {"the sum": answer({"a": 1, "b": 2.5})}, lambda d: sum(d.values()), lambda d: d["a"] + d["b"]
     )
     check(lambda d: sum(d.values()))
-    assert "changed in place: argument 1" in refusal(lambda d: (sum(d.values()), spoil(d))[0], check)
+    assert "argument 1 was changed in place" in refusal(lambda d: (sum(d.values()), spoil(d))[0], check)
 
 
 @pytest.mark.parametrize("spoil", [list.sort, list.clear, lambda given: given.append((7, 7)), lambda given: given.reverse()])
@@ -296,7 +327,7 @@ def test_a_list_of_sizes_that_is_changed_is_noticed(spoil):
         return sum(out * into for out, into in sizes)
 
     check = Check("sizes", lambda answer, seed: {"the sum": answer([(3, 2), (1, 5)])}, total, lambda sizes: total(sorted(sizes)))
-    assert "changed in place: argument 1" in refusal(lambda sizes: (total(sizes), spoil(sizes))[0], check)
+    assert "argument 1 was changed in place" in refusal(lambda sizes: (total(sizes), spoil(sizes))[0], check)
 
 
 # the time limit

@@ -124,7 +124,7 @@ def test_every_misconception_is_named(check, message, known_runs, monkeypatch):
         return known_runs[key]
 
     monkeypatch.setattr(Check, "_run", run_once)
-    mistaken = check.misconceptions[message]
+    mistaken = check.wrong(message)
     for seed in SEEDS:
         assert refusal(check, mistaken, seed) == message
 

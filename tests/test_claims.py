@@ -17,7 +17,6 @@ from course.units import units
 
 PAGES = [path for path in claimed.pages() if path.exists()]
 BANKS = sorted(interview.FOLDER.glob("*.yaml"))
-NAMED = re.compile(r"<!--claim ([\w:]+) ")
 
 
 def written_claims() -> list[str]:
@@ -37,7 +36,7 @@ def written_claims() -> list[str]:
 
 
 def claims_in_use() -> set[str]:
-    used = {name for path in PAGES for name in NAMED.findall(path.read_text(encoding="utf-8"))}
+    used = {name for path in PAGES for name in claimed.in_page(path.read_text(encoding="utf-8"))}
     return used | {
         claim for path in BANKS for entry in yaml.safe_load(path.read_text(encoding="utf-8")) for claim in entry["claims"].values()
     }
@@ -52,12 +51,10 @@ def test_every_claim_holds_and_is_quick(name):
 
 
 @pytest.mark.parametrize("name", written_claims())
-def test_every_claim_takes_nothing_and_is_used(name):
+def test_every_claim_is_used(name):
     module, _, function = name.partition(":")
-    call = getattr(importlib.import_module(f"course.claims.{module}"), function)
-    required = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]
-    assert required == []
-    assert name in claims_in_use() or _helps(module, function), "no page and no question states it"
+    used = {":".join(claimed.parse(claim)[:2]) for claim in claims_in_use()}
+    assert name in used or _helps(module, function), "no page and no question states it"
 
 
 def _helps(module: str, function: str) -> bool:
@@ -104,6 +101,7 @@ def claims(monkeypatch):
 
     module = types.ModuleType("course.claims.made_up")
     module.half, module.sure, module.many, module.low = lambda: 0.5, lambda: True, lambda: 1234567, lambda: -2.25
+    module.scaled = lambda by, times=1: by * times
     module.text, module.false, module.nothing = lambda: "0.5", lambda: False, lambda: None
     monkeypatch.setitem(sys.modules, "course.claims.made_up", module)
     monkeypatch.setattr(course.claims, "made_up", module, raising=False)
@@ -115,6 +113,24 @@ def claims(monkeypatch):
 def test_a_claim_gives_a_number_or_holds(claims):
     assert claimed.value("made_up:half") == 0.5
     assert claimed.value("made_up:sure") is True
+
+
+def test_a_claim_takes_literals(claims):
+    assert claimed.value("made_up:scaled(3)") == 3
+    assert claimed.value("made_up:scaled(0.5, times=-4)") == -2
+    page = "0.0 <!--claim made_up:scaled(3, times=2) .1f--> and 1 <!--claim made_up:half .2f-->"
+    assert claimed.refresh(page) == "6.0 <!--claim made_up:scaled(3, times=2) .1f--> and 0.50 <!--claim made_up:half .2f-->"
+    assert claimed.in_page(page) == ["made_up:scaled(3, times=2)", "made_up:half"]
+    with pytest.raises(TypeError, match="missing 1 required"):
+        claimed.value("made_up:scaled")
+
+
+@pytest.mark.parametrize(
+    "call", ["made_up", "made_up:scaled(3", "made_up:scaled(half)", "made_up:scaled(3)(4)", "made_up:scaled + 1", ":half"]
+)
+def test_a_claim_that_is_no_call_is_refused(claims, call):
+    with pytest.raises(ValueError, match="must read module:function"):
+        claimed.value(call)
 
 
 @pytest.mark.parametrize("name", ["text", "false", "nothing"])

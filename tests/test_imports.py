@@ -141,7 +141,7 @@ def test_course_imports_no_tests_and_no_benchmarks(path: Path):
     assert not tops(imports(path)) & {"tests", "benchmarks", "conftest", "pytest", "notebooks", "exercises", "solutions"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "course" / "checks").glob("*.py")), ids=relative)
+@pytest.mark.parametrize("path", sorted((ROOT / "course" / "checks").rglob("*.py")), ids=relative)
 def test_checks_judge_by_the_reference_not_by_a_library(path: Path):
     assert not tops(imports(path)) & RIVALS
 

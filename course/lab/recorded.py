@@ -60,6 +60,26 @@ def load(name: str, device: str | None = None, folder: Path = FOLDER) -> dict:
     return max((json.loads(path.read_text()) for path in found), key=lambda entry: entry["day"])
 
 
+def row(name: str, device: str | None = None, folder: Path = FOLDER, **where: Any) -> dict:
+    """The one row of a recorded table in which every key of ``where`` has that value: ``row("nf4_kernels", work="linear", rows=16)``.
+
+    The table is the result, where that is a list, or the only list of rows in it.
+
+    Raises:
+        LookupError: no row or several are so; the message says which values the keys have.
+        ValueError: the result holds no table, or several.
+    """
+    result = load(name, device, folder)["result"]
+    tables = [result] if isinstance(result, list) else [t for t in result.values() if isinstance(t, list) and t and isinstance(t[0], dict)]
+    if len(tables) != 1:
+        raise ValueError(f"recorded result {name!r} holds {len(tables)} tables: its keys are {sorted(result)}")
+    found = [each for each in tables[0] if all(each.get(key) == value for key, value in where.items())]
+    if len(found) != 1:
+        there = {key: sorted({str(each.get(key)) for each in tables[0]}) for key in where}
+        raise LookupError(f"{len(found)} rows of {name!r} have {where}; there are {there}")
+    return found[0]
+
+
 def provenance(entry: dict) -> str:
     """One line for readers: where and when."""
     return f"Recorded on {entry['device']}, {entry['day']} (torch {entry['versions']['torch']})."
