@@ -39,7 +39,7 @@ course: $(INSTALLED)
 	$(COURSE) run
 
 lab: $(INSTALLED)
-	$(ONE_THREAD) $(VENV)/bin/python -m jupyter lab $(firstword $(wildcard notebooks/00_*.ipynb))
+	$(ONE_THREAD) $(VENV)/bin/python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard notebooks/00_*.ipynb))
 
 # two processes on two cores; a notebook stays whole in one of them
 test: $(INSTALLED) lint

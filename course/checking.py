@@ -242,8 +242,8 @@ class Check:
             in which a learner should hear of it (forward before training). It must not depend on anything but its arguments.
         reference: the worked answer.
         second: a right answer written differently; the test of the checks runs it.
-        misconceptions: what the learner is told -> the wrong answer that behaves so: the parts of the worked answer that it has otherwise, as
-            :func:`mistaken` takes them, or a whole answer where no part of the worked one is to blame. Four or more.
+        misconceptions: what the learner is told -> the wrong answer that behaves so: the parts of the worked answer that it has
+            otherwise, as :func:`mistaken` takes them, or a whole answer where no part of the worked one is to blame. Four or more.
         rtol, atol: how far two right answers may differ, from the order of their sums and the dtype.
         rounds: how many seeds.
     """

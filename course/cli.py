@@ -34,10 +34,17 @@ def main() -> None:
     try:
         app()
     except CourseError as error:
-        Console(stderr=True, highlight=False).print(f"[red]course:[/red] {escape(str(error))}")
+        _say(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as end:  # typer makes this of Ctrl-C, and says nothing
+        if end.code == 130:
+            _say("stopped")
+        raise
+
+
+def _say(what: object) -> None:
+    """One sentence to stderr."""
+    Console(stderr=True, highlight=False).print(f"[red]course:[/red] {escape(str(what))}")
 
 
 @app.command()
@@ -52,32 +59,53 @@ def run(
     chosen = [unit for unit in select(names, ROOT) if unit.notebook.exists()]
     if not chosen:
         raise CourseError("there is no notebook to run")
-    limits, executed, results = running.Limits(cell_seconds=cell_seconds), {}, {}
+    limits, executed, results, stopped = running.Limits(cell_seconds=cell_seconds), {}, {}, False
     with _progress() as progress:
         overall = progress.add_task("notebooks", total=len(chosen))
-        for unit in chosen:
-            notebook = notebooks.read(unit.notebook)
-            task = progress.add_task(unit.stem, total=len(notebook.cells))
-            result = running.execute(
-                notebook, unit.notebook.parent, limits, before_cell=lambda index, task=task: progress.update(task, completed=index)
-            )
-            results[unit], executed[unit.notebook] = result, notebook
-            progress.update(task, completed=len(notebook.cells), visible=len(chosen) == 1)
-            progress.advance(overall)
-            progress.console.print(f"{unit.stem}: {_verdict(result)}, {result.seconds:.0f} s, {result.peak_bytes / 1e9:.1f} GB")
-            if save and not result.troubles:
-                unit.notebook.write_text(notebooks.as_text(notebooks.tidy(notebook)), encoding="utf-8")
+        try:
+            for number, unit in enumerate(chosen):
+                progress.update(overall, completed=number)
+                try:
+                    notebook = notebooks.read(unit.notebook)
+                except CourseError:  # its page says why, and so does the end of this run
+                    continue
+                task = progress.add_task(unit.stem, total=len(notebook.cells))
+                result = running.execute(
+                    notebook, unit.notebook.parent, limits, before_cell=lambda index, task=task: progress.update(task, completed=index)
+                )
+                results[unit], executed[unit.notebook] = result, notebook
+                progress.update(task, completed=len(notebook.cells), visible=len(chosen) == 1)
+                progress.console.print(f"{unit.stem}: {_verdict(result)}, {result.seconds:.0f} s, {result.peak_bytes / 1e9:.1f} GB")
+                if save and not result.troubles:
+                    unit.notebook.write_text(notebooks.as_text(notebooks.tidy(notebook)), encoding="utf-8")
+        except KeyboardInterrupt:  # what has run is not lost
+            stopped = True
+        progress.update(overall, completed=len(executed))
         task = progress.add_task("pages", total=None)
         summary = {unit.number: f"{_verdict(result)}, {result.seconds:.0f} s" for unit, result in results.items()}
-        index = site.write(ROOT, executed=executed, summary=summary)
+        unreadable = None
+        try:
+            site.write(ROOT, executed=executed, summary=summary)
+        except CourseError as error:
+            unreadable = error
         progress.update(task, total=1, completed=1)
     for unit, result in results.items():
         for trouble in result.troubles:
             _show_trouble(unit.notebook, executed[unit.notebook].cells[trouble.cell].source, trouble)
     console.print(_run_table(results))
-    console.print(f"Pages: {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
+    if stopped:
+        console.print(f"{len(results)} of {len(chosen)} notebooks had run; their pages are written.")
+        raise KeyboardInterrupt
+    if unreadable:
+        raise unreadable
+    _show_index()
     if any(result.troubles for result in results.values()):
         raise typer.Exit(1)
+
+
+def _show_index() -> None:
+    index = ROOT / "site" / "index.html"
+    console.print(f"Pages: {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
 
 
 def _verdict(result: "Execution") -> str:
@@ -183,8 +211,8 @@ def site() -> None:
 
     with _progress(transient=True) as progress:
         task = progress.add_task("pages", total=None)
-        index = pages.write(ROOT, before_page=lambda path: progress.update(task, description=path.name))
-    console.print(f"Pages: {index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index}")
+        pages.write(ROOT, before_page=lambda path: progress.update(task, description=path.name))
+    _show_index()
 
 
 @app.command()
@@ -217,7 +245,7 @@ def interview(
     from rich.markdown import Markdown
     from rich.panel import Panel
 
-    from course.interview import questions
+    from course.interview import in_terminal, questions
 
     asked = questions(find(unit, ROOT).number if unit else None)
     if not asked:
@@ -226,7 +254,7 @@ def interview(
     for number, question in enumerate(asked, 1):
         level = "●" * question.difficulty + "○" * (5 - question.difficulty)
         title = f"{number} of {len(asked)}  ·  unit {question.unit}  ·  {level}  ·  {question.minutes} min"
-        console.print(Panel(Markdown(question.question), title=title, title_align="left", border_style="blue"))
+        console.print(Panel(Markdown(in_terminal(question.question)), title=title, title_align="left", border_style="blue"))
         if waits and input("Enter shows the answer, q stops. ").strip().lower() == "q":
             return
         if answers or waits:
@@ -239,7 +267,7 @@ def interview(
                 parts["They may go on"] = "\n".join(f"- {follow_up}" for follow_up in question.follow_ups)
             for name, text in parts.items():
                 console.print(f"[bold]{name}[/bold]")
-                console.print(Markdown(text))
+                console.print(Markdown(in_terminal(text)))
                 console.print()
 
 

@@ -1,9 +1,11 @@
 """The question bank: ``lessons/interview/NN_topic.yaml``, read, checked and filled in."""
 
 import functools
+import re
 import string
 from dataclasses import dataclass
 
+import unicodeit
 import yaml
 
 from course import ROOT, claimed
@@ -77,6 +79,20 @@ def _read(entry: dict, source: str) -> Question:
         wrong_why=fill(entry["wrong"]["why"]),
         claims=dict(entry["claims"]),
     )
+
+
+_FORMULA = re.compile(r"(?<!\\)\$([^$\n]+)\$")
+_BRACED = re.compile(r"\\(sqrt|text|mathrm|operatorname)\{([^{}]*)\}")
+
+
+def in_terminal(text: str) -> str:
+    """``text`` with its formulas, LaTeX between dollar signs, in Unicode: ``$\\sigma_{r+1}$`` as σᵣ₊₁."""
+
+    def put(match: re.Match) -> str:
+        formula = _BRACED.sub(lambda part: f"√({part[2]})" if part[1] == "sqrt" else part[2], match[1])
+        return unicodeit.replace(formula.replace(r"^\top", "ᵀ"))
+
+    return _FORMULA.sub(put, text)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from pygments.formatters import HtmlFormatter
 
 from course import ROOT
 from course.notebooks import read
-from course.units import Unit, units
+from course.units import CourseError, Unit, units
 
 FOLDER = ROOT / "site"
 _STYLE = (Path(__file__).parent / "site.css").read_text(encoding="utf-8")
@@ -129,13 +129,16 @@ def write(
     summary: dict[str, str] | None = None,
     before_page: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write the pages of all units and an index; returns the index.
+    """Write the pages of all units and an index; returns the index. A file that can't be read gets a page that says so.
 
     Args:
         folder: where to; ``root/site`` if None.
         executed: notebooks that have just run, shown in place of the committed ones.
         summary: unit number -> what to say of its run in the index.
         before_page: called with each source file before its page is made.
+
+    Raises:
+        CourseError: files could not be read; raised when everything else is written.
     """
     root = root.resolve()
     folder = (folder or root / "site").resolve()
@@ -145,10 +148,14 @@ def write(
     readme = root / "README.md"
     if readme.exists():
         made[readme] = folder / "index.html"
+    unreadable = []
     for path in sources:
         before_page(path)
-        executed_here = (executed or {}).get(path)
-        body = markdown(path.read_text(encoding="utf-8")) if path.suffix == ".md" else notebook_body(executed_here or read(path))
+        try:
+            body = _body(path, (executed or {}).get(path))
+        except CourseError as error:
+            unreadable.append(str(error))
+            body = f"<p>{html.escape(str(error))}</p>"
         unit = next(unit for unit in found if path.stem == unit.stem)
         body = _relink(body, path, root, folder, made)
         made[path].parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,19 @@ def write(
     welcome = _relink(markdown(readme.read_text(encoding="utf-8")), readme, root, folder, made) if readme.exists() else ""
     folder.mkdir(parents=True, exist_ok=True)
     index.write_text(_page("The course", overview + welcome if summary else welcome + overview, {}), encoding="utf-8")
+    if unreadable:
+        raise CourseError("; ".join(unreadable) + f". All other pages are written: {index}")
     return index
+
+
+def _body(path: Path, executed: NotebookNode | None) -> str:
+    """What a page shows of the lesson or notebook ``path``, or of the notebook as it was ``executed``."""
+    if path.suffix != ".md":
+        return notebook_body(executed or read(path))
+    try:
+        return markdown(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CourseError(f"{path} can't be read: {error}") from error
 
 
 def _links(unit: Unit, found: list[Unit], made: dict[Path, Path], page: Path, folder: Path) -> dict[str, str]:

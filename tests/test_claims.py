@@ -1,7 +1,6 @@
 """Numbers in prose are held by code: every claim runs, every page is fresh, every question loads."""
 
 import importlib
-import inspect
 import math
 import pkgutil
 import re

@@ -1,5 +1,7 @@
 """The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +85,33 @@ def test_run_says_which_cell_failed_and_saves_only_what_passed(course):
     assert status == 1
     assert "failed in cell 2" in printed and "ZeroDivisionError: division by zero" in printed and "b = a / 0" in printed
     assert course.unit.notebook.read_text() == before
+
+
+def test_a_notebook_that_cannot_be_read_costs_no_other_page(course):
+    course.unit.notebook.write_text("{")
+    for command in ("run", "site"):
+        status, printed = course(command)
+        assert status == 2 and "00_squares.ipynb is not a notebook" in printed and "Traceback" not in printed
+        assert "Cubes" in (course.unit.root / "site" / "lessons" / "01_cubes.html").read_text()
+
+
+def test_ctrl_c_says_what_is_kept(course, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course.running.execute", interrupted)
+    status, printed = course("run")
+    assert status == 130 and "0 of 1 notebooks had run; their pages are written." in printed and "stopped" in printed
+    assert (course.unit.root / "site" / "index.html").exists()
+
+
+def test_ctrl_c_anywhere_else_says_so(course, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course.site.write", interrupted)
+    status, printed = course("site")
+    assert status == 130 and "stopped" in printed.lower()
 
 
 def test_run_saves_when_asked(course):
@@ -172,6 +201,19 @@ def test_interview_without_a_terminal_gives_nothing_away(course, monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Pipe", (), {"isatty": lambda self: False})())
     status, printed = course("interview")
     assert status == 0 and "Why two?" in printed and "Short." not in printed
+
+
+def test_interview_shows_formulas_that_a_terminal_can_show(course, monkeypatch):
+    asked = dataclasses.replace(QUESTION, deep=r"$\sigma_{i+r}(W) \le 2\sqrt{128}$, and $g_t x_t^\top$; it costs $5.")
+    monkeypatch.setattr(interview, "questions", lambda unit=None: (asked,))
+    assert "σᵢ₊ᵣ(W) ≤ 2√(128), and gₜ xₜᵀ; it costs $5." in course("interview", "--answers")[1]
+
+
+def test_no_formula_of_the_questions_stays_latex():
+    for question in interview.questions():
+        for text in (question.question, question.short, question.deep, question.wrong_answer, question.wrong_why, *question.follow_ups):
+            shown = interview.in_terminal(text)
+            assert "$" not in shown and not re.search(r"\\[a-zA-Z]+", shown), shown
 
 
 def test_bench_lists_and_runs(course):

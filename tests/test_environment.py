@@ -1,9 +1,18 @@
 """One list of dependencies, one list of tested versions, and every other place agrees with them."""
 
+import contextlib
 import importlib.metadata
+import json
+import os
 import re
+import signal
+import socket
 import subprocess
+import sys
+import time
 import tomllib
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from course import ROOT, doctor
+from course import ROOT, cli, doctor
 from course.doctor import normalized
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,7 +76,7 @@ def test_every_pinned_version_runs_on_the_oldest_python():
 
 def test_the_command_is_installed_as_written():
     module, _, function = PROJECT["scripts"]["course"].partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert getattr(importlib.import_module(module), function) is cli.main  # which ends mistakes in a sentence, as typer's app does not
 
 
 def test_what_is_imported_is_a_dependency():
@@ -173,6 +182,33 @@ def test_every_target_of_the_house_exists_and_uses_the_environment(checkout: Pat
         assert ".venv/bin/python -m" in done.stdout
     assert "course run" in make(checkout, "--dry-run", "course").stdout
     assert "make course" in make(checkout).stdout
+
+
+def test_the_lab_serves_lessons_and_exercises_too(tmp_path: Path):
+    """The command of `make lab`, as it is, in front of a real server: its root is the course, not the folder of the notebook it opens."""
+    command = next(line for line in make(ROOT, "--dry-run", "lab", "VENV=none").stdout.splitlines() if "jupyter lab" in line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    asked = command.replace("none/bin/python", sys.executable)
+    asked += f" --no-browser --allow-root --ServerApp.port={port} --IdentityProvider.token=secret --LabApp.workspaces_dir={tmp_path}"
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        server = subprocess.Popen(asked, shell=True, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        for path in ("lessons/00_memory_budget.md", "exercises/00_memory_budget.ipynb", "notebooks/00_memory_budget.ipynb"):
+            address = f"http://127.0.0.1:{port}/api/contents/{path}?content=0&token=secret"
+            while True:
+                with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                    assert json.loads(urllib.request.urlopen(address, timeout=20).read())["path"] == path
+                    break
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        assert not re.search(r"^\[E|Traceback", log.read_text(), re.MULTILINE), log.read_text()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_clean_keeps_work_and_environment(checkout: Path):

@@ -10,7 +10,7 @@ from nbformat import v4
 
 from course import build, site
 from course.notebooks import read
-from course.units import Unit, units
+from course.units import CourseError, Unit, units
 
 
 class Page(HTMLParser):
@@ -160,3 +160,12 @@ def test_every_link_of_the_course_leads_somewhere(tmp_path: Path):
             if not goal.exists() or (heading and goal.suffix == ".html" and f'id="{heading}"' not in goal.read_text()):
                 dead.append(f"{path.relative_to(index.parent)}: {link}")
     assert dead == []
+
+
+def test_a_notebook_that_cannot_be_read_costs_its_own_page_only(small_course: Unit):
+    small_course.notebook.write_text('{"cells": [')
+    with pytest.raises(CourseError, match=r"00_squares\.ipynb is not a notebook.*All other pages are written"):
+        site.write(small_course.root)
+    folder = small_course.root / "site"
+    assert "is not a notebook" in (folder / "notebooks" / "00_squares.html").read_text()
+    assert all((folder / name).exists() for name in ("index.html", "lessons/00_squares.html", "lessons/01_cubes.html"))
