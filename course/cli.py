@@ -205,6 +205,19 @@ def build(
 
 
 @app.command()
+def new(
+    number: Annotated[str, typer.Argument(metavar="NN", help="The unit's number, 07.")],
+    topic: Annotated[str, typer.Argument(help="Its topic, a Python name: paged_optimizers.")],
+) -> None:
+    """For authors: lay out an empty unit, whole and working, to be filled."""
+    from course.new import lay_out
+
+    for path in lay_out(number, topic, ROOT):
+        console.print(f"wrote {path.relative_to(ROOT)}")
+    console.print("Next: name the module in reference/__init__.py, run `course build`, then see CONTRIBUTING.md.")
+
+
+@app.command()
 def site() -> None:
     """Make pages of the lessons, the exercises and the notebooks with their saved outputs, without running anything."""
     from course import site as pages
