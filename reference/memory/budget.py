@@ -97,6 +97,7 @@ class _Step:
 
     @property
     def gradients(self) -> str:
+        """The kind of gradients that the step makes."""
         return "gradients" if self.run.trained else "adapter gradients"
 
     def gradients_after(self, layers: int) -> int:
