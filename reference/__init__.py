@@ -3,8 +3,8 @@
 A module may import those of its own unit and of earlier ones. A folder's first file is the idea.
 
     any  arguments
-    00   memory (budget, recipes, activations), model_shapes
-    01   lowrank
+    00   memory (budget, breakdown, recipes, activations), model_shapes
+    01   lowrank (svd, subspace)
     02   lora (layer, conv_embedding, inject, mixed), adapter_format
     03   blockwise
     04   nf4

@@ -104,8 +104,8 @@ def test_rank_deficient_matrix_is_exact_from_its_rank_on():
         (torch.ones(2, 3, 3), 1, ValueError, r"two axes .* got shape \(2, 3, 3\)"),
         (torch.tensor([[1.0, math.nan]]), 1, ValueError, "NaN or infinite"),
         (torch.tensor([[1.0, math.inf]]), 1, ValueError, "NaN or infinite"),
-        (torch.ones(3, 4), 0, ValueError, "rank must be between 1 and 3, got 0"),
-        (torch.ones(3, 4), 4, ValueError, "rank must be between 1 and 3, got 4"),
+        (torch.ones(3, 4), 0, ValueError, "rank must be from 1 to 3, got 0"),
+        (torch.ones(3, 4), 4, ValueError, "rank must be from 1 to 3, got 4"),
         (torch.ones(3, 4), 2.0, TypeError, "rank must be an integer, got 2.0"),
         (torch.ones(3, 4), True, TypeError, "rank must be an integer, got True"),
     ],
@@ -198,7 +198,7 @@ def test_singular_values_are_checked(function, values, error, words):
 def test_rank_and_share_are_checked():
     s = torch.ones(3)
     for rank in (0, 4):
-        with pytest.raises(ValueError, match=f"rank must be between 1 and 3, got {rank}"):
+        with pytest.raises(ValueError, match=f"rank must be from 1 to 3, got {rank}"):
             energy_captured(s, rank)
     for share in (0.0, 1.1, 90):
         with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
@@ -355,8 +355,8 @@ def test_saves_z_and_the_module_but_not_the_projection():
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        ({"dimension": -1}, ValueError, "dimension must be between 0 and 121, got -1"),
-        ({"dimension": 122}, ValueError, "dimension must be between 0 and 121, got 122"),
+        ({"dimension": -1}, ValueError, "dimension must be from 0 to 121, got -1"),
+        ({"dimension": 122}, ValueError, "dimension must be from 0 to 121, got 122"),
         ({"dimension": 2.5}, TypeError, "dimension must be an integer"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
         ({"projection": "fastfood"}, ValueError, "projection must be 'sparse' or 'dense'"),

@@ -344,25 +344,25 @@ def test_which_part_is_the_smallest_depends_on_the_recipe():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, error, message",
     [
-        ({"batch": 0}, "batch must be a positive integer, got 0"),
-        ({"sequence": 2.5}, "sequence must be a positive integer, got 2.5"),
-        ({"batch": True}, "batch must be"),
-        ({"rank": 0}, "rank must be an integer from 1 to 1024"),
-        ({"rank": 1025}, "got 1025"),
-        ({"targets": ("q_proj", "wq")}, "Llama-3-8B has no wq; choose from q_proj"),
-        ({"targets": ()}, "targets is empty"),
-        ({"attention": "flash"}, "'fused' or 'math', got 'flash'"),
+        ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"sequence": 2.5}, TypeError, "sequence must be an integer, got 2.5"),
+        ({"batch": True}, TypeError, "batch must be an integer, got True"),
+        ({"rank": 0}, ValueError, "rank must be an integer from 1 to 1024"),
+        ({"rank": 1025}, ValueError, "got 1025"),
+        ({"targets": ("q_proj", "wq")}, ValueError, "Llama-3-8B has no wq; choose from q_proj"),
+        ({"targets": ()}, ValueError, "targets is empty"),
+        ({"attention": "flash"}, ValueError, "'fused' or 'math', got 'flash'"),
     ],
 )
-def test_refuses(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(change, error, message):
+    with pytest.raises(error, match=message):
         training_memory(LLAMA_3_8B, LORA, **change)
 
 
 def test_shapes_and_recipes_refuse():
-    with pytest.raises(ValueError, match="mlp must be a positive integer, got -1"):
+    with pytest.raises(ValueError, match="mlp must be at least 1, got -1"):
         dataclasses.replace(SMALL, mlp=-1)
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads"):
         dataclasses.replace(SMALL, kv_heads=3)

@@ -1,6 +1,7 @@
 """What fills the GPU in training, before anything runs: begin at :mod:`reference.memory.budget`."""
 
-from reference.memory.budget import Breakdown, training_memory
+from reference.memory.breakdown import Breakdown
+from reference.memory.budget import training_memory
 from reference.memory.recipes import RECIPES, Line, Recipe
 from reference.model_shapes import SHAPES, ModelShape
 

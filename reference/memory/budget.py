@@ -1,20 +1,22 @@
-"""What fills the GPU in training: every kind of tensor, its bytes, and the moment at which most of them are there together.
+"""What fills the GPU in training: every kind of tensor, its bytes, and when most of them meet.
 
-Some tensors are there all the time. For each trained parameter, full fine-tuning with Adam in mixed precision holds
+Some tensors are there all the time. For each trained parameter, full fine-tuning with Adam in mixed
+precision holds
 
-    2 (bf16 weight)  +  2 (its gradient)  +  4 (float32 master weight)  +  4 + 4 (Adam's two moments)  =  16 bytes
+    2 (bf16 weight) + 2 (its gradient) + 4 (float32 master weight) + 4 + 4 (Adam's two moments) = 16
 
-and plain float32 holds 4 + 4 + 4 + 4 = 16 as well. LoRA freezes the weights: they keep their 2 bytes (a little over 0.5 in 4 bits, QLoRA)
-and lose the other 14, which only the adapters need (Hu et al. 2021; Dettmers et al. 2023). The rest comes and goes within a step, so the
-peak is not the sum of all lines but the largest of a few moments:
+bytes, and plain float32 holds 4 + 4 + 4 + 4 = 16 as well. LoRA freezes the weights: they keep their
+2 bytes (a little over 0.5 in 4 bits, QLoRA) and lose the other 14, which only the adapters need
+(Hu et al. 2021; Dettmers et al. 2023). The rest comes and goes within a step, so the peak is not
+the sum of all kinds but the largest of a few moments. Each is a function below:
 
-    at the loss              held + all activations + log-probabilities and two gradients of their size; no weight gradient yet
-    in the backward pass     held + activations not yet used + one layer's temporaries + gradients so far
-    in the optimizer's step  held + all gradients + the optimizer's own temporaries
+    at the loss              all activations, log-probabilities and two gradients of their size
+    in the backward pass     activations not yet used, one layer's temporaries, gradients so far
+    in the optimizer's step  all gradients, and the optimizer's own temporaries
 
-The parts are in :mod:`reference.model_shapes` (how many parameters), :mod:`reference.memory.recipes` (bytes of each) and
-:mod:`reference.memory.activations` (bytes of a token). 1 GB is 1e9 bytes. What is not here: the CUDA context, libraries' workspaces, and the
-allocator's unused remainders.
+The bytes are in :mod:`reference.memory.recipes` (of a parameter) and
+:mod:`reference.memory.activations` (of a token). 1 GB is 1e9 bytes. What is not here: the CUDA
+context, libraries' workspaces, and the allocator's unused remainders.
 """
 
 from collections.abc import Iterable
@@ -22,50 +24,9 @@ from dataclasses import dataclass
 
 from reference.memory import activations
 from reference.memory.activations import Run
-from reference.memory.recipes import RECIPES, Line, Recipe, optimizer_states, step_buffer, trained_tensors, weights
-from reference.model_shapes import SHAPES, ModelShape
-
-__all__ = ["RECIPES", "SHAPES", "Breakdown", "Line", "ModelShape", "Recipe", "training_memory"]
-
-
-@dataclass(frozen=True)
-class Breakdown:
-    """The answer of :func:`training_memory`; ``print`` it.
-
-    Attributes:
-        lines: kind of tensor -> its bytes when all of it is there, and the formula.
-        moments: moment of the step -> kind -> bytes there at that moment.
-    """
-
-    title: str
-    lines: dict[str, Line]
-    moments: dict[str, dict[str, int]]
-
-    def __getitem__(self, kind: str) -> int:
-        """Bytes of one kind of tensor, such as ``"weights"``."""
-        return self.lines[kind].bytes
-
-    @property
-    def moment(self) -> str:
-        """The fullest moment of a step."""
-        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the fullest moment."""
-        return sum(self.moments[self.moment].values())
-
-    def __str__(self) -> str:
-        rows = [f"  {kind:18s}{_gigabytes(line.bytes)}   {line.formula}" for kind, line in self.lines.items()]
-        totals = [
-            f"  {moment:18s}{_gigabytes(sum(there.values()))}   {'◀ peak' if moment == self.moment else ''}".rstrip()
-            for moment, there in self.moments.items()
-        ]
-        return "\n".join([self.title, *rows, "there at the same time", *totals])
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:12,.3f} GB"
+from reference.memory.breakdown import Breakdown, parameter_lines, token_lines
+from reference.memory.recipes import Recipe, step_buffer, trained_tensors
+from reference.model_shapes import ModelShape
 
 
 def training_memory(
@@ -78,86 +39,152 @@ def training_memory(
     checkpointing: bool = False,
     attention: str = "fused",
 ) -> Breakdown:
-    """Memory of a training step after the first (Adam's moments exist; gradients are freed between steps, ``set_to_none``).
+    """Memory of a training step after the first, in bytes.
 
-    Activations are those of a Llama in the Hugging Face library; for another family (Gemma 3, GPT-3) they are an estimate, while its
-    parameters are exact.
+    Adam's moments exist; gradients are freed between steps (``set_to_none``). Activations are those
+    of a Llama in the Hugging Face library; for another family (Gemma 3, GPT-3) they are an
+    estimate, while its parameters are exact.
 
     Args:
         batch, sequence: rows of tokens in a step, and their length.
         rank, targets: of LoRA; ignored by recipes that train the base.
-        checkpointing: every decoder layer keeps its input alone and runs again in the backward pass.
+        checkpointing: every decoder layer keeps its input alone and runs again on the way back.
         attention: "fused" or "math"; see :class:`reference.memory.activations.Run`.
 
     Raises:
-        ValueError: a size that is not a positive integer, a rank out of range, an unknown target or attention.
+        TypeError: ``batch`` or ``sequence`` is not an integer.
+        ValueError: one of them is below 1; a rank out of range; an unknown target or attention.
     """
     shape, lora = model_shape, not recipe.trains_base
     names = shape.targets(targets) if lora else ()
     if lora:
         shape.adapter_parameters(rank, names)  # refuses a rank out of range
-    run = Run(batch, sequence, recipe.weight_bytes, not lora, names, rank * lora, recipe.adapter_bytes, recipe.input_copies, attention)
+    run = Run(
+        batch,
+        sequence,
+        compute_bytes=recipe.weight_bytes,
+        trained=recipe.trains_base,
+        targets=names,
+        rank=rank * lora,
+        adapter_bytes=recipe.adapter_bytes,
+        input_copies=recipe.input_copies,
+        attention=attention,
+    )
     tensors = trained_tensors(shape, recipe, rank, names)
-    lines = _parameter_lines(shape, recipe, tensors) | _token_lines(shape, run, recipe, checkpointing)
+    lines = parameter_lines(shape, recipe, tensors)
+    lines |= token_lines(shape, run, recipe, checkpointing)
     lines["step buffer"] = step_buffer(recipe, tensors)
-    chosen = f" r = {rank} on {'all linears' if len(names) == len(shape.linears) else ', '.join(names)}" if lora else ""
-    title = f"{shape.name} · {recipe.name}{chosen} · {batch} × {sequence:,} tokens{' · checkpointing' * checkpointing}"
-    return Breakdown(title, lines, _moments(shape, run, recipe, checkpointing, {kind: line.bytes for kind, line in lines.items()}))
+    step = _Step(shape, run, recipe, checkpointing, {kind: lines[kind].bytes for kind in lines})
+    where = "all linears" if len(names) == len(shape.linears) else ", ".join(names)
+    title = f"{shape.name} · {recipe.name}{f' r = {rank} on {where}' * lora}"
+    title += f" · {batch} × {sequence:,} tokens{' · checkpointing' * checkpointing}"
+    return Breakdown(title, lines, _moments(step))
 
 
-def _parameter_lines(shape: ModelShape, recipe: Recipe, tensors: list[tuple[int, int]]) -> dict[str, Line]:
-    """What is counted by the parameter: there however many tokens a step has."""
-    trained, lines = sum(elements * count for elements, count in tensors), {"weights": weights(shape, recipe)}
-    prefix = "" if recipe.trains_base else "adapter "
-    if prefix:
-        lines["gradients"] = lines["optimizer states"] = Line(0, "0: frozen weights have none")
-        lines["adapter weights"] = Line(recipe.adapter_bytes * trained, f"{recipe.adapter_bytes} B × {trained:,}")
-    lines[prefix + "gradients"] = Line(recipe.gradient_bytes * trained, f"{recipe.gradient_bytes} B × {trained:,}")
-    if recipe.master_bytes:
-        lines["master weights"] = Line(recipe.master_bytes * trained, f"{recipe.master_bytes} B × {trained:,}")
-    lines[(prefix or "optimizer ") + "states"] = optimizer_states(recipe, tensors)
-    return lines
+@dataclass(frozen=True)
+class _Step:
+    """One training step. ``full``: kind of tensor -> bytes when all of it is there."""
+
+    shape: ModelShape
+    run: Run
+    recipe: Recipe
+    checkpointing: bool
+    full: dict[str, int]
+
+    def all_of(self, *kinds: str) -> dict[str, int]:
+        """Those of ``kinds`` that the step has at all, in full."""
+        return {kind: self.full[kind] for kind in kinds if kind in self.full}
+
+    @property
+    def gradients(self) -> str:
+        """The kind of gradients that the step makes."""
+        return "gradients" if self.run.trained else "adapter gradients"
+
+    def gradients_after(self, layers: int) -> int:
+        """Bytes of gradients inside an MLP's backward pass, with ``layers`` others behind it.
+
+        Where the base is trained, the output head has its gradient first, and this MLP's down too.
+        """
+        shape, each = self.shape, self.recipe.gradient_bytes
+        if not self.run.trained:
+            return self.full[self.gradients] * layers // shape.layers
+        earlier = shape.embedding + shape.hidden * shape.mlp
+        return each * (earlier + shape.linear_parameters * layers // shape.layers)
 
 
-def _token_lines(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: bool) -> dict[str, Line]:
-    """What is counted by the token."""
-    tokens, head = f"{run.tokens:,} tokens", activations.head(shape, run)
-    vocabulary = head.pop("log-probabilities, float32")
-    layers, again = activations.layers(shape, run, checkpointing), sum(activations.layer(shape, run).values())
-    each = layers / (shape.layers * run.tokens)
-    formula = f"{each:,.0f} B × {shape.layers} layers × {tokens}, and the last norm{'' if shape.like_llama else ' (estimate)'}"
-    lines = {"activations": Line(layers + sum(head.values()), formula)}
-    if checkpointing:
-        lines["recomputed layer"] = Line(again, f"{again / run.tokens:,.0f} B × {tokens}")
-    lines["log-probabilities"] = Line(vocabulary, f"4 B × {tokens} × {shape.vocab:,} words")
-    lines["loss gradients"] = Line(2 * vocabulary, f"2 × 4 B × {tokens} × {shape.vocab:,} words")
-    widest = "gradients in one MLP" + (", one weight in 16 bits" if recipe.quantized else "")
-    lines["temporaries"] = Line(activations.temporaries(shape, run, recipe.quantized), widest)
-    if scores := activations.attention_temporaries(shape, run):
-        lines["scores' gradients"] = Line(scores, f"3 × 4 B × {tokens} × {shape.heads} heads × {run.sequence:,} tokens")
-    return lines
-
-
-def _moments(shape: ModelShape, run: Run, recipe: Recipe, checkpointing: bool, full: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Kind -> bytes at each moment of the step that can be the fullest; ``full``: kind -> bytes when all of it is there."""
-    held = {kind: count for kind, count in full.items() if kind.endswith(("weights", "states"))}
-    name = "gradients" if run.trained else "adapter gradients"
-    down, head = (shape.linears["down_proj"][0] * shape.mlp, shape.embedding) if run.trained else (0, 0)
-    of_layers = full[name] - recipe.gradient_bytes * (shape.parameters - shape.linear_parameters) * run.trained
-    first = {name: recipe.gradient_bytes * (head + down)}  # the head has had its turn, and the last layer's down_proj
-    inner = {kind: full[kind] for kind in ("recomputed layer", "temporaries") if kind in full}
-    one_layer = activations.layer_input(shape, run) if checkpointing else sum(activations.layer(shape, run, run.trained).values())
+def _moments(step: _Step) -> dict[str, dict[str, int]]:
+    """Moment -> kind -> bytes, in the order of time; weights and optimizer states always stay."""
+    held = step.all_of(*(kind for kind in step.full if kind.endswith(("weights", "states"))))
     moments = {
-        "at the loss": {kind: full[kind] for kind in ("activations", "log-probabilities", "loss gradients")},
-        "last layer back": first | {"activations": activations.layers(shape, run, checkpointing)} | inner,
-        "first layer back": {name: first[name] + of_layers * (shape.layers - 1) // shape.layers, "activations": one_layer} | inner,
-        "optimizer's step": {name: full[name], "step buffer": full["step buffer"]},
+        "at the loss": _at_the_loss(step),
+        "last layer back": _last_layer_back(step),
+        "last attention back": _last_attention_back(step),
+        "first layer back": _first_layer_back(step),
+        "first attention back": _first_attention_back(step),
+        "embedding back": _embedding_back(step),
+        "optimizer's step": _optimizers_step(step),
     }
-    for place, inflow in (("last", True), ("first", run.trained or checkpointing)):
-        if scores := activations.attention_temporaries(shape, run, inflow):
-            back = moments[f"{place} layer back"] | {"temporaries": 0, "scores' gradients": scores}
-            back["recomputed layer" if checkpointing else "activations"] -= activations.done_before_attention(shape, run, inflow)
-            moments[f"{place} attention back"] = back
-    if run.trained and shape.tied:  # three at once: the head's gradient, the embedding's, and their sum, which autograd makes anew
-        moments["embedding back"] = {name: full[name], "temporaries": 2 * recipe.gradient_bytes * shape.embedding}
-    return {moment: held | passing_now for moment, passing_now in moments.items()}
+    return {moment: held | passing for moment, passing in moments.items() if passing}
+
+
+def _at_the_loss(step: _Step) -> dict[str, int]:
+    """All activations, the log-probabilities and two gradients of their size; no weight's yet."""
+    return step.all_of("activations", "log-probabilities", "loss gradients")
+
+
+def _last_layer_back(step: _Step) -> dict[str, int]:
+    """In the MLP of the last layer: what all layers kept, and the first gradients of weights."""
+    kept = activations.layers(step.shape, step.run, step.checkpointing)
+    there = {step.gradients: step.gradients_after(0), "activations": kept}
+    return there | step.all_of("recomputed layer", "temporaries")
+
+
+def _last_attention_back(step: _Step) -> dict[str, int]:
+    """In the same layer, past its MLP, if attention stores its scores."""
+    return _attention_back(step, _last_layer_back(step), inflow=True)
+
+
+def _first_layer_back(step: _Step) -> dict[str, int]:
+    """In the MLP of the first layer: what it kept alone, and the gradients of all other layers."""
+    if step.checkpointing:
+        kept = activations.layer_input(step.shape, step.run)
+    else:
+        kept = sum(activations.layer(step.shape, step.run, inflow=step.run.trained).values())
+    there = {step.gradients: step.gradients_after(step.shape.layers - 1), "activations": kept}
+    return there | step.all_of("recomputed layer", "temporaries")
+
+
+def _first_attention_back(step: _Step) -> dict[str, int]:
+    """In the same layer, past its MLP; a layer that ran again is counted as any other."""
+    inflow = step.run.trained or step.checkpointing
+    return _attention_back(step, _first_layer_back(step), inflow)
+
+
+def _attention_back(step: _Step, layer_back: dict[str, int], inflow: bool) -> dict[str, int]:
+    """From ``layer_back`` the MLP's share is gone, and the scores' gradients are there instead.
+
+    Empty if attention is fused or has nothing to send back: the MLP is wider then.
+    """
+    scores = activations.attention_temporaries(step.shape, step.run, inflow)
+    if not scores:
+        return {}
+    there = layer_back | {"temporaries": 0, "scores' gradients": scores}
+    done = activations.done_before_attention(step.shape, step.run, inflow)
+    there["recomputed layer" if step.checkpointing else "activations"] -= done
+    return there
+
+
+def _embedding_back(step: _Step) -> dict[str, int]:
+    """All gradients, and the tied embedding's thrice: the head's, its own, and autograd's new sum.
+
+    Empty if the embedding is frozen, or is not the output head too.
+    """
+    if not (step.run.trained and step.shape.tied):
+        return {}
+    twice = 2 * step.recipe.gradient_bytes * step.shape.embedding
+    return step.all_of(step.gradients) | {"temporaries": twice}
+
+
+def _optimizers_step(step: _Step) -> dict[str, int]:
+    """All gradients, no activation, and what the optimizer needs for a moment."""
+    return step.all_of(step.gradients, "step buffer")
