@@ -34,6 +34,7 @@ from course.checking import Check, NotYet, Raised, first_difference, raised
         (np.float32(3), 3.0),
         (torch.tensor([3.0]), 3.0),
         (float("inf"), float("inf")),
+        (float("nan"), float("nan")),
         ("a", "a"),
         (True, True),
         (None, None),

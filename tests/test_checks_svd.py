@@ -5,9 +5,21 @@ import math
 import pytest
 import torch
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import svd as check
-from reference.lowrank import truncated_svd
+from reference.lowrank import effective_rank, rank_for_energy, truncated_svd
+
+in_its_own_dtype = mistaken(check.factors.reference, wide=lambda weight: weight)
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [(check.factors, truncated_svd), (check.rank_for_energy, rank_for_energy), (check.effective_rank, effective_rank)],
+    ids=["factors", "rank_for_energy", "effective_rank"],
+)
+def test_the_reference_module_passes(judge, answer):
+    for seed in range(3):
+        judge._judge(answer, seed)
 
 
 def by_norms(s, share):
@@ -71,7 +83,7 @@ def always_float32(weight, rank):
 
 
 def half_forgotten(weight, rank):
-    b, a = check.in_its_own_dtype(weight.float() if weight.dtype is torch.bfloat16 else weight, rank)
+    b, a = in_its_own_dtype(weight.float() if weight.dtype is torch.bfloat16 else weight, rank)
     return b.to(weight.dtype), a.to(weight.dtype)
 
 
@@ -84,7 +96,7 @@ def test_factors_in_other_dtypes_are_looked_at(answer, words):
 
 def test_torchs_own_refusal_is_not_taken_for_an_unwritten_answer():
     with pytest.raises(NotYet, match="no SVD for 16-bit types: decompose"):
-        check.factors(check.in_its_own_dtype)
+        check.factors(in_its_own_dtype)
     with pytest.raises(NotYet, match="nothing here yet"):
         check.keep_update(unwritten)
 

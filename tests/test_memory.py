@@ -383,19 +383,19 @@ def test_worked_answers_agree_with_the_reference():
     for recipe, name in ((FULL_FP32, "fp32"), (FULL_MIXED, "mixed"), (FULL_BF16, "bf16"), (ADAM_8BIT, "8-bit Adam")):
         lines = training_memory(LLAMA_2_7B, recipe, sequence=1).lines
         total = sum(lines[kind].bytes for kind in ("weights", "gradients", "master weights", "optimizer states") if kind in lines)
-        assert worked.full_fine_tuning_gb(LLAMA_2_7B.parameters, name) == pytest.approx(total / 1e9, rel=1e-5)  # norms' moments in float32
+        assert worked.full.reference(LLAMA_2_7B.parameters, name) == pytest.approx(total / 1e9, rel=1e-5)  # norms' moments in float32
     for shape in (LLAMA_3_8B, LLAMA_3_2_1B):
         sizes = worked.Sizes(*(getattr(shape, field) for field in worked.Sizes._fields))
         lora = training_memory(shape, LORA, rank=8, targets=("k_proj", "o_proj", "down_proj"))
-        budget = worked.lora_budget(sizes, 8, ("k_proj", "o_proj", "down_proj"))
+        budget = worked.lora.reference(sizes, 8, ("k_proj", "o_proj", "down_proj"))
         assert budget["trained"] == shape.adapter_parameters(8, ("k_proj", "o_proj", "down_proj"))
         assert budget["gradient bytes"] == lora["adapter gradients"] and budget["optimizer bytes"] == lora["adapter states"]
         exact = training_memory(shape, QLORA)["weights"]  # code books and offsets: about 1 kB a matrix
-        assert worked.qlora_base_bytes(sizes, True) == pytest.approx(exact, rel=5e-4)
+        assert worked.qlora.reference(sizes, True) == pytest.approx(exact, rel=5e-4)
         groups = ("input of gate, up", "gate, silu(gate), up", "input of down")
         for trained, adapted in ((True, ()), (False, ("gate_proj",)), (False, ("down_proj", "up_proj")), (False, ("q_proj",))):
             kept = activations.layer(shape, Run(2, 50, 2, trained, adapted, 4))
-            answer = worked.mlp_kept_bytes(100, shape.hidden, shape.mlp, 2, trained, set(adapted))
+            answer = worked.mlp.reference(100, shape.hidden, shape.mlp, 2, trained, set(adapted))
             assert answer == sum(kept.get(group, 0) for group in groups)
 
 
@@ -405,5 +405,5 @@ def test_worked_batch_is_the_largest_that_the_breakdown_admits():
     capacity, at = 80 * 10**9, [training_memory(LLAMA_3_2_1B, LORA, batch, 1024) for batch in (2, 3)]
     row = at[1].moments["at the loss"]["activations"] - at[0].moments["at the loss"]["activations"]
     held = sum(at[0].moments["at the loss"].values()) - 2 * (row + 12 * 1024 * LLAMA_3_2_1B.vocab)
-    batch = worked.largest_batch(capacity, held, row // 1024, 1024, LLAMA_3_2_1B.vocab)
+    batch = worked.batch.reference(capacity, held, row // 1024, 1024, LLAMA_3_2_1B.vocab)
     assert training_memory(LLAMA_3_2_1B, LORA, batch, 1024).peak <= capacity < training_memory(LLAMA_3_2_1B, LORA, batch + 1, 1024).peak
