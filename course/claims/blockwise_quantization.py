@@ -16,7 +16,6 @@ from course.lab import models, training
 from course.lab.world import World
 from reference import blockwise
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, quantize_blockwise, signal_to_noise
-from reference.memory import SHAPES
 
 WHOLE = 1 << 20  # a block that holds any tensor used here
 CPU = torch.device("cpu")
@@ -193,11 +192,6 @@ def more_bits(one: tuple, than: tuple) -> float:
 def kept_bits(share: float) -> float:
     """A value, of keeping this share of the values in 16 bits, with a 32-bit position."""
     return share * (16 + 32)
-
-
-def scales_gb(model: str) -> float:
-    """Float32 scales of all linears of the model's layers, blocks of 64, GB."""
-    return SHAPES[model].linear_parameters / 64 * 4 / 1e9
 
 
 def halving_rate(block: int) -> float:

@@ -169,14 +169,19 @@ def negative_side_error() -> float:
 # The bins
 
 
-def absmax_mean(block: int = 64) -> float:
+def absmax_mean(block: int) -> float:
     """In standard deviations."""
     return float(_largest(block).mean())
 
 
-def absmax_deviation(block: int = 64) -> float:
+def absmax_deviation(block: int) -> float:
     """Standard deviation of a block's absmax, in those of the values."""
     return float(_largest(block).std())
+
+
+def absmax_spread_percent(block: int) -> float:
+    """That deviation over the mean."""
+    return 100 * absmax_deviation(block) / absmax_mean(block)
 
 
 def emptiest_bin(block: int) -> float:
