@@ -60,8 +60,10 @@ def _silu() -> Tensor:
 
 @functools.cache
 def data(name: str) -> Tensor:
-    """Seeded numbers, (131072,): "uniform", "normal" or "t", which is Student's with three degrees of freedom. Or the tiny model's: "tiny" for
-    all of its linears, "SiLU" for the outputs in layer 2, or one matrix, such as "layers.3.mlp.down_proj".
+    """What the errors are measured on.
+
+    Seeded numbers, (131072,): "uniform", "normal", "t" (Student's, three degrees of freedom). Or the tiny model's: "tiny" for all of its
+    linears in one vector, "SiLU" for the outputs of that in layer 2, or one matrix, such as "layers.3.mlp.down_proj".
     """
     n = 1 << 17
     if name == "tiny":
@@ -271,7 +273,8 @@ def fp4_is_bitsandbytes() -> bool:
         for n in (1024, 65):
             x = torch.randn(n, generator=_generator()).to(dtype)
             packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="fp4")
-            q, theirs = quantize_blockwise(x, CODEBOOKS["FP4"], 64), torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)[:n]
+            q = quantize_blockwise(x, CODEBOOKS["FP4"], 64)
+            theirs = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)[:n]
             if not (torch.equal(q.codes, theirs) and torch.equal(q.absmax, state.absmax)):
                 return False
     return True

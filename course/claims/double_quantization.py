@@ -73,7 +73,11 @@ def map_bytes() -> int:
 
 
 def break_even(unit: str) -> float:
-    """From where double quantization saves bytes in a file that carries the map: "blocks" of 64, "weights", or the "width" of a square layer."""
+    """From where double quantization saves bytes in a file that carries the map.
+
+    Args:
+        unit: "blocks" of 64, "weights", or the "width" of a square layer.
+    """
     blocks = 1
     while 4 * blocks <= blocks + 4 * math.ceil(blocks / 256) + 4 + map_bytes():
         blocks += 1
