@@ -508,66 +508,66 @@ def _gemma(device: str = GPU) -> dict:
     return recorded.load("quantization_quality_gemma", device)["result"]
 
 
-def perplexity(kind: str, text: str = "passages", device: str = GPU) -> float:
+def gemma_perplexity(kind: str, text: str = "passages", device: str = GPU) -> float:
     return math.exp(_gemma(device)["formats"][kind][text])
 
 
-def perplexity_rise_percent(kind: str, device: str = GPU) -> float:
+def gemma_perplexity_rise_percent(kind: str, device: str = GPU) -> float:
     """On prose, against the 16-bit base."""
-    return 100 * (perplexity(kind, device=device) / perplexity("16-bit", device=device) - 1)
+    return 100 * (gemma_perplexity(kind, device=device) / gemma_perplexity("16-bit", device=device) - 1)
 
 
-def facts_percent(kind: str, device: str = GPU) -> float:
+def gemma_facts_percent(kind: str, device: str = GPU) -> float:
     """Answered rightly."""
     return 100 * _gemma(device)["formats"][kind]["cloze"]
 
 
-def asked(questions: str, device: str = GPU) -> int:
+def gemma_asked(questions: str, device: str = GPU) -> int:
     return _gemma(device)["two_percent_rule"]["lost"]["8-bit"][questions]["count"]
 
 
-def nf4_is_beyond_two_percent() -> bool:
+def gemma_nf4_is_beyond_two_percent() -> bool:
     """By the whole interval, on prose and on code."""
     lost = _gemma()["two_percent_rule"]["lost"]["4-bit"]
     return lost["passages"]["low"] > 0.02 and lost["code"]["low"] > 0.02
 
 
-def int8_is_within_on_text_and_open_on_questions() -> bool:
+def gemma_int8_is_within_on_text_and_open_on_questions() -> bool:
     rule = _gemma()["two_percent_rule"]
     lost = rule["lost"]["8-bit"]
     on_text = max(lost["passages"]["high"], lost["code"]["high"]) <= 0.02
     return on_text and rule["choice"] == evaluation.UNKNOWN and lost["cloze"]["high"] > 0.02 and lost["pairs"]["high"] > 0.02
 
 
-def formats_are_ordered() -> bool:
+def gemma_formats_are_ordered() -> bool:
     """INT8, NF4, then FP4 and INT4, on each of three texts; double quantization adds less than a hundredth of what NF4 lost."""
     lost = {kind: {text: each[text]["estimate"] for text in ("code", "passages", "manual")} for kind, each in _gemma()["lost"].items()}
     ordered = all(lost["INT8"][t] < lost["NF4"][t] < min(lost["FP4"][t], lost["INT4"][t]) for t in lost["NF4"])
     return ordered and all(abs(lost["NF4+DQ"][t] - lost["NF4"][t]) < 0.01 * lost["NF4"][t] for t in lost["NF4"])
 
 
-def fp4_and_int4_swap() -> bool:
+def gemma_fp4_and_int4_swap() -> bool:
     """Which of the two is worse depends on the text."""
-    return perplexity("FP4") > perplexity("INT4") and perplexity("FP4", "code") < perplexity("INT4", "code")
+    return gemma_perplexity("FP4") > gemma_perplexity("INT4") and gemma_perplexity("FP4", "code") < gemma_perplexity("INT4", "code")
 
 
-def gap(kind: str, text: str, when: str, device: str = GPU) -> float:
+def gemma_gap(kind: str, text: str, when: str, device: str = GPU) -> float:
     """Nats per token between this base and the 16-bit one, "before" or "after" LoRA on code; mean over seeds."""
     found = _only(_gemma(device)["won_back"], kind=kind)[text][f"gap_{when}"]
     return statistics.fmean(found) if isinstance(found, list) else found
 
 
-def won_percent(kind: str, text: str, device: str = GPU) -> float:
+def gemma_won_percent(kind: str, text: str, device: str = GPU) -> float:
     """Of the gap that LoRA closes; mean over seeds."""
-    return 100 * (1 - gap(kind, text, "after", device) / gap(kind, text, "before", device))
+    return 100 * (1 - gemma_gap(kind, text, "after", device) / gemma_gap(kind, text, "before", device))
 
 
-def seeds(device: str = GPU) -> int:
+def gemma_seeds(device: str = GPU) -> int:
     """The fewest seeds of a base."""
     return min(len(row["seeds"]) for row in _gemma(device)["won_back"])
 
 
-def more_is_won_where_it_is_trained() -> bool:
+def gemma_more_is_won_where_it_is_trained() -> bool:
     """For each base and in every seed: over half of the gap on code, less than half of that on prose."""
     for row in _gemma()["won_back"][1:]:
         for code, prose in zip(row["code"]["gap_after"], row["passages"]["gap_after"], strict=True):
