@@ -50,6 +50,7 @@ def counted_bits(double: bool = True) -> float:
 
 
 def counted_saved_bits() -> float:
+    """A weight, by double quantization."""
     return counted_bits(double=False) - counted_bits()
 
 
@@ -59,6 +60,7 @@ def third_level_bits() -> float:
 
 
 def third_level_mb(model: str) -> float:
+    """The same for the linears of a model, MB."""
     return MODELS[model].linear_parameters * third_level_bits() / 8e6
 
 
@@ -172,6 +174,7 @@ def rmse(block: int = 64, double: bool = True) -> float:
 
 
 def rmse_percent(block: int = 64, double: bool = True) -> float:
+    """The same, in percent of σ."""
     return 100 * rmse(block, double)
 
 

@@ -133,6 +133,7 @@ def float64_grid_differs() -> int:
 
 
 def float64_grid_largest_difference() -> float:
+    """Between two levels, where the largest is 1."""
     return float(_off_float64_grid().max())
 
 
@@ -148,6 +149,7 @@ def zero_costs() -> float:
 
 
 def smallest_symmetric_level() -> float:
+    """Of the positive ones, where the largest is 1."""
     return float(_symmetric()[8])
 
 

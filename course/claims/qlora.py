@@ -228,6 +228,7 @@ def capped_seconds(shape: str, device: str = GPU) -> float:
 
 
 def capped_loss(shape: str, step: int, device: str = GPU) -> float:
+    """Nats per token at a step, counted from 0, or from the last with −1."""
     return recorded.row("qlora_caps", device, shape=shape)["losses"][step]
 
 
@@ -410,10 +411,12 @@ def _step(how: str, sequence: int, device: str) -> dict:
 
 
 def step_seconds(how: str, sequence: int, device: str = GPU) -> float:
+    """Of a step."""
     return _step(how, sequence, device)["seconds"]
 
 
 def step_peak_gb(how: str, sequence: int = 2048, device: str = GPU) -> float:
+    """Of all tensors in a step."""
     return _step(how, sequence, device)["peak"] / 1e9
 
 
@@ -509,6 +512,7 @@ def _gemma(device: str = GPU) -> dict:
 
 
 def gemma_perplexity(kind: str, text: str = "passages", device: str = GPU) -> float:
+    """On prose or another text."""
     return math.exp(_gemma(device)["formats"][kind][text])
 
 
@@ -523,6 +527,7 @@ def gemma_facts_percent(kind: str, device: str = GPU) -> float:
 
 
 def gemma_asked(questions: str, device: str = GPU) -> int:
+    """How many questions of a kind both models answered."""
     return _gemma(device)["two_percent_rule"]["lost"]["8-bit"][questions]["count"]
 
 
