@@ -132,6 +132,48 @@ def test_of_several_devices_the_newest_or_the_named_one(tmp_path):
         recorded.load("x", device="mps", folder=tmp_path)
 
 
+ROWS = [{"work": "quantize", "ms": 1.0}, {"work": "linear", "rows": 1, "ms": 2.0}, {"work": "linear", "rows": 16, "ms": 3.0}]
+
+
+@pytest.mark.parametrize("result", [ROWS, {"side": 8192, "rates": [1.0, 2.0], "none": [], "rows": ROWS}])
+def test_a_row_is_found_by_what_its_columns_hold(tmp_path, result):
+    put(tmp_path, "nvidia-h100", "2026-01-02", result)
+    assert recorded.row("x", folder=tmp_path, work="linear", rows=16)["ms"] == 3.0
+    assert recorded.row("x", folder=tmp_path, work="quantize") == ROWS[0]
+    assert recorded.row("x", folder=tmp_path, rows=None) == ROWS[0]  # a column that a row lacks holds None
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [
+        ({"work": "linear", "rows": 2}, r"0 rows of 'x' have {'work': 'linear', 'rows': 2}; there are {.*'rows': \['1', '16', 'None'\]}"),
+        ({"who": "ours"}, r"0 rows of 'x' .*{'who': \['None'\]}"),
+        ({"work": "linear"}, r"2 rows of 'x' .*{'work': \['linear', 'quantize'\]}"),
+        ({}, "3 rows of 'x'"),
+    ],
+)
+def test_no_row_or_several_are_refused(tmp_path, where, words):
+    put(tmp_path, "nvidia-h100", "2026-01-02", ROWS)
+    with pytest.raises(LookupError, match=words):
+        recorded.row("x", folder=tmp_path, **where)
+
+
+@pytest.mark.parametrize("result, count", [({"first": ROWS, "second": ROWS}, 2), ({"first": 1.0, "second": [1.0]}, 0)])
+def test_a_row_needs_one_table(tmp_path, result, count):
+    put(tmp_path, "nvidia-h100", "2026-01-02", result)
+    with pytest.raises(ValueError, match=rf"'x' holds {count} tables: its keys are \['first', 'second'\]"):
+        recorded.row("x", folder=tmp_path, work="quantize")
+
+
+def test_a_row_is_that_of_the_newest_device_or_of_the_named_one(tmp_path):
+    put(tmp_path, "nvidia-h200", "2026-01-02", [{"work": "quantize", "ms": 0.5}])
+    put(tmp_path, "nvidia-h100", "2026-01-01", ROWS)
+    assert recorded.row("x", folder=tmp_path, work="quantize")["ms"] == 0.5
+    assert recorded.row("x", "h100", tmp_path, work="quantize")["ms"] == 1.0
+    with pytest.raises(FileNotFoundError, match=r"no recorded result 'x' \(device 'mps'\)"):
+        recorded.row("x", "mps", tmp_path, work="quantize")
+
+
 def test_the_slug_of_a_device():
     assert recorded.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert recorded.slug("CPU, 2 threads") == "cpu-2-threads"

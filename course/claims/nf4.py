@@ -3,6 +3,9 @@
 Blocks of independent values have a known distribution after absmax scaling, so occupancy and errors need no sampling. Given the block's
 largest absolute value m, the other values are independent and truncated to ±m; m itself lands on −1 or 1. An integral over u = x/m is a
 sum over narrow cells, and one over m a mean over equally likely values of it.
+
+Everywhere ``levels`` is a key of ``LEVELS``, ``values`` one of ``INSIDE``, and ``measure`` one of ``POWER``. Blocks have 64 values and the
+values are normal, where nothing else is said.
 """
 
 import functools
@@ -10,19 +13,18 @@ import math
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, ndtri
 
-from course import ROOT
+from course.claims.blockwise_quantization import data
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise, relative_rmse, scale_blocks
 from reference.nf4 import NF4_CODEBOOK, OFFSET, dequantize_nf4, nearest_codes, quantize_nf4
 
 CELLS, NODES = 8000, 400
 NF4 = NF4_CODEBOOK.double().numpy()
-INT4 = int_codebook(4).double().numpy()
-FP4 = fp4_codebook().unique().double().numpy()
+LEVELS = {"NF4": NF4_CODEBOOK, "INT4": int_codebook(4), "FP4": fp4_codebook().unique()}
 KEPT = (0, 7, 15)  # the codes of −1, 0 and 1
+POWER = {"absolute": 1, "squared": 2}
 
 # share of values in (−x, x), and its inverse, for a variance of 1
 INSIDE = {
@@ -33,44 +35,44 @@ INSIDE = {
 
 
 @functools.cache
-def _largest(block_size: int, name: str = "normal") -> np.ndarray:
+def _largest(block: int, values: str = "normal") -> np.ndarray:
     """Equally likely values of a block's absmax: (NODES,)."""
-    return INSIDE[name][1](((np.arange(NODES) + 0.5) / NODES) ** (1 / block_size))
+    return INSIDE[values][1](((np.arange(NODES) + 0.5) / NODES) ** (1 / block))
 
 
 @functools.cache
-def _scaled(block_size: int, power: int, name: str = "normal") -> tuple[np.ndarray, np.ndarray]:
+def _scaled(block: int, power: int, values: str = "normal") -> tuple[np.ndarray, np.ndarray]:
     """Places u in [−1, 1], and E[absmax^power; scaled value there]: the weight of an error in the unit of the values."""
-    inside, m = INSIDE[name][0], _largest(block_size, name)[:, None]
+    inside, m = INSIDE[values][0], _largest(block, values)[:, None]
     edges = np.linspace(0, 1, CELLS // 2 + 1)
-    half = (np.diff(inside(edges * m)) / inside(m) * m**power).mean(0) / 2 * (1 - 1 / block_size)
+    half = (np.diff(inside(edges * m)) / inside(m) * m**power).mean(0) / 2 * (1 - 1 / block)
     places = (edges[1:] + edges[:-1]) / 2
-    atom = (m**power).mean() / (2 * block_size)
+    atom = (m**power).mean() / (2 * block)
     return np.concatenate([[-1], -places[::-1], places, [1]]), np.concatenate([[atom], half[::-1], half, [atom]])
 
 
-def _occupancy(block_size: int, levels: np.ndarray = NF4) -> np.ndarray:
-    """Share of values in each bin, in percent."""
-    places, weights = _scaled(block_size, 0)
-    return 100 * np.bincount(np.searchsorted((levels[1:] + levels[:-1]) / 2, places), weights, len(levels))
+def _nearest(levels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The index of the level that is nearest to each place."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, places)
 
 
-def _error(levels: np.ndarray, block_size: int, power: int, name: str = "normal") -> float:
+def _error(levels: np.ndarray, block: int, power: int, values: str = "normal") -> float:
     """E|x − x̂|^power, nearest level."""
-    places, weights = _scaled(block_size, power, name)
-    restored = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, places)]
-    return float((weights * np.abs(restored - places) ** power).sum())
-
-
-def _rmse(levels: np.ndarray, name: str = "normal", block_size: int = 64) -> float:
-    """Relative to the standard deviation, which is 1."""
-    return math.sqrt(_error(levels, block_size, 2, name))
+    places, weights = _scaled(block, power, values)
+    return float((weights * np.abs(levels[_nearest(levels, places)] - places) ** power).sum())
 
 
 @functools.cache
-def _best(block_size: int, power: int, kept: tuple[int, ...] = ()) -> np.ndarray:
+def _occupancy(block: int) -> np.ndarray:
+    """Share of values in each of NF4's bins, in percent."""
+    places, weights = _scaled(block, 0)
+    return 100 * np.bincount(_nearest(NF4, places), weights, len(NF4))
+
+
+@functools.cache
+def _best(block: int, power: int, kept: tuple[int, ...] = ()) -> np.ndarray:
     """Lloyd's iteration from NF4: levels to the weighted mean (power 2) or median (1) of their cells, but for those kept."""
-    places, weights = _scaled(block_size, power)
+    places, weights = _scaled(block, power)
     edges = np.concatenate([[-1], np.linspace(-1, 1, CELLS + 1), [1]])  # the outermost cells have no width: all of −1 and of 1
     return _lloyd(edges, places, weights, power, NF4, kept)
 
@@ -87,11 +89,6 @@ def _lloyd(edges: np.ndarray, places: np.ndarray, weights: np.ndarray, power: in
         if moved < 1e-8:
             break
     return levels
-
-
-def _above(block_size: int, power: int, kept: tuple[int, ...] = ()) -> float:
-    """How far NF4's error is above the least, in percent."""
-    return 100 * (_error(NF4, block_size, power) / _error(_best(block_size, power, kept), block_size, power) - 1)
 
 
 # The levels
@@ -118,19 +115,26 @@ def literal_formula_is_infinite() -> bool:
     return bool(np.isneginf(levels[0]) and np.isfinite(levels[1:]).all())
 
 
-def _from_grid(dtype: torch.dtype) -> torch.Tensor:
-    halves = [ndtri(torch.linspace(OFFSET, 0.5, n, dtype=dtype)[:-1].numpy()) for n in (8, 9)]
-    levels = torch.tensor(np.sort(np.concatenate([-halves[0], [0], halves[1]])))
-    return (levels / levels.max()).float()
+def _table(delta: float) -> np.ndarray:
+    """NF4's recipe with this δ, on a float64 grid of probabilities."""
+    below, above = (ndtri(np.linspace(delta, 0.5, n)[:-1]) for n in (8, 9))
+    levels = np.sort(np.concatenate([-below, [0], above]))
+    return levels / levels[-1]
+
+
+def _off_float64_grid() -> np.ndarray:
+    """How far NF4's levels, which are float32, are from those of a float64 grid."""
+    return np.abs(_table(OFFSET).astype(np.float32) - NF4_CODEBOOK.numpy())
 
 
 def float64_grid_differs() -> int:
     """How many of the 16 levels."""
-    return int((_from_grid(torch.float64) != NF4_CODEBOOK).sum())
+    return int((_off_float64_grid() != 0).sum())
 
 
 def float64_grid_largest_difference() -> float:
-    return (_from_grid(torch.float64) - NF4_CODEBOOK).abs().max().item()
+    """Between two levels, where the largest is 1."""
+    return float(_off_float64_grid().max())
 
 
 def _symmetric() -> np.ndarray:
@@ -140,16 +144,17 @@ def _symmetric() -> np.ndarray:
 
 
 def zero_costs() -> float:
-    """Squared error of NF4 above that of 16 symmetric levels without a zero, in percent; normal, block 64."""
+    """Squared error of NF4 above that of 16 symmetric levels without a zero, in percent."""
     return 100 * (_error(NF4, 64, 2) / _error(_symmetric(), 64, 2) - 1)
 
 
 def smallest_symmetric_level() -> float:
+    """Of the positive ones, where the largest is 1."""
     return float(_symmetric()[8])
 
 
 def without_zero_pruned_becomes() -> float:
-    """What a zero comes back as on average, in standard deviations: normal weights of which half were set to zero, block 64."""
+    """What a zero comes back as on average, in standard deviations: normal weights of which half were set to zero."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1 << 18, generator=g) * (torch.rand(1 << 18, generator=g) < 0.5)
     restored = dequantize_blockwise(quantize_blockwise(x, torch.tensor(_symmetric(), dtype=torch.float32), 64))
@@ -157,65 +162,44 @@ def without_zero_pruned_becomes() -> float:
 
 
 def negative_side_error() -> float:
-    """Mean squared error of negative over that of positive values; normal, block 64."""
+    """Mean squared error of negative over that of positive values."""
     places, weights = _scaled(64, 2)
-    restored = NF4[np.searchsorted((NF4[1:] + NF4[:-1]) / 2, places)]
-    error = weights * (restored - places) ** 2
+    error = weights * (NF4[_nearest(NF4, places)] - places) ** 2
     return float(error[places < 0].sum() / error[places > 0].sum())
 
 
 # The bins
 
 
-def mean_absmax_64() -> float:
+def absmax_mean(block: int) -> float:
     """In standard deviations."""
-    return float(_largest(64).mean())
+    return float(_largest(block).mean())
 
 
-def mean_absmax_4096() -> float:
-    return float(_largest(4096).mean())
+def absmax_deviation(block: int) -> float:
+    """Standard deviation of a block's absmax, in those of the values."""
+    return float(_largest(block).std())
 
 
-def least_full_32() -> float:
-    return float(_occupancy(32).min())
+def absmax_spread_percent(block: int) -> float:
+    """That deviation over the mean."""
+    return 100 * absmax_deviation(block) / absmax_mean(block)
 
 
-def most_full_32() -> float:
-    return float(_occupancy(32).max())
+def emptiest_bin(block: int) -> float:
+    """Share of values, in percent."""
+    return float(_occupancy(block).min())
 
 
-def least_full_64() -> float:
-    return float(_occupancy(64).min())
+def fullest_bin(block: int) -> float:
+    """Share of values, in percent."""
+    return float(_occupancy(block).max())
 
 
-def most_full_64() -> float:
-    return float(_occupancy(64).max())
-
-
-def least_full_4096() -> float:
-    return float(_occupancy(4096).min())
-
-
-def most_full_4096() -> float:
-    return float(_occupancy(4096).max())
-
-
-def _entropy(block_size: int) -> float:
-    p = _occupancy(block_size) / 100
-    return float(-(p * np.log2(p)).sum())
-
-
-def entropy_32() -> float:
+def entropy(block: int) -> float:
     """Of the codes, in bits."""
-    return _entropy(32)
-
-
-def entropy_64() -> float:
-    return _entropy(64)
-
-
-def entropy_4096() -> float:
-    return _entropy(4096)
+    p = _occupancy(block) / 100
+    return float(-(p * np.log2(p)).sum())
 
 
 def sampled_occupancy_agrees() -> bool:
@@ -226,7 +210,7 @@ def sampled_occupancy_agrees() -> bool:
 
 
 def equal_bins_rmse() -> float:
-    """Bins of exactly equal mass after scaling (full four bits of entropy), each with its best level; normal, block 64."""
+    """Bins of exactly equal mass after scaling (full four bits of entropy), each with its best level."""
     places, mass = _scaled(64, 0)
     _, weights = _scaled(64, 2)
     code = np.minimum((16 * (mass.cumsum() - mass / 2)).astype(int), 15)
@@ -237,198 +221,45 @@ def equal_bins_rmse() -> float:
 # Errors
 
 
-def nf4_mean_error() -> float:
-    """Mean |x − x̂| on N(0, 1), block 64."""
-    return _error(NF4, 64, 1)
+def mean_error(levels: str) -> float:
+    """Mean |x − x̂| over the standard deviation."""
+    return _error(LEVELS[levels].double().numpy(), 64, 1)
 
 
-def int4_mean_error() -> float:
-    return _error(INT4, 64, 1)
+def rmse(levels: str, values: str = "normal") -> float:
+    """Root mean square error over the standard deviation; "tiny" values are all linear weights of the tiny model."""
+    if values == "tiny":
+        return relative_rmse(data("tiny"), dequantize_blockwise(quantize_blockwise(data("tiny"), LEVELS[levels], 64)))
+    return math.sqrt(_error(LEVELS[levels].double().numpy(), 64, 2, values))
 
 
-def fp4_mean_error() -> float:
-    return _error(FP4, 64, 1)
-
-
-def nf4_rmse() -> float:
-    """Root mean square error over the standard deviation, N(0, 1), block 64."""
-    return _rmse(NF4)
-
-
-def int4_rmse() -> float:
-    return _rmse(INT4)
-
-
-def fp4_rmse() -> float:
-    return _rmse(FP4)
-
-
-def nf4_rmse_uniform() -> float:
-    return _rmse(NF4, "uniform")
-
-
-def int4_rmse_uniform() -> float:
-    return _rmse(INT4, "uniform")
-
-
-def fp4_rmse_uniform() -> float:
-    return _rmse(FP4, "uniform")
-
-
-def nf4_rmse_laplace() -> float:
-    return _rmse(NF4, "Laplace")
-
-
-def int4_rmse_laplace() -> float:
-    return _rmse(INT4, "Laplace")
-
-
-def fp4_rmse_laplace() -> float:
-    return _rmse(FP4, "Laplace")
+def above_best(block: int, measure: str, keep_ends_and_zero: bool = False) -> float:
+    """NF4's mean error above that of the best 16 levels, or of the best that keep −1, 0 and 1; in percent."""
+    power, kept = POWER[measure], KEPT if keep_ends_and_zero else ()
+    return 100 * (_error(NF4, block, power) / _error(_best(block, power, kept), block, power) - 1)
 
 
 @functools.cache
-def _tiny() -> torch.Tensor:
-    """All linear weights of the tiny model, in one vector."""
-    weights = load_file(ROOT / "course" / "lab" / "data" / "tiny" / "model.safetensors")
-    return torch.cat([weights[name].float().flatten() for name in sorted(weights) if "_proj" in name])
-
-
-def _tiny_rmse(codebook: torch.Tensor) -> float:
-    return relative_rmse(_tiny(), dequantize_blockwise(quantize_blockwise(_tiny(), codebook, 64)))
-
-
-def nf4_rmse_tiny() -> float:
-    return _tiny_rmse(NF4_CODEBOOK)
-
-
-def int4_rmse_tiny() -> float:
-    return _tiny_rmse(int_codebook(4))
-
-
-def fp4_rmse_tiny() -> float:
-    return _tiny_rmse(fp4_codebook())
-
-
-def squared_free_64() -> float:
-    """NF4's mean squared error above that of the best 16 levels, in percent."""
-    return _above(64, 2)
-
-
-def squared_free_256() -> float:
-    return _above(256, 2)
-
-
-def squared_free_1024() -> float:
-    return _above(1024, 2)
-
-
-def squared_free_4096() -> float:
-    return _above(4096, 2)
-
-
-def squared_kept_64() -> float:
-    """The same, among levels that keep −1, 0 and 1."""
-    return _above(64, 2, KEPT)
-
-
-def squared_kept_256() -> float:
-    return _above(256, 2, KEPT)
-
-
-def squared_kept_1024() -> float:
-    return _above(1024, 2, KEPT)
-
-
-def squared_kept_4096() -> float:
-    return _above(4096, 2, KEPT)
-
-
-def absolute_free_64() -> float:
-    """NF4's mean absolute error above that of the best 16 levels, in percent."""
-    return _above(64, 1)
-
-
-def absolute_free_256() -> float:
-    return _above(256, 1)
-
-
-def absolute_free_1024() -> float:
-    return _above(1024, 1)
-
-
-def absolute_free_4096() -> float:
-    return _above(4096, 1)
-
-
-def absolute_kept_64() -> float:
-    return _above(64, 1, KEPT)
-
-
-def absolute_kept_256() -> float:
-    return _above(256, 1, KEPT)
-
-
-def absolute_kept_1024() -> float:
-    return _above(1024, 1, KEPT)
-
-
-def absolute_kept_4096() -> float:
-    return _above(4096, 1, KEPT)
-
-
-def _table(delta: float) -> np.ndarray:
-    """NF4's recipe with another δ."""
-    below, above = (ndtri(np.linspace(delta, 0.5, n)[:-1]) for n in (8, 9))
-    levels = np.sort(np.concatenate([-below, [0], above]))
-    return levels / levels[-1]
-
-
-@functools.cache
-def _best_delta(block_size: int, power: int) -> float:
-    """The δ with the least error on normal values."""
+def best_delta(block: int, measure: str) -> float:
+    """The δ with the least mean error."""
     search = minimize_scalar(
-        lambda d: _error(_table(d), block_size, power), bounds=(0.9, 0.9999), method="bounded", options={"xatol": 1e-5}
+        lambda d: _error(_table(d), block, POWER[measure]), bounds=(0.9, 0.9999), method="bounded", options={"xatol": 1e-5}
     )
     return float(search.x)
 
 
-def _rule_delta(block_size: int, power: int) -> float:
+def rule_delta(block: int, measure: str) -> float:
     """Bennett's rule: levels as dense as the density to the power 1/(1 + p), which is a normal √(1 + p) times as wide, out to absmax."""
-    return float(ndtr(_largest(block_size).mean() / math.sqrt(1 + power)))
+    return float(ndtr(absmax_mean(block) / math.sqrt(1 + POWER[measure])))
 
 
-def best_delta_absolute_64() -> float:
-    return _best_delta(64, 1)
+def best_delta_leaves(block: int) -> float:
+    """Absolute error of the recipe with the best δ above that of the best levels with −1, 0 and 1, in percent."""
+    return 100 * (_error(_table(best_delta(block, "absolute")), block, 1) / _error(_best(block, 1, KEPT), block, 1) - 1)
 
 
-def rule_delta_absolute_64() -> float:
-    return _rule_delta(64, 1)
-
-
-def best_delta_absolute_4096() -> float:
-    return _best_delta(4096, 1)
-
-
-def rule_delta_absolute_4096() -> float:
-    return _rule_delta(4096, 1)
-
-
-def best_delta_squared_64() -> float:
-    return _best_delta(64, 2)
-
-
-def rule_delta_squared_64() -> float:
-    return _rule_delta(64, 2)
-
-
-def best_delta_leaves_4096() -> float:
-    """Absolute error of the recipe with the best δ above that of the best levels with −1, 0 and 1, in percent; blocks of 4096."""
-    return 100 * (_error(_table(_best_delta(4096, 1)), 4096, 1) / _error(_best(4096, 1, KEPT), 4096, 1) - 1)
-
-
-def best_rmse_64() -> float:
-    """Of the best 16 levels for blocks of 64."""
+def best_rmse() -> float:
+    """Of the best 16 levels."""
     return math.sqrt(_error(_best(64, 2), 64, 2))
 
 
@@ -437,44 +268,36 @@ def lloyd_max_rmse() -> float:
     edges = np.linspace(-8, 8, 2 * CELLS + 1)
     places, weights = (edges[1:] + edges[:-1]) / 2, np.diff(ndtr(edges))
     levels = _lloyd(edges, places, weights, 2, ndtri((np.arange(16) + 0.5) / 16))
-    return math.sqrt(float((weights * (levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, places)] - places) ** 2).sum()))
+    return math.sqrt(float((weights * (levels[_nearest(levels, places)] - places) ** 2).sum()))
 
 
 def shannon_rmse() -> float:
-    """The least error that any code of 4.5 bits a value can have on normal values: 2^−4.5 standard deviations."""
-    return 2**-4.5
+    """The least error that any code of as many bits a value as NF4's can have on normal values, 2^−bits standard deviations."""
+    return 2 ** -bits()
 
 
 def above_shannon() -> float:
-    """NF4's error at 4.5 bits over that bound."""
-    return nf4_rmse() / shannon_rmse()
+    """NF4's error over that bound."""
+    return rmse("NF4") / shannon_rmse()
 
 
 # The format
 
 
-def bits_64() -> float:
-    """A weight, with a float32 scale for every 64."""
-    q = quantize_nf4(torch.zeros(64 * 64))
+def bits(block: int = 64) -> float:
+    """A weight, with a float32 scale for every block."""
+    q = quantize_nf4(torch.zeros(64 * 64), block)
     return 8 * (q.packed.nbytes + q.absmax.nbytes) / (64 * 64)
 
 
-def bits_32() -> float:
-    q = quantize_nf4(torch.zeros(64 * 64), 32)
-    return 8 * (q.packed.nbytes + q.absmax.nbytes) / (64 * 64)
+def packed_bytes(count: int) -> int:
+    """Of the codes of so many values."""
+    return quantize_nf4(torch.zeros(count)).packed.nbytes
 
 
-def bits_4096() -> float:
-    q = quantize_nf4(torch.zeros(64 * 64), 4096)
-    return 8 * (q.packed.nbytes + q.absmax.nbytes) / (64 * 64)
-
-
-def bytes_of_65() -> int:
-    return quantize_nf4(torch.zeros(65)).packed.nbytes
-
-
-def scales_of_65() -> int:
-    return len(quantize_nf4(torch.zeros(65)).absmax)
+def scales(count: int) -> int:
+    """Of so many values."""
+    return len(quantize_nf4(torch.zeros(count)).absmax)
 
 
 def one_and_minus_one_pack_to_f0() -> bool:
