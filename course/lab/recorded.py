@@ -60,7 +60,7 @@ def load(name: str, device: str | None = None, folder: Path = FOLDER) -> dict:
     return max((json.loads(path.read_text()) for path in found), key=lambda entry: entry["day"])
 
 
-def row(name: str, device: str | None = None, folder: Path = FOLDER, **where: Any) -> dict:
+def row(name: str, /, device: str | None = None, folder: Path = FOLDER, **where: Any) -> dict:
     """The one row of a recorded table in which every key of ``where`` has that value: ``row("nf4_kernels", work="linear", rows=16)``.
 
     The table is the result, where that is a list, or the only list of rows in it.
