@@ -98,9 +98,8 @@ def _sum(base: nn.Module, delta: Tensor) -> Tensor:
     if not weight.is_floating_point():
         words = "to which an update can't be added: dequantize it first"
         raise TypeError(f"{describe(base)} keeps its weight as {weight.dtype}, {words}")
-    return _finite(
-        base, (weight + delta).to(weight.dtype)
-    )  # added in the wider dtype, rounded once
+    total = (weight + delta).to(weight.dtype)  # added in the wider dtype, rounded once
+    return _finite(base, total)
 
 
 def _finite(base: nn.Module, tensor: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     A weight shared with a layer that is not adapted (an output head tied to the embedding) is
     shared no longer: each keeps its own values. All parameters stay frozen;
-    ``model.requires_grad_(True)`` thaws them. No copy of the old weights is kept: of the two
-    versions of a model, one layer's at a time is in memory twice.
+    ``model.requires_grad_(True)`` thaws them. No old weight is kept: beside the model, the sums of
+    one layer at a time need memory.
 
     Returns:
         ``model``, which holds no trace of LoRA any more.

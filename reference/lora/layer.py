@@ -106,7 +106,7 @@ class LoRALayer(Wrapper):
         """ΔW = s·B·A, (out, in): computed in float32 or wider, in the dtype of the factors."""
         A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)  # a convolution's, as matrices
         wide = torch.promote_types(A.dtype, torch.float32)
-        return (B.to(wide) @ A.to(wide) * self.scaling).to(A.dtype)
+        return ((B.to(wide) @ A.to(wide)) * self.scaling).to(A.dtype)
 
     @torch.no_grad()
     def merge(self, keep: bool = True) -> None:
