@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import warnings
 
@@ -146,6 +147,39 @@ def test_the_files_are_those_that_peft_writes(tmp_path):
         **{f"layers.{layer}.self_attn.q_proj.lora_A.weight": (2, 16) for layer in range(2)},
         **{f"layers.{layer}.self_attn.q_proj.lora_B.weight": (16, 2) for layer in range(2)},
     }
+
+
+def one_layer():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject_lora(model, 2, 3)
+    perturb(model)
+    return model
+
+
+def test_factors_that_are_views_or_shared_are_written_as_what_they_show(tmp_path):
+    ours = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    inject_lora(ours, 2, 3)
+    whole = torch.randn(4, 6)
+    ours[0].lora_A.data, ours[1].lora_A.data = whole.T[:2], whole.T[:2]
+    save_adapter(ours, tmp_path)
+    again = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    load_adapter(again, tmp_path)
+    assert all(torch.equal(layer.lora_A, whole.T[:2]) for layer in again)
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_factors_of_every_float_dtype_are_read_into_float32(tmp_path, dtype):
+    ours = one_layer()
+    save_adapter(ours, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    narrow = {key: tensor.to(dtype) for key, tensor in load_file(weights).items()}
+    save_file(narrow, weights)
+    load_adapter(ours, tmp_path)
+    assert torch.equal(ours[0].lora_A, narrow["base_model.model.0.lora_A.weight"].float())
+    assert ours[0].lora_A.dtype == torch.float32
 
 
 def test_saving_again_replaces(tmp_path):
@@ -304,6 +338,72 @@ def test_missing_and_foreign_files(folder, tmp_path):
     assert_refused(folder, "not JSON")
     (folder / "adapter_config.json").write_text("[]")
     assert_refused(folder, "got 'list'")
+
+
+def file_of(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        file_of(b"no JSON"),
+        file_of([1, 2]),
+        file_of({"a": 5}),
+        file_of({"a": {"dtype": "F32"}}),
+        file_of({"a": ENTRY | {"dtype": "F1"}}, bytes(8)),
+        file_of({"a": ENTRY | {"shape": [3]}}, bytes(8)),
+        file_of({"a": ENTRY | {"shape": [-2]}}, bytes(8)),
+        file_of({"a": ENTRY | {"shape": [-1, -2]}}, bytes(8)),
+        file_of({"a": ENTRY | {"shape": [2.0]}}, bytes(8)),
+        file_of({"a": ENTRY | {"data_offsets": [4, 12]}}, bytes(12)),
+        file_of({"a": ENTRY | {"data_offsets": [0, 4, 8]}}, bytes(8)),
+        file_of({"a": ENTRY, "b": ENTRY}, bytes(8)),
+        file_of({"a": ENTRY}, bytes(7)),
+        file_of({"a": ENTRY}, bytes(9)),
+    ],
+)
+def test_broken_and_foreign_weights_are_named_with_the_remedy(folder, content):
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(content)
+    assert_refused(folder, f"{weights} is cut off, or not a safetensors file: copy it again")
+
+
+def test_no_pickle_is_opened_whatever_its_name(folder, tmp_path):
+    trace = tmp_path / "ran"
+    (folder / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb(str(trace))))
+    assert_refused(folder, "not a safetensors file")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Bomb(str(trace)))).close()
+    assert trace.exists()  # it would have
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    model = one_layer()
+    save_adapter(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole, before = weights.read_bytes(), copy.deepcopy(model.state_dict())
+    for length in range(len(whole)):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is cut off, or not a safetensors file"):
+            load_adapter(model, tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_keys_values_and_shapes(folder):

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+import weakref
 
 import lora_layer
 import peft
@@ -24,8 +25,10 @@ from reference.lora import (
     lora_layers,
     lora_state_dict,
     merge_lora,
+    replace_layers,
     trainable_parameters,
 )
+from reference.qlora import NF4Linear
 
 few = settings(max_examples=12)
 HALF = (torch.bfloat16, torch.float16)
@@ -303,7 +306,7 @@ def test_rslora_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_merge_and_unmerge_up_to_rounding(dtype):
+def test_merging_rounds_once_and_unmerging_gives_the_weight_back(dtype):
     torch.manual_seed(0)
     layer = fill(LoRALinear(nn.Linear(12, 7).to(dtype), 3, 5))
     weight = layer.base.weight.clone()
@@ -313,9 +316,7 @@ def test_merge_and_unmerge_up_to_rounding(dtype):
     torch.testing.assert_close(layer.weight.float(), expected, rtol=ULP[dtype], atol=1e-6)  # half an ulp of one rounding
     assert not layer(torch.randn(2, 12, dtype=dtype)).requires_grad and trainable_parameters(layer)[0] == 0  # nothing left to train
     layer.unmerge()
-    assert not layer.merged
-    largest = max(weight.abs().max(), expected.abs().max()).item()
-    torch.testing.assert_close(layer.weight.detach(), weight, rtol=0, atol=ULP[dtype] * largest)
+    assert not layer.merged and torch.equal(layer.weight, weight) and not layer.weight.requires_grad
     assert layer(torch.randn(2, 12, dtype=dtype)).requires_grad
 
 
@@ -336,6 +337,64 @@ def test_merging_twice_and_unmerging_an_unmerged_layer():
     with pytest.raises(ValueError, match="merged already"):
         layer.merge()
     assert torch.equal(layer.weight, weight)
+
+
+KINDS = [
+    (lambda: LoRALinear(nn.Linear(6, 5), 2, 3), torch.randn(4, 6)),
+    (lambda: LoRAConv2d(nn.Conv2d(3, 5, 3), 2, 3), torch.randn(2, 3, 6, 6)),
+    (lambda: LoRAEmbedding(nn.Embedding(9, 5), 2, 3), torch.arange(9)),
+]
+
+
+@pytest.mark.parametrize("make, x", KINDS, ids=["linear", "convolution", "embedding"])
+def test_every_round_trip_of_merging_is_exact(make, x):
+    torch.manual_seed(0)
+    layer = fill(make()).bfloat16()
+    x = x.bfloat16() if x.is_floating_point() else x
+    weight, output = layer.base.weight.clone(), layer(x)
+    for _ in range(5):
+        layer.merge()
+        other = copy.deepcopy(layer)
+        layer.unmerge()
+        other.unmerge()  # a copy can go back on its own
+        assert torch.equal(layer.base.weight, weight) and torch.equal(other.base.weight, weight)
+        layer.lora_B.data = layer.lora_B.data.flip(0)
+    layer.lora_B.data = layer.lora_B.data.flip(0)
+    assert torch.equal(layer(x), output) and layer.unmerged_weight is None
+
+
+def test_the_weight_that_is_kept_follows_casts_and_is_neither_parameter_nor_saved():
+    torch.manual_seed(0)
+    layer = fill(LoRALinear(nn.Linear(6, 5), 2, 3))
+    weight, parameters, keys = layer.base.weight.detach(), list(dict(layer.named_parameters())), list(layer.state_dict())
+    layer.merge()
+    assert layer.unmerged_weight.data_ptr() == weight.data_ptr()  # held, not copied
+    assert list(dict(layer.named_parameters())) == parameters and list(layer.state_dict()) == [*keys[:2], "merged", *keys[2:]]
+    layer.double().unmerge()
+    assert torch.equal(layer.base.weight, weight.double())
+
+
+@pytest.mark.parametrize("trained", [("lora_A", "lora_B"), ("lora_B",), ()])
+def test_unmerging_thaws_no_factor_that_was_frozen(trained):
+    layer = fill(LoRALinear(nn.Linear(6, 5), 2, 3))
+    for name in ("lora_A", "lora_B"):
+        getattr(layer, name).requires_grad_(name in trained)
+    layer.merge()
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    layer.unmerge()
+    assert tuple(name for name, parameter in layer.named_parameters() if parameter.requires_grad) == trained
+
+
+def test_merging_for_good_keeps_no_second_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    inject_lora(model, 2, 3)
+    layers, old = list(model), [weakref.ref(layer.base.weight) for layer in model]
+    merge_lora(model)
+    assert all(reference() is None for reference in old) and all(layer.unmerged_weight is None for layer in layers)
+    with pytest.raises(ValueError, match="load the base's own weights again"):
+        layers[0].unmerge()
+    assert layers[0].merged
 
 
 class Packed(nn.Module):
@@ -610,6 +669,94 @@ def test_torch_s_own_transformer_sees_the_update_in_eval_mode():
     merge_lora(model)
     assert_same(model(x), slow.detach(), ulps=200)
     assert_same(model(x, src_key_padding_mask=padding)[1, :3], padded[1, :3], ulps=200)
+
+
+def fast_calls(model, x, monkeypatch):
+    """How often torch's fast path runs in one evaluation of ``model``."""
+    calls, fast = [], torch._transformer_encoder_layer_fwd
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *arguments: calls.append(1) or fast(*arguments))
+        model(x)
+    return len(calls)
+
+
+def test_a_merged_transformer_of_torch_s_has_its_fast_path_again(monkeypatch):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 8)
+    assert fast_calls(model, x, monkeypatch) == 2
+    inject_lora(model, 2, 3)
+    assert fast_calls(model, x, monkeypatch) == 0
+    merge_lora(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert fast_calls(model, x, monkeypatch) == 2
+
+
+def test_a_packed_layer_in_torch_s_transformer_is_called_before_and_after_merging(monkeypatch):
+    """The fast path would multiply by its codes."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    replace_layers(model, {model.linear1: NF4Linear.from_linear(model.linear1)})
+    x = torch.randn(2, 5, 8)
+    for _ in range(3):
+        inject_lora(model, 2, 3, ["linear1"])
+        assert fast_calls(model, x, monkeypatch) == 0
+        merge_lora(model)
+        assert fast_calls(model, x, monkeypatch) == 0 and len(model.linear1._forward_pre_hooks) == 1
+
+
+def adapted_mlp(seed=0, merged=False):
+    torch.manual_seed(seed)
+    model = MLP()
+    inject_lora(model, 2, 3)
+    for _, layer in lora_layers(model):
+        fill(layer)
+        if merged:
+            layer.merge()
+    return model
+
+
+def test_a_merged_state_is_loaded_as_merged():
+    """Its weights hold the update; taken for the base's own, it would count twice."""
+    merged, fresh, x = adapted_mlp(merged=True), adapted_mlp(seed=1), torch.randn(4, 6)
+    fresh.load_state_dict(merged.state_dict())
+    assert torch.equal(fresh(x), merged(x)) and all(layer.merged for _, layer in lora_layers(fresh))
+    assert trainable_parameters(fresh)[0] == 0 and list(fresh.state_dict()) == list(merged.state_dict())
+    with pytest.raises(ValueError, match="load the base's own weights again"):  # the base's own weight is in no file
+        fresh.head.unmerge()
+    again = adapted_mlp(seed=2, merged=True)  # what it keeps is not the weight of before this merge
+    again.load_state_dict(merged.state_dict())
+    assert torch.equal(again(x), merged(x))
+    with pytest.raises(ValueError, match="load the base's own weights again"):
+        again.head.unmerge()
+
+
+def test_an_unmerged_state_is_loaded_as_unmerged():
+    plain, merged, x = adapted_mlp(), adapted_mlp(seed=1, merged=True), torch.randn(4, 6)
+    assert not any("merged" in key for key in plain.state_dict())  # so the states of before this entry are read alike
+    merged.load_state_dict(plain.state_dict())
+    assert torch.equal(merged(x), plain(x)) and not any(layer.merged for _, layer in lora_layers(merged))
+    assert trainable_parameters(merged) == trainable_parameters(plain)
+    merged.head.merge()
+    merged.head.unmerge()
+    assert torch.equal(merged(x), plain(x))
+
+
+def test_factors_alone_are_loaded_beside_the_base_s_own_weight():
+    plain, merged, x = adapted_mlp(), adapted_mlp(merged=True), torch.randn(4, 6)
+    for _, layer in lora_layers(plain):
+        fill(layer)
+    merged.load_state_dict(lora_state_dict(plain), strict=False)
+    assert torch.equal(merged(x), plain(x))
+    assert not any("merged" in key for key in lora_state_dict(adapted_mlp(merged=True)))
+
+
+def test_a_merged_four_bit_layer_is_loaded_as_merged():
+    torch.manual_seed(0)
+    layers = [fill(LoRALinear(NF4Linear.from_linear(nn.Linear(64, 8)), 2, 3)) for _ in range(2)]
+    layers[0].merge()
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(4, 64)
+    assert torch.equal(layers[1](x), layers[0](x)) and layers[1].merged
 
 
 def test_copies_pickles_state_dicts_and_moves_work():

@@ -1,181 +1,189 @@
-"""What every adapted layer shares: a frozen base, two thin factors, a scale, merging. The layers are in :mod:`reference.lora.conv_embedding`."""
+"""LoRA: fine-tune a model through low-rank updates of some of its weights.
+
+Fine-tuning changes a weight W by some ΔW. LoRA keeps W as it is and writes the change as a product
+of two thin matrices, which are all that is trained:
+
+    W' = W + ΔW,    ΔW = s · B · A,    s = α/r        A: (r × in), random    B: (out × r), zero
+
+B = 0 makes ΔW = 0, so training begins at the pretrained model; A ≠ 0 gives B a gradient from the
+first step. With r far below in and out the factors hold r·(in + out) numbers instead of in·out.
+In training ΔW is never formed: the layer computes W·x + s·B·(A·x), from the right. Afterwards W'
+is an ordinary weight, and merged into it the update costs nothing.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". rsLoRA, s = α/√r:
+Kalajdzievski 2023. PiSSA, the factors taken from the top of W itself: Meng et al. 2024.
+"""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from numbers import Real
+from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-INITS = ("kaiming", "gaussian", "pissa")
+from reference.lora.base import Wrapper, add_to_weight, check, check_linear, describe
+from reference.lora.mixed import add_update
+from reference.lowrank import truncated_svd
 
 
-class LoRALayer(nn.Module, ABC):
-    """A frozen layer with weight W and the update ΔW = s·B·A beside it. Attributes of the base are read through it.
+class LoRALayer(Wrapper):
+    """y = W·x + b + s · B·A·dropout(x), over a frozen layer with the weight W.
 
     Args:
-        base: the layer to adapt; frozen here.
+        base: the layer to adapt; frozen here. Its attributes are read through the adapter.
         r: rank, from 1 to the smaller side of the weight.
-        lora_alpha: α; the update is scaled by s = α/r.
-        lora_dropout: probability, in [0, 1), of dropping an input of A. The base's input is never dropped.
+        lora_alpha: α, above 0; the update is scaled by s = α/r.
+        lora_dropout: probability, in [0, 1), of dropping an input of A; never one of the base.
         use_rslora: scale by s = α/√r, so that the update keeps its size as r grows.
-        init: "kaiming" (A as ``nn.Linear`` draws its weight, uniform within ±1/√in, B zero), "gaussian" (A from N(0, 1/r²), B zero),
-            "pissa" (linear layers only: the top r singular triples of W become s·B·A and leave the base, which keeps the rest).
+        init: "kaiming" (A as ``nn.Linear`` draws its weight, uniform within ±1/√in, B zero),
+            "gaussian" (A from N(0, 1/r²), B zero), "pissa" (linear layers only: the top r singular
+            triples of W become s·B·A and leave the base, which keeps the rest).
 
     Attributes:
-        base, lora_A, lora_B, scaling (the number s), merged (whether ΔW is inside the base's weight now), and the arguments.
+        base, lora_A, lora_B, the arguments, and scaling, the number s.
+        merged: whether ΔW is inside the base's weight now.
+        unmerged_weight: W while merged, where it is kept; else None. Not in the ``state_dict``.
 
     Raises:
-        TypeError: the base is of another kind, or its weight is packed where the weight itself is needed.
-        ValueError: the base is wrapped already, an argument is out of range, or PiSSA finds NaN or infinity in the weight.
+        TypeError: the base or an argument is of another kind, or PiSSA meets a packed weight.
+        ValueError: the base is wrapped already or, for PiSSA, holds NaN or infinity; an argument is
+            out of range.
     """
 
     def __init__(
-        self, base: nn.Module, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False, init: str = "kaiming"
+        self,
+        base: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming",
     ):
-        self.check(base, r, lora_alpha, lora_dropout, init)
+        check(type(self), base, r, lora_alpha, lora_dropout, init)
         super().__init__()
         self.base = base.requires_grad_(False)
         self.r, self.lora_alpha, self.use_rslora, self.init = r, lora_alpha, use_rslora, init
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
-        self.merged = False
-        # float32 even beside a half-precision base: a step of the optimizer is often too small for bfloat16 to add
-        like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
+        # float32 even beside a half-precision base: bfloat16 is too coarse for an optimizer's steps
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
         shape_A, shape_B = self.factor_shapes(base, r)
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, **like))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, **like))
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=dtype, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=base.weight.device))
         with torch.no_grad():
-            self._start()
+            self.start()
+        self.merged = False
+        self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base.training)
 
-    # ---- what a kind of layer defines
-
-    @staticmethod
-    @abstractmethod
-    def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of ``lora_A`` and ``lora_B``."""
-
-    @classmethod
-    @abstractmethod
-    def check_base(cls, base: nn.Module, r: int, init: str) -> None:
-        """Raise what is wrong with ``base`` for this kind of layer."""
-
-    @abstractmethod
-    def delta_weight(self) -> Tensor:
-        """ΔW = s·B·A, in the shape of the base's weight and the dtype of the factors."""
-
-    def _start(self) -> None:
-        """The first values of the factors, which are zero before."""
+    def start(self) -> None:
+        """Give the factors, which are zero, their first values."""
         if self.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # this a gives ±1/√in
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.merged:
+            return y
+        h, s = self.down(x), self.scaling
+        # A power of two changes no digit wherever it multiplies, so it multiplies the thin h.
+        update = self.up(h * s) if math.frexp(s)[0] == 0.5 else self.up(h) * s
+        return (y + update).to(y.dtype)  # added in the wider dtype, rounded once
+
+    @abstractmethod
+    def down(self, x: Tensor) -> Tensor:
+        """h = A·dropout(x): r channels, in the dtype of the factors."""
+
+    @abstractmethod
+    def up(self, h: Tensor) -> Tensor:
+        """B·h, of the shape of the base's output."""
+
     # ---- merging
 
+    def delta_weight(self) -> Tensor:
+        """ΔW = s·B·A, (out, in): computed in float32 or wider, in the dtype of the factors."""
+        A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)  # a convolution's, as matrices
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return ((B.to(wide) @ A.to(wide)) * self.scaling).to(A.dtype)
+
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, keep: bool = True) -> None:
         """W ← W + ΔW. From here on the forward is the base's own, and the factors are frozen.
 
-        A base that stores its weight in its own way offers ``merge_delta(delta)``, which adds ``delta`` (out, in) to that weight.
+        A base that stores its weight in its own way offers ``merge_delta(delta)``, which adds
+        ``delta`` (out, in) to that weight; of such a weight nothing is kept.
+
+        Args:
+            keep: hold W for ``unmerge``, at the cost of the weight's bytes once more while merged.
 
         Raises:
             ValueError: merged already, or ΔW or the sum holds NaN or infinity.
             TypeError: the weight is packed and the base has no ``merge_delta``.
         """
         if self.merged:
-            raise ValueError(f"{describe(self)} is merged already: a second merge would add the update twice")
-        self._add_to_base(self.delta_weight())
+            raise ValueError(f"{describe(self)} is merged already: merging again adds ΔW twice")
+        weight, own_way = self.base.weight, hasattr(self.base, "merge_delta")
+        add_to_weight(self.base, self.delta_weight())
+        self.unmerged_weight = weight.detach() if keep and not own_way else None
         self._set_merged(True)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """W ← W − ΔW: the weight as it was before the merge, up to rounding in its dtype."""
+        """Put W back, to the bit: W' − ΔW would leave the roundings of two sums in it.
+
+        A base with ``merge_delta`` has no W to put back: it gets −ΔW, which is not lossless.
+
+        Raises:
+            ValueError: not merged, or W was not kept.
+        """
         if not self.merged:
             raise ValueError(f"{describe(self)} is not merged: there is no update to take out")
-        self._add_to_base(-self.delta_weight())
+        if hasattr(self.base, "merge_delta"):
+            add_to_weight(self.base, -self.delta_weight())
+        elif self.unmerged_weight is None:
+            raise ValueError(f"{describe(self)} kept no W: load the base's own weights again")
+        else:
+            self.base.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
+        self.unmerged_weight = None
         self._set_merged(False)
 
-    @torch.no_grad()
-    def check_merge(self) -> None:
-        """Raise what ``merge`` would find in the numbers, without changing anything."""
-        delta = self._finite(self.delta_weight())
-        if not hasattr(self.base, "merge_delta"):
-            self._sum(delta)
 
-    def _add_to_base(self, delta: Tensor) -> None:
-        if hasattr(self.base, "merge_delta"):
-            self.base.merge_delta(self._finite(delta))
-        else:  # a new parameter: another layer may share the old one, as an output head shares the embedding's
-            self.base.weight = nn.Parameter(self._sum(delta), requires_grad=False)
+class LoRALinear(LoRALayer):
+    """LoRA over an ``nn.Linear``, or over what has its sizes and a ``weight``.
 
-    def _sum(self, delta: Tensor) -> Tensor:
-        weight = self.base.weight
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"{describe(self.base)} keeps its weight as {weight.dtype}, to which an update can't be added: dequantize it first"
-            )
-        return self._finite((weight + delta).to(weight.dtype))  # added in the wider dtype, rounded once
+    That weight may be packed: only the base's own forward reads it.
 
-    def _finite(self, tensor: Tensor) -> Tensor:
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"merging {describe(self)} would leave NaN or infinity in its weight: the adapter or the base is broken")
-        return tensor
+    Shapes: input (..., in_features), ``lora_A`` (r, in_features), ``lora_B`` (out_features, r).
+    """
 
-    def _set_merged(self, merged: bool) -> None:
-        self.merged = merged
-        for factor in (self.lora_A, self.lora_B):  # if they went on training, unmerge would take out another update than merge put in
-            factor.requires_grad_(not merged)
-            factor.grad = None
+    check_base = staticmethod(check_linear)
 
-    # ---- helpers
+    @staticmethod
+    def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, base.in_features), (base.out_features, r)
 
-    @classmethod
-    def check(cls, base: nn.Module, r: int, lora_alpha: float, lora_dropout: float = 0.0, init: str = "kaiming") -> None:
-        """Raise what the constructor would, without changing anything."""
-        if isinstance(base, LoRALayer):
-            raise ValueError(f"base is wrapped already, in a {type(base).__name__}: merge it first, or train that one")
-        if isinstance(r, bool) or not isinstance(r, int):
-            raise TypeError(f"r must be an integer, got {r!r}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {init!r}")
-        cls.check_base(base, r, init)
-        shape_A, shape_B = cls.factor_shapes(base, r)
-        largest = min(math.prod(shape_A[1:]), shape_B[0])
-        if not 1 <= r <= largest:
-            raise ValueError(f"r must be from 1 to {largest}, the smaller side of the weight of {describe(base)}; got {r}")
-        if not isinstance(lora_alpha, Real) or not (math.isfinite(lora_alpha) and lora_alpha > 0):
-            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-        if not isinstance(lora_dropout, Real) or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be a probability in [0, 1), got {lora_dropout!r}")
+    def start(self) -> None:
+        if self.init != "pissa":
+            return super().start()
+        W, root = self.base.weight.to(self.lora_A.dtype), math.sqrt(self.scaling)
+        B, A = truncated_svd(W, self.r)  # W ≈ B·A, the best of rank r
+        self.lora_A.copy_(A / root)
+        self.lora_B.copy_(B / root)
+        add_to_weight(self.base, -self.delta_weight())  # W = (W − s·B·A) + s·B·A: no output changes
 
-    def _scaled(self, up: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """s · up(h) for a linear map ``up``. A power of two changes no digit wherever it multiplies, so it multiplies the thin h."""
-        return up(h * self.scaling) if math.frexp(self.scaling)[0] == 0.5 else up(h) * self.scaling
+    def down(self, x: Tensor) -> Tensor:
+        return F.linear(self.lora_dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
 
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # not the adapter's, so the base's: its weight, its sizes
-            if name == "base":
-                raise
-            return getattr(self.base, name)
+    def up(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.lora_B)  # (..., out)
 
-    def extra_repr(self) -> str:
-        return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}, merged={self.merged}"
-
-
-def product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
-    """s · B · A, computed in float32 or wider; lora_B: (out, r), lora_A: (r, in)."""
-    wide = torch.promote_types(lora_A.dtype, torch.float32)
-    return ((lora_B.to(wide) @ lora_A.to(wide)) * scaling).to(lora_A.dtype)  # (out, in)
-
-
-def describe(module: object) -> str:
-    """``LoRALinear(Linear(8, 4))``: type and sizes, for messages."""
-    if isinstance(module, LoRALayer):
-        return f"{type(module).__name__}({describe(module.base)})"
-    sizes = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
-    return f"{type(module).__name__}({', '.join(str(getattr(module, size)) for size in sizes if hasattr(module, size))})"
+    def forward(self, x: Tensor) -> Tensor:
+        # Half-precision input, wider factors, and nothing in between that needs the wide input.
+        narrow = x.dtype.itemsize < self.lora_A.dtype.itemsize
+        drops = self.lora_dropout.p > 0 and self.training
+        if self.merged or not narrow or drops or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        # The same numbers, without keeping a wide copy of x for the backward.
+        return add_update(self.base(x), x, self.lora_A, self.lora_B, self.scaling)

@@ -4,12 +4,13 @@ A bfloat16 layer with float32 factors is the usual case of LoRA on a large model
 
     y' = bfloat16( y + s · B·(A·float32(x)) ),
 
-autograd keeps float32(x) for A's gradient: a copy, twice as large as x, for every adapted layer, even where several layers (query, key and
-value) read the same x. This module computes the same numbers, but keeps x itself and widens it again in the backward; and the sum goes to
-bfloat16 in one pass, without a float32 sum on the way.
+autograd keeps float32(x) for A's gradient: a copy, twice as large as x, for every adapted layer,
+even where several layers (query, key and value) read the same x. This module computes the same
+numbers, but keeps x itself and widens it again in the backward; and the sum goes to bfloat16 in one
+pass, without a float32 sum on the way.
 
-On CUDA, where Triton is installed, :mod:`reference.kernels.low_rank` computes the same on the tensor cores and widens nothing;
-``use_tensor_cores(False)`` goes back to plain torch.
+On CUDA, where Triton is installed, :mod:`reference.kernels.low_rank` computes the same on the
+tensor cores and widens nothing; ``use_tensor_cores(False)`` goes back to plain torch.
 """
 
 import importlib.util
@@ -28,7 +29,10 @@ FEW_ROWS = 2048
 
 
 def use_tensor_cores(wanted: bool) -> None:
-    """Whether bfloat16 layers with float32 factors on CUDA go through the kernels; they do until told otherwise."""
+    """Whether bfloat16 layers with float32 factors on CUDA go through the kernels.
+
+    They do until told otherwise.
+    """
     global _tensor_cores_wanted
     _tensor_cores_wanted = wanted
 
@@ -41,11 +45,12 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether :mod:`reference.kernels.low_rank` computes this update.
 
-    Below ``FEW_ROWS`` rows launching its kernels takes longer than they save, except where nobody waits for launches: in a compiled layer
-    and in a CUDA graph.
+    Below ``FEW_ROWS`` rows launching its kernels takes longer than they save, except where nobody
+    waits for launches: in a compiled layer and in a CUDA graph.
     """
     kinds = y.dtype == x.dtype == torch.bfloat16 and A.dtype == B.dtype == torch.float32
-    if not (_tensor_cores_wanted and _TRITON and kinds and x.is_cuda and x.numel() > 0 and len(A) <= MAX_RANK):
+    sizes = x.numel() > 0 and len(A) <= MAX_RANK
+    if not (_tensor_cores_wanted and _TRITON and kinds and x.is_cuda and sizes):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -69,9 +74,13 @@ def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 
 def _compute(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """The sum, and h = A·x, which the gradient of B needs; by torch with its share of the scale, by the kernels without."""
+    """The sum, and h = A·x, which the gradient of B needs.
+
+    From torch h comes with its share of the scale, from the kernels without.
+    """
     if takes_kernels(y, x, A, B):
-        total, h = (kernels_forward if torch.compiler.is_compiling() else _kernels_forward)(_rows(y), _rows(x), A, B, float(s))
+        run = kernels_forward if torch.compiler.is_compiling() else _kernels_forward
+        total, h = run(_rows(y), _rows(x), A, B, float(s))
         return total.view(y.shape), h
     thin, wide = _split(s)
     h = F.linear(x.to(A.dtype), A)  # (..., r)
@@ -114,7 +123,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _split(s: float) -> tuple[float, float]:
-    """The factors for the thin (..., r) and the wide (..., out) tensor. A power of two rounds nothing, so it goes where it costs little."""
+    """The scale's share for the thin (..., r) and for the wide (..., out) tensor.
+
+    A power of two rounds nothing, so it goes where it costs little.
+    """
     return (s, 1) if math.frexp(s)[0] == 0.5 else (1, s)
 
 
@@ -124,21 +136,32 @@ def _kernels_forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tu
     return low_rank.forward(y, x, A, B, s)
 
 
-def _kernels_backward(grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def _kernels_backward(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float
+) -> tuple[Tensor, Tensor, Tensor]:
     from reference.kernels import low_rank
 
     return low_rank.backward(grad, x, h, A, B, s)
 
 
-# To torch.compile each is one operation, of which it knows the shapes; called directly, they cost less time of the CPU.
+# To torch.compile each is one operation, of which it knows the shapes. Called directly, they cost
+# less time of the CPU.
 kernels_forward = torch.library.custom_op(
-    "lora::forward", _kernels_forward, mutates_args=(), schema="(Tensor y, Tensor x, Tensor A, Tensor B, float s) -> (Tensor, Tensor)"
+    "lora::forward",
+    _kernels_forward,
+    mutates_args=(),
+    schema="(Tensor y, Tensor x, Tensor A, Tensor B, float s) -> (Tensor, Tensor)",
 )
 kernels_backward = torch.library.custom_op(
     "lora::backward",
     _kernels_backward,
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor h, Tensor A, Tensor B, float s) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor h, Tensor A, Tensor B, float s)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-kernels_forward.register_fake(lambda y, x, A, B, s: (y.new_empty(y.shape), x.new_empty(len(x), len(A), dtype=A.dtype)))
-kernels_backward.register_fake(lambda grad, x, h, A, B, s: (x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)))
+kernels_forward.register_fake(
+    lambda y, x, A, B, s: (y.new_empty(y.shape), x.new_empty(len(x), len(A), dtype=A.dtype))
+)
+kernels_backward.register_fake(
+    lambda grad, x, h, A, B, s: (x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape))
+)
