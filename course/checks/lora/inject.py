@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from course.checking import Check, raised
-from course.checks.lora.shared import MATCHED_TOO_MUCH, has_end_after_dot, has_last_word, is_target, nothing, trainable
+from course.checks.lora.shared import MATCHED_TOO_MUCH, after_dot, is_target, last_word, nothing, trainable
 from reference.lora import LoRALinear, inject_lora
 
 
@@ -41,10 +41,6 @@ def inject(
         place(model.get_submodule(parent), last, LoRALinear(model.get_submodule(name), r, lora_alpha))
     after(model)
     return returned(names, targets)
-
-
-def by_reference(model: nn.Module, targets, r: int, lora_alpha: float) -> list[str]:
-    return inject_lora(model, r, lora_alpha, target_modules=targets)
 
 
 class Block(nn.Module):
@@ -130,16 +126,14 @@ inject_check = Check(
     task="injecting LoRA into a model by name: only the targets wrapped, only the adapters training",
     observe=observe,
     reference=inject,
-    second=by_reference,
+    second=lambda model, targets, r, lora_alpha: inject_lora(model, r, lora_alpha, target_modules=targets),
     misconceptions={
         **MATCHED_TOO_MUCH,
-        "only the last word of a name was compared: 'attn.q_proj' and full names are targets too": {"match": has_last_word},
+        "only the last word of a name was compared: 'attn.q_proj' and full names are targets too": {"match": last_word},
         "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": {
             "match": lambda name, targets: name in targets
         },
-        "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": {
-            "match": has_end_after_dot
-        },
+        "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": {"match": after_dot},
         "'all-linear' wrapped the output head: it means every linear except lm_head": {"is_head": lambda name: False},
         "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": {
             "is_head": lambda name: "lm_head" in name

@@ -31,7 +31,7 @@ class Mergeable(LoRALinear):
     def backup(self) -> Tensor:
         return self.base.weight.detach().clone()
 
-    def take_back(self) -> None:
+    def undo(self) -> None:
         self.write(self.original)
         self.original = None
 
@@ -54,35 +54,19 @@ class Mergeable(LoRALinear):
 
     def unmerge(self) -> None:
         self.refuse_unmerged()
-        self.take_back()
+        self.undo()
         self.mark(False)
 
 
-class BySwapping(LoRALinear):
-    """The base layer's weight is swapped for a new parameter, computed in float64."""
+class BySwapping(Mergeable):
+    """Computed in float64; the base layer gets a new parameter instead of new values."""
 
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.kept = []  # where nobody looks for parameters
+    def total(self) -> Tensor:
+        update = torch.einsum("or,ri->oi", self.lora_B.double(), self.lora_A.double())
+        return self.base.weight.double() + self.scale() * update.detach()
 
-    @property
-    def merged(self) -> bool:
-        return bool(self.kept)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) if self.kept else super().forward(x)
-
-    def merge(self) -> None:
-        if self.kept:
-            raise ValueError("already merged")
-        self.kept.append(self.base.weight)
-        exact = self.base.weight.double() + self.scale() * torch.einsum("or,ri->oi", self.lora_B.double(), self.lora_A.double())
-        self.base.weight = nn.Parameter(exact.detach().to(self.base.weight.dtype), requires_grad=False)
-
-    def unmerge(self) -> None:
-        if not self.kept:
-            raise ValueError("not merged")
-        self.base.weight = self.kept.pop()
+    def write(self, weight: Tensor) -> None:
+        self.base.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
 
 
 def observe(answer, seed: int) -> dict:
@@ -184,17 +168,15 @@ merge_check = Check(
         "unmerge() forgets to clear the flag: the layer has lost its update": {"mark": lambda s, merged: setattr(s, "merged", True)},
         "unmerge() of a layer that is not merged took the update out anyway: raise a ValueError": {
             "refuse_unmerged": nothing,
-            "take_back": lambda s: Mergeable.take_back(s) if s.merged else subtract(s),
+            "undo": lambda s: Mergeable.undo(s) if s.merged else subtract(s),
         },
         "unmerge() of a layer that is not merged was silently ignored: raise a ValueError": {
             "unmerge": lambda s: Mergeable.unmerge(s) if s.merged else None
         },
-        "unmerge() takes out the update without its scale: the weight does not come back": {
-            "take_back": lambda s: subtract(s, 1 / s.scale())
-        },
-        "unmerge() adds the update once more instead of taking it out": {"take_back": lambda s: subtract(s, -1)},
+        "unmerge() takes out the update without its scale: the weight does not come back": {"undo": lambda s: subtract(s, 1 / s.scale())},
+        "unmerge() adds the update once more instead of taking it out": {"undo": lambda s: subtract(s, -1)},
         "unmerge() subtracts the update: rounding does not cancel (bfloat16 keeps 8 bits), so the old weight does not come back; keep it "
-        "aside in merge()": {"take_back": subtract},
+        "aside in merge()": {"undo": subtract},
         "merged in 16 bits: s·B·A was rounded to bfloat16 before it was added, and the sum once more; add in float32, round once": {
             "total": round_twice
         },
@@ -202,7 +184,7 @@ merge_check = Check(
             "delta": functools.cache(Mergeable.delta)
         },
         "unmerge() put the old weight back as a new nn.Parameter, which trains: give it requires_grad=False, or copy_ into the old one": {
-            "take_back": back_as_parameter
+            "undo": back_as_parameter
         },
         "the weight kept aside is no copy: it changed with the merge, so nothing is left to put back; keep a clone()": {
             "backup": lambda s: s.base.weight.data

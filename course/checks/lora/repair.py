@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from course.checking import Check
-from course.checks.lora.shared import trainable
+from course.checks.lora.shared import nothing, trainable
 from reference.lora import LoRALinear, inject_lora
 
 
@@ -24,7 +24,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 def adapt(
     model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float, *,
-    prepare=lambda model: None, held=lambda model, before: factors(model), step=step, returned=lambda model: model,
+    prepare=nothing, held=lambda model, before: factors(model), step=step, returned=lambda model: model,
 ) -> nn.Module:  # fmt: skip
     """The worked answer. ``held``: what the optimizer holds, of the model as it is and the parameters that it had before the adapters."""
     before = list(model.parameters())
@@ -174,9 +174,7 @@ repair_check = Check(
         },
         "the gradients are never cleared: backward() adds to what is in .grad, so that every step takes the sum of all steps before; call "
         "optimizer.zero_grad() before each backward()": {"step": clear_never},
-        "your function returns None: it must return the model that it trained; end it with `return model`": {
-            "returned": lambda model: None
-        },
+        "your function returns None: it must return the model that it trained; end it with `return model`": {"returned": nothing},
         "the base trains too: that is full fine-tuning with extra factors; only lora_A and lora_B may require gradients": {
             "prepare": lambda model: model.requires_grad_(True),
             "held": lambda model, before: model.parameters(),

@@ -23,11 +23,11 @@ def is_target(name: str, targets: list[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def has_last_word(name: str, targets: list[str]) -> bool:
+def last_word(name: str, targets: list[str]) -> bool:
     return name.split(".")[-1] in targets
 
 
-def has_end_after_dot(name: str, targets: list[str]) -> bool:
+def after_dot(name: str, targets: list[str]) -> bool:
     return any(name.endswith("." + target) for target in targets)
 
 
