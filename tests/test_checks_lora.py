@@ -1,50 +1,27 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import lora as check
+from course.checks.lora.forward import LoRALinear as PlainLoRA
+from course.checks.lora.inject import ToyModel
+from course.checks.lora.merge import Mergeable
+from course.checks.lora.repair import adapt
 from reference.lora import LoRALinear, inject_lora
 
-
-def made(**replaced):
-    """``check.PlainLoRA`` with methods replaced."""
-    return type("Answer", (check.PlainLoRA,), replaced)
+made = partial(mistaken, PlainLoRA)
+merging = partial(mistaken, Mergeable)
 
 
-def small_a(layer):
-    nn.init.normal_(layer.lora_A, std=1e-12)
-    nn.init.zeros_(layer.lora_B)
-
-
-def seeded_a(layer):
-    layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=torch.Generator().manual_seed(0)))
-    nn.init.zeros_(layer.lora_B)
-
-
-def gaussian_a(layer):
-    nn.init.normal_(layer.lora_A, std=1 / layer.r)
-    nn.init.zeros_(layer.lora_B)
-
-
-def small_normal_a(layer):
-    nn.init.normal_(layer.lora_A, std=0.02)
-    nn.init.zeros_(layer.lora_B)
-
-
-def xavier_a(layer):
-    nn.init.xavier_uniform_(layer.lora_A)
-    nn.init.zeros_(layer.lora_B)
-
-
-def large_a(layer):
-    nn.init.uniform_(layer.lora_A, 0, 3)
-    nn.init.zeros_(layer.lora_B)
+def seeded(layer, factor):
+    factor.copy_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def kept_of(like, layer, p=None):
@@ -74,9 +51,9 @@ def factors_as_tensors(base, r, alpha, dropout=0.0):
 
 
 SLY_LAYERS = {
-    "A so small that nothing can grow": (made(start=small_a), "got 'far smaller'"),
-    "A far too large": (made(start=large_a), "starts far too large"),
-    "no adapter in other dtypes": (made(path=lambda s, x: check.PlainLoRA.path(s, x) * (x.dtype is torch.float32)), "bfloat16 base"),
+    "A so small that nothing can grow": (made(start_A=lambda s, A: nn.init.normal_(A, std=1e-12)), "got 'far smaller'"),
+    "A far too large": (made(start_A=lambda s, A: nn.init.uniform_(A, 0, 3)), "starts far too large"),
+    "no adapter in other dtypes": (made(path=lambda s, x: PlainLoRA.path(s, x) * (x.dtype is torch.float32)), "bfloat16 base"),
     "no scale in float64": (made(scale=lambda s: 1.0 if s.lora_A.dtype is torch.float64 else s.lora_alpha / s.r), "float64 base"),
     "whole rows dropped": (made(drop=lambda s, x: x * kept_of(x[..., :1], s)), "whole rows are dropped"),
     "one mask for all rows": (made(drop=lambda s, x: x * kept_of(x[0], s)), "dropout draws once for all rows"),
@@ -92,16 +69,16 @@ SLY_LAYERS = {
         made(drop=lambda s, x: x * kept_of(x, s, 1 - s.p) * s.p / (1 - s.p) if s.training and s.p else x),
         "most rows get an update",
     ),
-    "every layer starts with the same A": (made(start=seeded_a), "two layers start alike"),
+    "every layer starts with the same A": (made(start_A=seeded), "two layers start alike"),
     "no gradient passes": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B.data)), "gradient"),
     "no gradient reaches A": (made(path=lambda s, x: F.linear(F.linear(x, s.lora_A.data), s.lora_B)), "gradient of lora_A"),
     "no gradient reaches the input": (made(path=lambda s, x: F.linear(F.linear(x.detach(), s.lora_A), s.lora_B)), "gradient of the input"),
     "merged at every call": (made(forward=merges_in_forward), "gradient of lora_A"),
     "factors as modules": (factors_as_modules, "expected 'Parameter', got 'Linear'"),
     "factors that no optimizer sees": (factors_as_tensors, "expected 'Parameter', got 'Tensor'"),
-    "adapter only in training": (made(path=lambda s, x: check.PlainLoRA.path(s, x) * s.training), "in eval mode"),
+    "adapter only in training": (made(path=lambda s, x: PlainLoRA.path(s, x) * s.training), "in eval mode"),
     "dropout without rescaling": (made(drop=lambda s, x: x * (torch.rand_like(x) > s.p) if s.training else x), "in training"),
-    "a no-op": (made(path=lambda s, x: 0 * check.PlainLoRA.path(s, x)), "values differ"),
+    "a no-op": (made(path=lambda s, x: 0 * PlainLoRA.path(s, x)), "values differ"),
     "a no-op without graph": (made(forward=lambda s, x: s.base(x)), "values differ"),
 }
 
@@ -115,66 +92,60 @@ def test_sly_layers_are_refused(name):
 
 def test_both_factors_zero_is_refused_in_its_own_words():
     with pytest.raises(NotYet, match=r"both zero: .* can never learn"):
-        check.forward(check.BothZero)
+        check.forward(made(start_A=lambda s, A: nn.init.zeros_(A)))
 
 
-@pytest.mark.parametrize("right", [made(start=gaussian_a), made(start=small_normal_a), made(start=xavier_a), LoRALinear])
+@pytest.mark.parametrize(
+    "right",
+    [
+        made(start_A=lambda s, A: nn.init.normal_(A, std=1 / s.r)),
+        made(start_A=lambda s, A: nn.init.normal_(A, std=0.02)),
+        made(start_A=lambda s, A: nn.init.xavier_uniform_(A)),
+        LoRALinear,
+    ],
+)
 def test_other_right_layers_pass(right):
     for _ in range(3):
         check.forward(right)
 
 
-def merging(**replaced):
-    return type("Answer", (check.Mergeable,), replaced)
+def stays_float32(layer, weight):
+    layer.base.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def stays_float32(layer):
-    layer.original = layer.base.weight.detach().clone()
-    layer.base.weight = nn.Parameter(layer.base.weight.float() + layer.delta(), requires_grad=False)
-
-
-def becomes_trainable(layer):
-    check.Mergeable.put(layer)
+def becomes_trainable(layer, weight):
+    Mergeable.write(layer, weight)
     layer.base.requires_grad_(True)
 
 
-def backup_that_trains(layer):
-    check.Mergeable.put(layer)
-    kept = layer.__dict__.pop("original")
-    layer.original = nn.Parameter(kept)
-
-
 def freezes_the_factors(layer):
-    check.Mergeable.merge(layer)
+    Mergeable.merge(layer)
     layer.requires_grad_(False)
 
 
 def frees_the_base(layer):
-    check.Mergeable.unmerge(layer)
+    Mergeable.unmerge(layer)
     layer.base.requires_grad_(True)
 
 
 def first_backup(layer):
-    first = layer.__dict__.setdefault("first", layer.base.weight.detach().clone())
-    check.Mergeable.put(layer)
-    layer.original = first
+    return layer.__dict__.setdefault("first", Mergeable.backup(layer))
 
 
 def onto_first_backup(layer):
-    layer.base.weight.data.copy_(layer.__dict__.setdefault("first", layer.base.weight.detach().clone()))
-    check.Mergeable.put(layer)
+    return first_backup(layer).float() + layer.delta()
 
 
 @pytest.mark.parametrize(
     "answer, words",
     [
-        (merging(put=stays_float32), "dtype"),
-        (merging(put=becomes_trainable), "what trains while merged"),
-        (merging(put=backup_that_trains), "what trains while merged.*original"),
+        (merging(write=stays_float32), "dtype"),
+        (merging(write=becomes_trainable), "what trains while merged"),
+        (merging(backup=lambda s: nn.Parameter(Mergeable.backup(s))), "what trains while merged.*original"),
         (merging(merge=freezes_the_factors), "what trains after unmerge"),
         (merging(unmerge=frees_the_base), "what trains after unmerge.*base.bias, base.weight"),
-        (merging(put=first_backup), "that of the first merge"),
-        (merging(put=onto_first_backup), "other base weights after merging"),
+        (merging(backup=first_backup), "that of the first merge"),
+        (merging(total=onto_first_backup), "other base weights after merging"),
         (merging(merge=lambda s: None), "after merge"),
         (merging(unmerge=lambda s: None), "after unmerge"),
         (LoRALinear, "subtracts the update"),  # as PEFT does: right in float32 up to rounding, not bit for bit
@@ -208,7 +179,7 @@ def wraps_everything_twice(model, targets, r, alpha):
 
 
 def returns_names_only(model, targets, r, alpha):
-    return inject_lora(check.ToyModel(), r, alpha, targets)
+    return inject_lora(ToyModel(), r, alpha, targets)
 
 
 @pytest.mark.parametrize("answer", [wraps_everything_twice, returns_names_only])
@@ -278,11 +249,11 @@ def test_a_model_that_was_trained_as_a_copy_passes():
 
 
 def and_the_loss(*arguments):
-    return check.adapt_differently(*arguments), 0.1
+    return adapt(*arguments), 0.1
 
 
 SLY_RUNS = [
-    (lambda *arguments: print(end=str(check.adapt_differently(*arguments))[:0]), "your function returns None: it must return the model"),
+    (lambda *arguments: print(end=str(adapt(*arguments))[:0]), "your function returns None: it must return the model"),
     (and_the_loss, "what your function returns: expected 'the model', got 'a tuple'"),
     (full_fine_tuning, "no adapter"),
     (random_factors_and_no_training, "got .lora_A never moved"),
