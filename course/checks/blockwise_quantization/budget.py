@@ -2,6 +2,7 @@
 
 import math
 import random
+from operator import floordiv, truediv
 
 from course.checking import Check
 
@@ -73,12 +74,8 @@ budget_check = Check(
     second=from_the_scales_that_can_be_paid,
     misconceptions={
         "the scales are missing from your sum: each block adds scale_bits": {"blocks": lambda n, block: 0},
-        "the scale of the short last block is missing: the number of blocks is n / block_size rounded *up*": {
-            "blocks": lambda n, block: n // block
-        },
-        "you counted a fraction of a scale: a short last block has a whole one, so round n / block_size up": {
-            "blocks": lambda n, block: n / block
-        },
+        "the scale of the short last block is missing: the number of blocks is n / block_size rounded *up*": {"blocks": floordiv},
+        "you counted a fraction of a scale: a short last block has a whole one, so round n / block_size up": {"blocks": truediv},
         "a budget that is used up exactly is kept: compare with ≤": {"fits": lambda used, allowed: used < allowed},
         "that is the largest block, with the fewest scales: the smallest one that fits gives the least error": largest_block,
         "this block is one halving too small: its scales no longer fit into the budget": {"found": lambda block: max(1, block // 2)},

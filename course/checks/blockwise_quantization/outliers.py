@@ -17,9 +17,9 @@ def keep_outliers(
     block_size: int,
     k: int,
     *,
-    choose=lambda x, k, block_size: x.flatten().abs().topk(k).indices,
+    choose=lambda x, k, size: x.flatten().abs().topk(k).indices,
     remove=lambda flat, kept: flat.index_fill(0, kept, 0),
-    put_back=lambda restored, kept, flat: restored.index_copy(0, kept, flat[kept]),
+    put_back=lambda rest, kept, flat: rest.index_copy(0, kept, flat[kept]),
     count=lambda k, kept: k,
     each=lambda x, codebook: 8 * x.element_size() + 32,
     price=lambda dense, apart, n: dense + apart / n,
@@ -89,32 +89,28 @@ outliers_check = Check(
         "the outliers were still there when the scales were taken: set them to zero before quantizing, else nothing is gained": {
             "remove": lambda flat, kept: flat
         },
-        "the outliers did not come back: write the kept values into the restored tensor": {
-            "put_back": lambda restored, kept, flat: restored
-        },
+        "the outliers did not come back: write the kept values into the restored tensor": {"put_back": lambda rest, kept, flat: rest},
         "you chose the largest signed values: an outlier may be negative, so compare absolute values": {
-            "choose": lambda x, k, block_size: x.flatten().topk(k).indices
+            "choose": lambda x, k, size: x.flatten().topk(k).indices
         },
-        "you kept k values of every row: k counts the whole tensor": {
-            "choose": lambda x, k, block_size: of_each(x.shape[-1], x.flatten(), k)
-        },
+        "you kept k values of every row: k counts the whole tensor": {"choose": lambda x, k, size: of_each(x.shape[-1], x.flatten(), k)},
         "you kept k values of every block: k counts the whole tensor": {
-            "choose": lambda x, k, block_size: of_each(block_size, x.flatten(), k),
+            "choose": lambda x, k, size: of_each(size, x.flatten(), k),
             "count": lambda k, kept: len(kept),
         },
         "the kept values were cut out, and all that follows moved up into other blocks: put zeros in their places": {
             "remove": lambda flat, kept: flat[ordinary(flat, kept)],
-            "put_back": lambda restored, kept, flat: flat.masked_scatter(ordinary(flat, kept), restored),
+            "put_back": lambda rest, kept, flat: flat.masked_scatter(ordinary(flat, kept), rest),
         },
         "one value too few was kept: a mask |x| > threshold loses the k-th largest, which is the threshold": {
-            "choose": lambda x, k, block_size: x.flatten().abs().topk(max(k - 1, 0)).indices
+            "choose": lambda x, k, size: x.flatten().abs().topk(max(k - 1, 0)).indices
         },
         "you clipped the outliers to the largest ordinary value: keep them as they are, outside of the codes": {
             "remove": clipped,
-            "put_back": lambda restored, kept, flat: restored,
+            "put_back": lambda rest, kept, flat: rest,
         },
         "you kept the smallest values: topk gives the largest, of the absolute values": {
-            "choose": lambda x, k, block_size: x.flatten().abs().topk(k, largest=False).indices
+            "choose": lambda x, k, size: x.flatten().abs().topk(k, largest=False).indices
         },
         "the positions are missing from the bits: each kept value needs 32 bits more to say where it belongs": {
             "each": lambda x, codebook: 8 * x.element_size()

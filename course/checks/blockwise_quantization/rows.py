@@ -2,6 +2,7 @@
 
 import math
 import random
+from operator import truediv
 
 import torch
 from torch import Tensor
@@ -110,19 +111,15 @@ rows_check = Check(
             "returned": lambda scales, steps: scales * steps
         },
         "the scales were computed in the weight's own 16-bit dtype, which rounds them: start from weight.float()": {
-            "wide": lambda weight: weight,
+            "wide": lambda w: w,
             "returned": lambda scales, steps: scales.float(),
         },
-        "the scales are in the weight's own 16-bit dtype: start from weight.float(), they are to be float32": {
-            "wide": lambda weight: weight
-        },
+        "the scales are in the weight's own 16-bit dtype: start from weight.float(), they are to be float32": {"wide": lambda w: w},
         "your scales are the inverses of the right ones: a scale multiplies codes to give weights back": {
             "returned": lambda scales, steps: 1 / scales
         },
         "the codes are still floating-point numbers: convert them to torch.int8": {"stored": lambda codes, steps: codes},
-        "a row of zeros has absmax 0, and 0 / 0 is NaN: give such a row some positive scale": {
-            "scale": lambda absmax, steps: absmax / steps
-        },
+        "a row of zeros has absmax 0, and 0 / 0 is NaN: give such a row some positive scale": {"scale": truediv},
         "a number was added to the scales, or they have a least value: beside it a row of tiny values is lost; replace scales of 0 only": {
             "scale": lambda absmax, steps: absmax / steps + 1e-8
         },
