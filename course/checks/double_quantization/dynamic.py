@@ -36,14 +36,14 @@ def in_plain_numbers(decades: int) -> Tensor:
     return torch.tensor(sorted(levels))
 
 
-def observe(answer, seed: int) -> dict:
-    return {f"{decades} decades": answer(decades) for decades in (3, 7, random.Random(seed).choice([2, 4, 5, 6]))}
-
-
 def middles(edges: Tensor) -> Tensor:
     """Of as many equal parts of [0, 1]."""
     parts = len(edges) - 1
     return (torch.arange(parts) + 0.5) / parts
+
+
+def observe(answer, seed: int) -> dict:
+    return {f"{decades} decades": answer(decades) for decades in (3, 7, random.Random(seed).choice([2, 4, 5, 6]))}
 
 
 dynamic_check = Check(
