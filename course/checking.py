@@ -64,6 +64,18 @@ def raised(function: Callable, *args, **kwargs) -> Raised | None:
     return None
 
 
+def unpacked(result: Any, what: str, *kinds: type) -> Any:
+    """``result``, if it is a tuple of these kinds; a list will do.
+
+    Raises:
+        NotYet: it is something else; the learner reads to return ``what``.
+    """
+    if isinstance(result, (tuple, list)) and len(result) == len(kinds) and all(map(isinstance, result, kinds)):
+        return result
+    got = f"{len(result)} value{'s' * (len(result) != 1)}" if isinstance(result, (tuple, list)) else type(result).__name__
+    raise NotYet(f"your function returned {got}: return {what}")
+
+
 def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-6) -> str | None:
     """What differs first, in words for a learner: type, shape, dtype, then value. None if nothing does."""
     if isinstance(expected, Raised):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from course import checking
-from course.checking import Check, NotYet, Raised, first_difference, raised
+from course.checking import Check, NotYet, Raised, first_difference, raised, unpacked
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,21 @@ def test_a_mistake_is_the_worked_answer_with_parts_replaced(answer, run):
     check(answer)
     with pytest.raises(TypeError, match=r"has no part offset; its parts are .*shift.*slope"):
         Check("", run, answer, answer, {"no such part": {"offset": 1}}).wrong("no such part")
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (None, "your function returned NoneType: return a pair"),
+        (torch.ones(2), "your function returned Tensor: return a pair"),  # not unpacked along its first axis
+        ((torch.ones(2),), "your function returned 1 value: return a pair"),
+        ((2.0, torch.ones(2)), "your function returned 2 values: return a pair"),
+    ],
+)
+def test_an_answer_that_is_no_such_tuple_is_told_what_to_return(result, words):
+    assert unpacked([torch.ones(2), 2.0], "a pair", torch.Tensor, object)[1] == 2.0
+    with pytest.raises(NotYet, match=words):
+        unpacked(result, "a pair", torch.Tensor, object)
 
 
 def test_every_round_has_its_own_seed_and_leaves_the_learners_random_numbers_alone():

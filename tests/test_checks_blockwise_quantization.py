@@ -8,6 +8,11 @@ import torch
 
 from course.checking import NotYet
 from course.checks import blockwise_quantization as check
+from course.checks.blockwise_quantization.absmax import absmax_int8
+from course.checks.blockwise_quantization.affine import affine_uint8
+from course.checks.blockwise_quantization.blocks import quantize_blocks
+from course.checks.blockwise_quantization.outliers import keep_outliers
+from course.checks.blockwise_quantization.rows import quantize_rows
 from reference.blockwise import dequantize_blockwise, int_codebook, quantize_blockwise
 
 
@@ -152,7 +157,7 @@ def test_other_right_answers_pass(judge, answer):
 
 def wrong_absmax(change):
     def answer(x):
-        codes, scale = check.absmax_int8(x)
+        codes, scale = absmax_int8(x)
         return change(codes, scale, x)
 
     return answer
@@ -183,7 +188,7 @@ def affine_divided_in_16_bits(x, low, high):
 
 
 def absmax_of_a_view(x):
-    codes, scale = check.absmax_int8(x.view(-1))
+    codes, scale = absmax_int8(x.view(-1))
     return codes.view(x.shape), scale
 
 
@@ -200,13 +205,13 @@ def affine_with_a_least_scale(x, low, high):
 
 
 def blocks_in_the_order_of_memory(x, codebook, block_size):
-    codes, absmax = check.quantize_blocks(x.as_strided((x.numel(),), (1,)), codebook, block_size)
+    codes, absmax = quantize_blocks(x.as_strided((x.numel(),), (1,)), codebook, block_size)
     return codes.as_strided(x.shape, x.stride()), absmax
 
 
 def blocks_with_codes_up_to(most):
     def answer(x, codebook, block_size):
-        codes, absmax = check.quantize_blocks(x, codebook, block_size)
+        codes, absmax = quantize_blocks(x, codebook, block_size)
         return codes.clamp(max=most), absmax
 
     return answer
@@ -230,13 +235,13 @@ def budget_up_to(longest):
 
 
 def kept_in_float16(x, codebook, block_size, k):
-    restored, bits = check.keep_outliers(x, codebook, block_size, k)
+    restored, bits = keep_outliers(x, codebook, block_size, k)
     at = x.flatten().abs().topk(k).indices
     return restored.flatten().index_copy(0, at, x.flatten()[at].half().to(x.dtype)).view(x.shape), bits
 
 
 def right_for_one_shape(weight, bits):
-    return check.quantize_rows(weight, bits) if weight.shape == (8, 8) else (weight.to(torch.int8) * 0, torch.ones(len(weight), 1))
+    return quantize_rows(weight, bits) if weight.shape == (8, 8) else (weight.to(torch.int8) * 0, torch.ones(len(weight), 1))
 
 
 @pytest.mark.parametrize("rounded", [int, math.floor, math.ceil], ids=lambda rounded: rounded.__name__)
@@ -248,7 +253,7 @@ def test_a_zero_point_that_is_not_rounded_is_refused_for_every_seed(rounded):
 
 def test_sixteen_bits_are_told_from_float32_for_every_seed():
     """What rounds the step, and what rounds the quotient: neither passes, and neither is taken for the other."""
-    mistakes = {message: wrong for message, wrong in check.absmax.misconceptions.items() if "16-bit" in message}
+    mistakes = {message: check.absmax.wrong(message) for message in check.absmax.misconceptions if "16-bit" in message}
     assert len(mistakes) == 2
     for seed in (1030, 1046, 1066, *range(150)):
         for message, wrong in mistakes.items():
@@ -296,19 +301,19 @@ def no_guard(function):
         (check.budget, budget_up_to(2**19), "ended too early"),
         (check.outliers, kept_in_float16, "restored, float32"),
         (check.affine, lambda x, low, high: (x.byte(), 1.0, 0), "codes of"),
-        (check.affine, lambda x, low, high: check.affine_uint8(x, low, high)[:2], "zero_point"),
-        (check.affine, lambda x, low, high: (*check.affine_uint8(x, low, high)[:2], 128), "zero_point of"),
+        (check.affine, lambda x, low, high: affine_uint8(x, low, high)[:2], "zero_point"),
+        (check.affine, lambda x, low, high: (*affine_uint8(x, low, high)[:2], 128), "zero_point of"),
         (check.affine, affine_divided_in_16_bits, "own 16-bit dtype"),
         (check.affine, affine_with_a_zero_point(math.floor), "lost its fraction"),
-        (check.absmax, lambda x: (x / check.absmax_int8(x)[1], check.absmax_int8(x)[1]), "expected torch.int8|still floating"),
-        (check.rows, lambda w, bits: check.quantize_rows(w, 4), "scales of"),
+        (check.absmax, lambda x: (x / absmax_int8(x)[1], absmax_int8(x)[1]), "expected torch.int8|still floating"),
+        (check.rows, lambda w, bits: quantize_rows(w, 4), "scales of"),
         (check.rows, right_for_one_shape, "scales of a 5 × 13"),
         (check.rows, lambda w, bits: (w.to(torch.int8), torch.ones(len(w), 1)), "scales of"),
-        (check.rows, lambda w, bits: check.quantize_rows(w.T, bits), "belong to the columns|scales of"),
-        (check.rows, lambda w, bits: check.quantize_rows(w, 8), "127 whatever"),
-        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x, codebook, 16), "absmax, a short last block"),
-        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x, int_codebook(4), size), "the levels that the codes stand for"),
-        (check.blocks, lambda x, codebook, size: check.quantize_blocks(x.T.contiguous().T, codebook, size)[0], "a pair"),
+        (check.rows, lambda w, bits: quantize_rows(w.T, bits), "belong to the columns|scales of"),
+        (check.rows, lambda w, bits: quantize_rows(w, 8), "127 whatever"),
+        (check.blocks, lambda x, codebook, size: quantize_blocks(x, codebook, 16), "absmax, a short last block"),
+        (check.blocks, lambda x, codebook, size: quantize_blocks(x, int_codebook(4), size), "the levels that the codes stand for"),
+        (check.blocks, lambda x, codebook, size: quantize_blocks(x.T.contiguous().T, codebook, size)[0], "a pair"),
         (check.budget, lambda n, code_bits, scale_bits, budget: 64, "n ="),
         (
             check.budget,
@@ -316,8 +321,8 @@ def no_guard(function):
             "n =",
         ),
         (check.outliers, lambda x, codebook, size, k: (x, 4.0), "restored"),
-        (check.outliers, lambda x, codebook, size, k: check.keep_outliers(x, codebook, size, 5), "restored|bits"),
-        (check.outliers, lambda x, codebook, size, k: check.keep_outliers(x, codebook, 32, k), "bits|restored"),
+        (check.outliers, lambda x, codebook, size, k: keep_outliers(x, codebook, size, 5), "restored|bits"),
+        (check.outliers, lambda x, codebook, size, k: keep_outliers(x, codebook, 32, k), "bits|restored"),
     ],
 )
 def test_sly_answers_are_refused(judge, answer, words):
@@ -328,10 +333,10 @@ def test_sly_answers_are_refused(judge, answer, words):
 
 def test_a_second_mistake_about_zeros_does_not_hide_the_first():
     judge = check.absmax
-    for message, wrong in judge.misconceptions.items():
+    for message in judge.misconceptions:
         if "zeros" not in message:
             with pytest.raises(NotYet) as caught:
-                judge._judge(no_guard(wrong), 0)
+                judge._judge(no_guard(judge.wrong(message)), 0)
             if "still floating-point" not in message:  # its values come back right, so zeros are looked at
                 assert str(caught.value) == message
 
@@ -343,7 +348,7 @@ def test_inputs_are_clear_of_ties():
 
         def spy(x, seen=seen):
             seen.append(x)
-            return check.absmax_int8(x)
+            return absmax_int8(x)
 
         check.absmax._run(spy, seed)
         for x in seen[:-1]:

@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import double_quantization as check
+from course.checks.double_quantization.bits import bits_per_weight
+from course.checks.double_quantization.budget import smallest_block
+from course.checks.double_quantization.dynamic import dynamic_map
+from course.checks.double_quantization.restore import Stored, dequantize
+from course.checks.double_quantization.scales import quantize_scales as quantize
 from reference.double_quant import bits_per_parameter, dequantize_scales, dynamic_codebook, quantize_scales
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
 
 def test_the_judges_map_is_the_references():
-    assert torch.equal(check.dynamic_map(7), dynamic_codebook())
+    assert torch.equal(dynamic_map(7), dynamic_codebook())
 
 
 @pytest.mark.parametrize("elements", [1, 64, 65, 16_385, 40_001])
@@ -21,7 +26,7 @@ def test_the_judges_map_is_the_references():
 def test_the_judges_bits_are_those_of_tensors(elements, second):
     q = quantize_nf4(torch.ones(elements))
     scales = None if second is None else quantize_scales(q.absmax, second)
-    assert check.bits_per_weight(elements, 64, second) == pytest.approx(bits_per_parameter(q, scales))
+    assert bits_per_weight(elements, 64, second) == pytest.approx(bits_per_parameter(q, scales))
 
 
 def test_the_judges_weight_is_the_references():
@@ -29,7 +34,7 @@ def test_the_judges_weight_is_the_references():
     q = quantize_nf4(weight, 32)
     s = quantize_scales(q.absmax, 16)
     tensors = q.packed.view(-1), NF4_CODEBOOK, s.codes, dynamic_codebook(), s.absmax, s.offset
-    mine = check.dequantize(check.Stored(*tensors, 32, 16, weight.shape, weight.dtype))
+    mine = dequantize(Stored(*tensors, 32, 16, weight.shape, weight.dtype))
     assert torch.equal(mine, dequantize_nf4(type(q)(q.packed, dequantize_scales(s), q.shape, q.dtype, 32)))
 
 
@@ -38,15 +43,15 @@ def by_formula(elements, block_size, second):
 
 
 def for_large_second_only(elements, block_size, second):
-    return check.bits_per_weight(elements, block_size, second and 256)
+    return bits_per_weight(elements, block_size, second and 256)
 
 
 def for_the_usual_blocks(elements, block_size, second_block):
-    return check.bits_per_weight(elements, block_size, second_block) if block_size in (32, 64) and elements > 9_000 else 0.0
+    return bits_per_weight(elements, block_size, second_block) if block_size in (32, 64) and elements > 9_000 else 0.0
 
 
 def one_block_at_least(elements, block_size, second_block):
-    return check._bits_with(double=lambda n, b, s: -(-n // b) + 4 * max(1, -(-n // b) // s) + 4)(elements, block_size, second_block)
+    return mistaken(bits_per_weight, groups=lambda blocks, size: max(1, blocks // size))(elements, block_size, second_block)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +62,10 @@ def one_block_at_least(elements, block_size, second_block):
         for_the_usual_blocks,
         one_block_at_least,
         lambda n, b, s: 4.127,
-        lambda n, b, s: str(check.bits_per_weight(n, b, s)),
-        lambda n, b, s: round(check.bits_per_weight(n, b, s), 3),
-        lambda n, b, s: check.bits_per_weight(n, b, s) + 8 * 1024 / n,  # with the code book
-        lambda n, b, s: check.bits_per_weight(n, 64, s),
+        lambda n, b, s: str(bits_per_weight(n, b, s)),
+        lambda n, b, s: round(bits_per_weight(n, b, s), 3),
+        lambda n, b, s: bits_per_weight(n, b, s) + 8 * 1024 / n,  # with the code book
+        lambda n, b, s: bits_per_weight(n, 64, s),
     ],
 )
 def test_sly_counts_are_refused(answer):
@@ -135,12 +140,12 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
     "answer, words",
     [
         (lambda decades: dynamic_codebook(), "3 decades: expected shape"),  # the usual one by heart
-        (lambda decades: check.dynamic_map(decades).double(), "float32"),
-        (lambda decades: check.dynamic_map(decades).tolist(), "a tensor"),
-        (lambda decades: check.dynamic_map(decades) * (1 - 1e-3), "values differ"),
-        (lambda decades: {3: check.dynamic_map(3), 7: check.dynamic_map(7)}[decades], "KeyError"),
-        (lambda decades: check.dynamic_map(decades).numpy(), "a tensor, got ndarray"),
-        (check._map_with(parts=lambda i, d: i + 1), "expected shape"),
+        (lambda decades: dynamic_map(decades).double(), "float32"),
+        (lambda decades: dynamic_map(decades).tolist(), "a tensor"),
+        (lambda decades: dynamic_map(decades) * (1 - 1e-3), "values differ"),
+        (lambda decades: {3: dynamic_map(3), 7: dynamic_map(7)}[decades], "KeyError"),
+        (lambda decades: dynamic_map(decades).numpy(), "a tensor, got ndarray"),
+        (mistaken(dynamic_map, parts=lambda decade, decades: decade + 1), "expected shape"),
     ],
 )
 def test_sly_maps_are_refused(answer, words):
@@ -150,7 +155,7 @@ def test_sly_maps_are_refused(answer, words):
 
 def changed(position, change):
     def answer(absmax, levels, block_size):
-        parts = list(check.quantize(absmax, levels, block_size))
+        parts = list(quantize(absmax, levels, block_size))
         parts[position] = change(parts[position])
         return tuple(parts)
 
@@ -158,7 +163,7 @@ def changed(position, change):
 
 
 def drops_the_short_block(absmax, levels, block_size):
-    codes, largest, offset = check.quantize(absmax, levels, block_size)
+    codes, largest, offset = quantize(absmax, levels, block_size)
     whole = len(absmax) // block_size
     return codes[: whole * block_size], largest[:whole], offset
 
@@ -167,8 +172,8 @@ def guarded(guard, what=slice(0, 1)):
     """A block's scale is changed by ``guard``: by default where the block is divided by it, with slice(0, 2) also where it is returned."""
 
     def answer(*arguments):
-        found = check._quantize_with(largest_of=lambda block, raw: guard(block.abs().max()))(*arguments)
-        return found[what] + check.quantize(*arguments)[what.stop :]
+        found = mistaken(quantize, largest=lambda block, raw: guard(block.abs().max()))(*arguments)
+        return found[what] + quantize(*arguments)[what.stop :]
 
     return answer
 
@@ -187,11 +192,11 @@ def guarded(guard, what=slice(0, 1)):
         (changed(2, lambda offset: offset[None]), "offset.*shape"),
         (changed(2, lambda offset: -offset), "offset"),
         (drops_the_short_block, "shape"),
-        (lambda absmax, levels, block_size: check.quantize(absmax, levels, 64), "blocks of 16.*shape"),
-        (lambda absmax, levels, block_size: check.quantize(absmax.sort().values, levels, block_size), "scales of scales"),
-        (check._quantize_with(offset_of=lambda a, b: torch.stack([block.mean() for block in a.split(b)]).mean()), "offset"),
-        (check._quantize_with(largest_of=lambda block, raw: block.abs().mean()), "scales of scales"),
-        (lambda absmax, levels, block_size: check.quantize(absmax, dynamic_codebook(), block_size), "codes"),
+        (lambda absmax, levels, block_size: quantize(absmax, levels, 64), "blocks of 16.*shape"),
+        (lambda absmax, levels, block_size: quantize(absmax.sort().values, levels, block_size), "scales of scales"),
+        (mistaken(quantize, offset=lambda a, b: torch.stack([block.mean() for block in a.split(b)]).mean()), "offset"),
+        (mistaken(quantize, largest=lambda block, raw: block.abs().mean()), "scales of scales"),
+        (lambda absmax, levels, block_size: quantize(absmax, dynamic_codebook(), block_size), "codes"),
     ],
 )
 def test_sly_scales_are_refused(answer, words):
@@ -230,9 +235,9 @@ def each_block_alone(returned):
         ),
         (each_block_alone(lambda blocks: [block.mean() for block in blocks]), "you took each block's own mean"),
         (in_one_piece(lambda _, absmax: absmax.mean(), lambda blocks: blocks.amax(1), 1.0), "largest .absolute. value: a scale far below"),
-        (check._quantize_with(largest_of=lambda block, raw: block.max().abs()), "largest .absolute. value: a scale far below"),
+        (mistaken(quantize, largest=lambda block, raw: block.max().abs()), "largest .absolute. value: a scale far below"),
         (lambda *arguments: None, "your function returned NoneType: return three"),
-        (lambda *arguments: check.quantize(*arguments)[:2], "your function returned 2 values: return three"),
+        (lambda *arguments: quantize(*arguments)[:2], "your function returned 2 values: return three"),
     ],
 )
 def test_scales_that_many_get_wrong_are_named_every_time(answer, words):
@@ -286,12 +291,12 @@ def test_an_index_that_is_taken_for_a_mask_is_named(answer):
 
 
 def with_one_dtype(q):
-    return check.dequantize(q._replace(dtype=torch.float32))
+    return dequantize(q._replace(dtype=torch.float32))
 
 
 def with_two_axes(q):
     rows, columns = q.shape
-    return check.dequantize(q).view(rows, columns)
+    return dequantize(q).view(rows, columns)
 
 
 def by_the_nf4_of_others(q):
@@ -306,13 +311,13 @@ def by_the_nf4_of_others(q):
         (with_one_dtype, "dtype"),
         (with_two_axes, "ValueError: not enough values to unpack"),
         (by_the_nf4_of_others, "NF4's levels by heart"),
-        (lambda q: check.dequantize(q).half() if q.dtype != torch.float32 else check.dequantize(q), "expected torch.bfloat16, got"),
-        (lambda q: check.dequantize(q._replace(offset=q.offset * 1.01)), "values differ"),
-        (lambda q: check.dequantize(q._replace(levels=q.levels.flip(0))), "values differ"),
-        (lambda q: check.dequantize(q).T, "shape"),
-        (lambda q: check.dequantize(q._replace(absmax=q.absmax.reciprocal())), "values differ"),
-        (lambda q: check.dequantize(q) if q.dtype == torch.float32 else torch.zeros(q.shape, dtype=q.dtype), "values differ"),
-        (lambda q: check.dequantize(q).double(), "float64"),
+        (lambda q: dequantize(q).half() if q.dtype != torch.float32 else dequantize(q), "expected torch.bfloat16, got"),
+        (lambda q: dequantize(q._replace(offset=q.offset * 1.01)), "values differ"),
+        (lambda q: dequantize(q._replace(levels=q.levels.flip(0))), "values differ"),
+        (lambda q: dequantize(q).T, "shape"),
+        (lambda q: dequantize(q._replace(absmax=q.absmax.reciprocal())), "values differ"),
+        (lambda q: dequantize(q) if q.dtype == torch.float32 else torch.zeros(q.shape, dtype=q.dtype), "values differ"),
+        (lambda q: dequantize(q).double(), "float64"),
     ],
 )
 def test_sly_weights_are_refused(answer, words):
@@ -324,10 +329,10 @@ def test_sly_weights_are_refused(answer, words):
     "answer",
     [
         lambda budget, second: 64,
-        lambda budget, second: check.smallest_block(budget, second) or False,
-        lambda budget, second: check.smallest_block(budget, second and 256),
-        lambda budget, second: check.smallest_block(budget + 1e-3, second),
-        lambda budget, second: 8 if budget < 4 else check.smallest_block(budget, second),  # a quotient that became negative
+        lambda budget, second: smallest_block(budget, second) or False,
+        lambda budget, second: smallest_block(budget, second and 256),
+        lambda budget, second: smallest_block(budget + 1e-3, second),
+        lambda budget, second: 8 if budget < 4 else smallest_block(budget, second),  # a quotient that became negative
         lambda budget, second: None if budget <= 4 else (32 if second is None else 8 + 32 / second) / (budget - 4),
     ],
 )
