@@ -5,12 +5,12 @@ are replaced by zero before the answer sees them. Zeros alone (a tensor, a row, 
 right: a learner hears of one mistake at a time.
 """
 
-from course.checks.blockwise_quantization.absmax import absmax_check as absmax
-from course.checks.blockwise_quantization.affine import affine_check as affine
-from course.checks.blockwise_quantization.blocks import blocks_check as blocks
-from course.checks.blockwise_quantization.budget import budget_check as budget
-from course.checks.blockwise_quantization.outliers import outliers_check as outliers
-from course.checks.blockwise_quantization.rows import rows_check as rows
+from course.checks.blockwise_quantization.absmax import check as absmax
+from course.checks.blockwise_quantization.affine import check as affine
+from course.checks.blockwise_quantization.blocks import check as blocks
+from course.checks.blockwise_quantization.budget import check as budget
+from course.checks.blockwise_quantization.outliers import check as outliers
+from course.checks.blockwise_quantization.rows import check as rows
 from course.checks.blockwise_quantization.shared import TINY, transposed
 
 __all__ = ["TINY", "absmax", "affine", "blocks", "budget", "outliers", "rows", "transposed"]

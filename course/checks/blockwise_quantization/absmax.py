@@ -105,7 +105,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-absmax_check = Check(
+check = Check(
     task="eight bits from the largest absolute value, and back",
     observe=observe,
     reference=absmax_int8,

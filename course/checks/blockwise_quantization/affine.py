@@ -70,7 +70,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-affine_check = Check(
+check = Check(
     task="eight bits with a zero point, for a range measured before",
     observe=observe,
     reference=affine_uint8,

@@ -120,7 +120,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-blocks_check = Check(
+check = Check(
     task="one scale for each block, any codebook",
     observe=observe,
     reference=quantize_blocks,

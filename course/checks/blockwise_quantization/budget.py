@@ -67,7 +67,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-budget_check = Check(
+check = Check(
     task="the smallest block that a bit budget allows",
     observe=observe,
     reference=smallest_block,

@@ -80,7 +80,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-outliers_check = Check(
+check = Check(
     task="the k largest values kept out of the scale",
     observe=observe,
     reference=keep_outliers,

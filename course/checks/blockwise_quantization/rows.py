@@ -73,7 +73,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-rows_check = Check(
+check = Check(
     task="one scale for each output row",
     observe=observe,
     reference=quantize_rows,

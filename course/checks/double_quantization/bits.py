@@ -59,7 +59,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-bits_check = Check(
+check = Check(
     task="bits a weight, counted to the byte",
     observe=observe,
     reference=bits_per_weight,

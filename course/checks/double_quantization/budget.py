@@ -45,7 +45,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-budget_check = Check(
+check = Check(
     task="the smallest block that a budget of bits allows",
     observe=observe,
     reference=smallest_block,

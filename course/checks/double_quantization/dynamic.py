@@ -46,7 +46,7 @@ def observe(answer, seed: int) -> dict:
     return {f"{decades} decades": answer(decades) for decades in (3, 7, random.Random(seed).choice([2, 4, 5, 6]))}
 
 
-dynamic_check = Check(
+check = Check(
     task="the dynamic map, from its definition",
     observe=observe,
     reference=dynamic_map,

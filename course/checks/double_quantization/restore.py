@@ -106,7 +106,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-restore_check = Check(
+check = Check(
     task="a doubly quantized weight, read back",
     observe=observe,
     reference=dequantize,

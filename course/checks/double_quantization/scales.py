@@ -83,7 +83,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-scales_check = Check(
+check = Check(
     task="scales in 8 bits around their mean",
     observe=observe,
     reference=quantize_scales,

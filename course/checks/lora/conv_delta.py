@@ -43,7 +43,7 @@ def observe(answer, seed: int) -> dict:
         return seen | {label: "an error"}
 
 
-conv_delta_check = Check(
+check = Check(
     task="the weight that a k×k and a 1×1 convolution make together",
     observe=observe,
     reference=conv_delta,

@@ -222,7 +222,7 @@ def one_mask(like):
     return lambda layer, x: x * F.dropout(torch.ones_like(like(x)), layer.p, layer.training)
 
 
-forward_check = Check(
+check = Check(
     task="a LoRA layer: right shapes, right scale, frozen base, dropout in its place, and it learns",
     observe=observe,
     reference=LoRALinear,

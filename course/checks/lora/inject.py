@@ -122,7 +122,7 @@ def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> dic
     return seen
 
 
-inject_check = Check(
+check = Check(
     task="injecting LoRA into a model by name: only the targets wrapped, only the adapters training",
     observe=observe,
     reference=inject,

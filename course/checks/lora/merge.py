@@ -141,7 +141,7 @@ def merge_and_wipe(layer: Mergeable) -> None:
     layer.lora_B.data.zero_()
 
 
-merge_check = Check(
+check = Check(
     task="merge and unmerge: scaled, rounded once, never twice, and exactly undone",
     observe=observe,
     reference=Mergeable,

@@ -49,7 +49,7 @@ def observe(answer, seed: int) -> dict:
     return {f"r = {r}, targets {targets}": answer(shapes, r, targets) for r, targets in zip(ranks, cases, strict=True)}
 
 
-parameter_count_check = Check(
+check = Check(
     task="counting LoRA's parameters, in any shapes and for any targets",
     observe=observe,
     reference=lora_parameters,

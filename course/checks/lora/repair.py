@@ -152,7 +152,7 @@ def clear_never(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-repair_check = Check(
+check = Check(
     task="a training run that learns: adapters in the optimizer, one factor random, adapters unfrozen, gradients alive at the step",
     observe=observe,
     reference=adapt,
