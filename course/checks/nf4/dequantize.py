@@ -17,15 +17,15 @@ def dequantize(
     *,
     unpack=lambda packed: torch.stack([packed >> 4, packed & 15], 1).flatten(),
     look_up=lambda codes: NF4_CODEBOOK[codes.int()],
-    spread=lambda absmax, n, block_size: absmax.repeat_interleave(block_size)[:n],
-    product=lambda levels, scales, dtype: (levels * scales).to(dtype),
+    spread=lambda absmax, n, size: absmax.repeat_interleave(size)[:n],
+    values=lambda levels, scales, dtype: (levels * scales).to(dtype),
     arrange=torch.reshape,
 ) -> Tensor:
     """The worked answer: each code's level times the scale of its block."""
     n = torch.Size(shape).numel()
     levels = look_up(unpack(packed)[:n])  # (n,): without the spare half
     scales = spread(absmax, n, block_size)  # (n,): the last block may be short
-    return arrange(product(levels, scales, dtype), shape)
+    return arrange(values(levels, scales, dtype), shape)
 
 
 def by_pairs(packed: Tensor, absmax: Tensor, shape: tuple, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -78,27 +78,23 @@ dequantize_check = Check(
         "the nibbles are read in the wrong order: every weight sits where its neighbour belongs; the first is in the high bits": {
             "unpack": lambda packed: torch.stack([packed & 15, packed >> 4], 1).flatten()
         },
-        "the levels are not scaled: multiply each by the absmax of its block": {"product": lambda levels, scales, dtype: levels.to(dtype)},
+        "the levels are not scaled: multiply each by the absmax of its block": {"values": lambda levels, scales, dtype: levels.to(dtype)},
         "the levels are divided by absmax: it was divided by when quantizing; multiply": {
-            "product": lambda levels, scales, dtype: (levels / scales).to(dtype)
+            "values": lambda levels, scales, dtype: (levels / scales).to(dtype)
         },
         "the scales are spread as if all blocks were equally long: the last block may be short, the others hold block_size values": {
-            "spread": lambda absmax, n, block_size: absmax[torch.arange(n) * len(absmax) // n]
+            "spread": lambda absmax, n, size: absmax[torch.arange(n) * len(absmax) // n]
         },
         "the scales go round and round, one value each: absmax[b] belongs to block_size neighbours (repeat_interleave)": {
-            "spread": lambda absmax, n, block_size: absmax.repeat(block_size)[:n]
+            "spread": lambda absmax, n, size: absmax.repeat(size)[:n]
         },
-        "every block has the first one's scale: absmax[b] belongs to block b": {
-            "spread": lambda absmax, n, block_size: absmax[:1].expand(n)
-        },
-        "the values are right but float32: round to the dtype that is asked for": {
-            "product": lambda levels, scales, dtype: levels * scales
-        },
+        "every block has the first one's scale: absmax[b] belongs to block b": {"spread": lambda absmax, n, size: absmax[:1].expand(n)},
+        "the values are right but float32: round to the dtype that is asked for": {"values": lambda levels, scales, dtype: levels * scales},
         "levels and scales are rounded to the dtype before they are multiplied: multiply in float32, then round once": {
-            "product": lambda levels, scales, dtype: levels.to(dtype) * scales.to(dtype)
+            "values": lambda levels, scales, dtype: levels.to(dtype) * scales.to(dtype)
         },
         "the levels are rounded to the dtype before they are multiplied: multiply in float32, then round once": {
-            "product": lambda levels, scales, dtype: (levels.to(dtype) * scales).to(dtype)
+            "values": lambda levels, scales, dtype: (levels.to(dtype) * scales).to(dtype)
         },
         "all high halves come first, then all low ones: the two halves of a byte are neighbours (stack and flatten, not cat)": {
             "unpack": lambda packed: torch.cat([packed >> 4, packed & 15])

@@ -9,28 +9,25 @@ from course.checking import Check
 from reference.nf4 import NF4_CODEBOOK, OFFSET
 
 
-def even(count: int, other: int, offset: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The probabilities of a side with ``count`` levels: from ``offset`` to ½ in even steps. The other side has ``other`` levels."""
-    return torch.linspace(offset, 0.5, count + 1, dtype=dtype)
-
-
 def normal_levels(
     negative: int,
     positive: int,
     offset: float,
     *,
-    probabilities=even,
+    start=lambda offset: offset,
+    grid=torch.float32,
     quantile=ndtri,
     take=lambda quantiles: quantiles[:-1],  # without Φ⁻¹(½) = 0
-    zeros=(0.0,),
+    sides=lambda below, above: (below, above),
+    zeros=1,
     order=lambda levels: levels.sort().values,
     scale=lambda levels: levels / levels.max(),
     dtype=torch.float32,
 ) -> Tensor:
     """The worked answer: Φ⁻¹ of even probabilities on both sides of zero, divided by the largest."""
-    below = take(quantile(probabilities(negative, positive, offset).numpy()))
-    above = take(quantile(probabilities(positive, negative, offset).numpy()))
-    levels = order(torch.tensor([*-below, *zeros, *above], dtype=torch.float32))  # (negative + 1 + positive,)
+    probabilities = (torch.linspace(start(offset), 0.5, n + 1, dtype=grid).numpy() for n in (negative, positive))
+    below, above = sides(*(take(quantile(p)) for p in probabilities))
+    levels = order(torch.tensor([*-below, *[0.0] * zeros, *above], dtype=torch.float32))  # (negative + 1 + positive,)
     return scale(levels).to(dtype)
 
 
@@ -69,34 +66,24 @@ levels_check = Check(
     second=by_ppf,
     rtol=1e-5,
     misconceptions={
-        "the two sides are exchanged: the first count is that of the levels below zero": {
-            "probabilities": lambda count, other, offset: even(other, count, offset)
-        },
+        "the two sides are exchanged: the first count is that of the levels below zero": {"sides": lambda below, above: (above, below)},
         "the levels are in standard deviations: divide all of them by the largest": {"scale": lambda levels: levels},
-        "zero is there three times: both sides end in Φ⁻¹(½) = 0; leave that one out on each side and put zero in once": {
-            "take": lambda quantiles: quantiles
-        },
+        "zero is there three times: both sides end in Φ⁻¹(½) = 0; leave that one out on each side and put zero in once": {"zeros": 3},
         "there is no zero among the levels: add it, and use the two sides' own probabilities": on_one_grid,
-        "the two sides are right, but zero is missing: neither side holds Φ⁻¹(½), so put zero in": {"zeros": ()},
+        "the two sides are right, but zero is missing: neither side holds Φ⁻¹(½), so put zero in": {"zeros": 0},
         "the levels are evenly spaced: it is the probabilities that are even; the levels are Φ⁻¹ of them": {"quantile": lambda p: p - 0.5},
-        "the probabilities start at 1, and Φ⁻¹(1) is infinite: start at δ": {
-            "probabilities": lambda count, other, offset: even(count, other, 1.0)
-        },
+        "the probabilities start at 1, and Φ⁻¹(1) is infinite: start at δ": {"start": lambda offset: 1.0},
         "these are middles between neighbouring quantiles, as in the paper's formula: take the quantiles themselves": {
             "take": lambda quantiles: (quantiles[1:] + quantiles[:-1]) / 2
         },
-        "δ is an argument: you used NF4's own 0.9677083 whatever `offset` says": {
-            "probabilities": lambda count, other, offset: even(count, other, OFFSET)
-        },
+        "δ is an argument: you used NF4's own 0.9677083 whatever `offset` says": {"start": lambda offset: OFFSET},
         "the levels fall: code 0 is to be the lowest": {"order": lambda levels: levels.sort(descending=True).values},
         "the levels are right but not in order: sort them, or a code says nothing about size": {"order": lambda levels: levels},
         "one side borrows the other's probabilities: each side has its own even steps from δ to ½": {
-            "probabilities": lambda count, other, offset: even(max(count, other), other, offset)[: count + 1]
+            "sides": lambda below, above: tuple(max(below, above, key=len)[: len(side)] for side in (below, above))
         },
         "the levels are right but not float32": {"dtype": torch.float64},
         "right to six digits, but not the table that everybody ships: that one's grid is torch.linspace in float32, its quantiles are "
-        "scipy's (ndtri, norm.ppf) or taken in float64, rounded to float32 before all are divided": {
-            "probabilities": lambda count, other, offset: even(count, other, offset, torch.float64)
-        },
+        "scipy's (ndtri, norm.ppf) or taken in float64, rounded to float32 before all are divided": {"grid": torch.float64},
     },
 )

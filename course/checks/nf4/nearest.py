@@ -15,11 +15,11 @@ def nearest(
     *,
     value=lambda scaled: scaled,
     edges=midpoints,
-    right=False,
-    result=lambda codes, levels: codes.to(torch.uint8),
+    up=False,
+    result=lambda codes, levels: codes.byte(),
 ) -> Tensor:
     """The worked answer: how many midpoints lie strictly below each value."""
-    return result(torch.bucketize(value(scaled), edges(levels), right=right), levels)
+    return result(torch.bucketize(value(scaled), edges(levels), right=up), levels)
 
 
 def by_distance(scaled: Tensor, levels: Tensor) -> Tensor:
@@ -52,12 +52,10 @@ nearest_check = Check(
     reference=nearest,
     second=by_distance,
     misconceptions={
-        "a value exactly between two levels gets the upper code: ties go to the lower one (count midpoints strictly below)": {
-            "right": True
-        },
+        "a value exactly between two levels gets the upper code: ties go to the lower one (count midpoints strictly below)": {"up": True},
         "you take the level below each value: that is rounding down; the nearest changes at the midpoint between two levels": {
             "edges": lambda levels: levels[1:],
-            "right": True,
+            "up": True,
         },
         "you take the level above each value: that is rounding up; the nearest changes at the midpoint between two levels": {
             "edges": lambda levels: levels[:-1]
@@ -65,16 +63,14 @@ nearest_check = Check(
         "the codes are those of evenly spaced levels: use the levels that are passed in": as_if_even,
         "you return the levels: the code is the level's index": {"result": lambda codes, levels: levels[codes]},
         "the codes are right but not uint8: a code of at most 256 levels fits a byte": {"result": lambda codes, levels: codes},
-        "the codes are right but flattened: keep the shape of the values": {
-            "result": lambda codes, levels: codes.to(torch.uint8).flatten()
-        },
+        "the codes are right but flattened: keep the shape of the values": {"result": lambda codes, levels: codes.byte().flatten()},
         "the codes count from the largest level down: code 0 is the lowest level": {
-            "result": lambda codes, levels: (len(levels) - 1 - codes).to(torch.uint8)
+            "result": lambda codes, levels: (len(levels) - 1 - codes).byte()
         },
         "the sign is lost: values below zero got the code of their absolute value": {"value": torch.abs},
         "the codes count the levels below a value, so they start at 1 and lag behind: count the midpoints": {
             "edges": lambda levels: levels,
-            "right": True,
+            "up": True,
         },
     },
 )

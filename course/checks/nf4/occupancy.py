@@ -1,6 +1,7 @@
 """Exercise 5: the share of the values that each level gets."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,12 +18,8 @@ def absmax(block: Tensor) -> Tensor:
     return block.abs().max()
 
 
-def above_zero(largest: Tensor) -> Tensor:
-    return largest.clamp(min=1e-38)
-
-
 def count(scaled: Tensor, edges: Tensor) -> Tensor:
-    return torch.bincount(torch.bucketize(scaled, edges), minlength=len(edges) + 1)
+    return torch.bincount(torch.bucketize(scaled.to(edges), edges), minlength=len(edges) + 1)
 
 
 def occupancy(
@@ -32,13 +29,14 @@ def occupancy(
     *,
     widen=Tensor.float,
     cut=torch.split,
-    scale=lambda block: block / above_zero(absmax(block)),
+    largest=absmax,
+    guard=lambda largest: largest.clamp(min=1e-38),
     bins=lambda scaled, levels: count(scaled, midpoints(levels)),
     share=lambda counts, scaled, x: counts / len(scaled),
 ) -> Tensor:
     """The worked answer: each block divided by its own largest absolute value, then the values between neighbouring midpoints counted."""
     blocks = cut(widen(x).flatten(), block_size)  # the last one as short as it comes out
-    scaled = torch.cat([scale(block) for block in blocks])  # (n,)
+    scaled = torch.cat([block / guard(largest(block)) for block in blocks])  # (n,)
     return share(bins(scaled, levels), scaled, x)  # (levels,)
 
 
@@ -51,20 +49,15 @@ def by_comparing(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return (codes[:, None] == torch.arange(len(levels))).float().mean(0)
 
 
-def whole_blocks(flat: Tensor, block_size: int) -> list[Tensor]:
-    return [block for block in flat.split(block_size) if len(block) == block_size]
-
-
 def filled_up(flat: Tensor, block_size: int) -> tuple[Tensor, ...]:
     return F.pad(flat, (0, -len(flat) % block_size)).split(block_size)
 
 
 def last_divided_by_the_one_before(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     blocks = x.float().flatten().split(block_size)
-    scales = [above_zero(absmax(block)) for block in blocks]
-    if len(blocks[-1]) < block_size:
-        scales[-1] = scales[-2]
-    return count(torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)]), midpoints(levels)) / x.numel()
+    pairs = pairwise((blocks[0], *blocks))
+    scaled = [block / absmax(before if len(block) < block_size else block).clamp(min=1e-38) for before, block in pairs]
+    return count(torch.cat(scaled), midpoints(levels)) / x.numel()
 
 
 def mean_of_blocks(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
@@ -75,7 +68,7 @@ def off_the_midpoints(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
     flat = x.flatten().clone()
     for block in flat.split(block_size):
-        block[near_a_midpoint(block.double() / above_zero(absmax(block.double())), levels.double())] = 0
+        block[near_a_midpoint(block.double() / absmax(block.double()).clamp(min=1e-38), levels.double())] = 0
     return flat.view(x.shape)
 
 
@@ -109,8 +102,6 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-in_16_bits = {"widen": lambda x: x, "scale": lambda block: (block / above_zero(absmax(block))).float()}
-
 occupancy_check = Check(
     task="what the bins hold: each block scaled by its own largest absolute value, the last one too",
     observe=observe,
@@ -123,13 +114,11 @@ occupancy_check = Check(
             "share": lambda counts, scaled, x: torch.full((len(counts),), 1 / len(counts))
         },
         "the whole tensor was divided by one number: each block has its own largest value": {"cut": lambda flat, block_size: [flat]},
-        "blocks were divided by their largest value, without abs(): values below −max then lie outside": {
-            "scale": lambda block: block / above_zero(block.max())
+        "blocks were divided by their largest value, without abs(): values below −max then lie outside": {"largest": torch.max},
+        "blocks were divided by their standard deviation: absmax scaling divides by the largest absolute value": {"largest": torch.std},
+        "the short last block was left out: it counts like the others, with its own scale": {
+            "cut": lambda flat, block_size: [block for block in flat.split(block_size) if len(block) == block_size]
         },
-        "blocks were divided by their standard deviation: absmax scaling divides by the largest absolute value": {
-            "scale": lambda block: block / above_zero(block.std())
-        },
-        "the short last block was left out: it counts like the others, with its own scale": {"cut": whole_blocks},
         "the zeros that fill up the last block were counted: only the tensor's own values count": {"cut": filled_up},
         "the zeros that fill up the last block were counted in zero's bin: cut them off again before you count": {
             "cut": filled_up,
@@ -140,11 +129,11 @@ occupancy_check = Check(
         "a bin without values has no entry: return one share for every level (minlength)": {
             "bins": lambda scaled, levels: torch.bucketize(scaled, midpoints(levels)).bincount()
         },
-        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": in_16_bits,
+        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": {"widen": lambda x: x},
         "blocks were divided in the tensor's own 16-bit dtype, and by no less than a least value: convert x to float32 first, and guard "
-        "against 0 alone": in_16_bits | {"scale": lambda block: (block / absmax(block).clamp(min=1e-7)).float()},
+        "against 0 alone": {"widen": lambda x: x, "guard": lambda largest: largest.clamp(min=1e-7)},
         "blocks were divided in the tensor's own 16-bit dtype, and a block of zeros by zero: convert x to float32 first; zeros belong to "
-        "the code of zero": in_16_bits | {"scale": lambda block: (block / absmax(block)).float()},
+        "the code of zero": {"widen": lambda x: x, "guard": lambda largest: largest},
         "the short last block was divided by the largest value of the block before it: it has its own": last_divided_by_the_one_before,
         "these are the blocks' shares averaged: a short last block then counts as much as a whole one; count values": mean_of_blocks,
         "blocks of zeros were left out: their values are zero, and they count": {
@@ -156,11 +145,9 @@ occupancy_check = Check(
         "bins were cut at the levels: they are cut at the midpoints between levels": {
             "bins": lambda scaled, levels: count(scaled, levels[1:])
         },
-        "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": {
-            "scale": lambda block: block / absmax(block)
-        },
+        "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": {"guard": lambda largest: largest},
         "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": {
-            "scale": lambda block: block / (absmax(block) + 1e-8)
+            "guard": lambda largest: largest + 1e-8
         },
     },
 )

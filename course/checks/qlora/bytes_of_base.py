@@ -24,7 +24,7 @@ def quantized_bytes(
     model: nn.Module,
     skip: tuple[str, ...],
     *,
-    chosen: type | tuple[type, ...] = nn.Linear,
+    chosen=lambda name, module: isinstance(module, nn.Linear),
     skipped=lambda name, skip: last_name(name) in skip,
     packed=lambda layer: [layer.weight],
     codes=lambda n: math.ceil(n / 2),
@@ -38,7 +38,7 @@ def quantized_bytes(
     bits=lambda stored, sizes, model: 8 * stored / sum(sizes),
 ) -> dict[str, float]:
     """The worked answer: codes and scales of each layer that is quantized, and all other parameters in 16 bits."""
-    weights = [packed(m) for name, m in model.named_modules() if isinstance(m, chosen) and not skipped(name, skip)]
+    weights = [packed(m) for name, m in model.named_modules() if chosen(name, m) and not skipped(name, skip)]
     sizes = [sum(p.numel() for p in of_layer) for of_layer in weights]
     gone = replaced(p for of_layer in weights for p in of_layer)
     rest = [p for name, p in model.named_parameters(remove_duplicate=once) if p not in gone and stays(name)]
@@ -125,7 +125,9 @@ bytes_of_base_check = Check(
         "these are the bits of a large layer, by formula: divide the codes and scales of these layers by their weights": {
             "bits": lambda stored, sizes, model: BITS
         },
-        "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": {"chosen": (nn.Linear, nn.Embedding)},
+        "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": {
+            "chosen": lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
+        },
         "a tied head is counted twice: it is the embedding's own tensor": {"once": False},
         "the embedding is missing: it stays in 16 bits": {"stays": lambda name: not name.startswith("embed")},
         "the biases are missing: they are not quantized, and stay in 16 bits": {"stays": lambda name: not name.endswith("bias")},

@@ -2,6 +2,7 @@
 
 import math
 import random
+from statistics import fmean
 
 from course.checking import Check
 from course.checks.qlora.shared import BITS, entries
@@ -12,22 +13,23 @@ def frozen_bytes(
     others: int,
     *,
     bits=BITS,
-    copy=lambda sizes: 2 * max(sizes),
+    copied=max,
+    copy_bytes=2,
     cast=lambda packed, weights: packed,
     wide=4,
-    saved=lambda weights, packed, moment: 2 * weights - packed - moment,
+    saved=lambda lora, packed, copy: lora - packed - copy,
     even=lambda saved: saved / 2,
     unit=1,
 ) -> dict[str, float]:
     """The worked answer: packed weights, the largest of them in 16 bits for a moment, and the others in two or four bytes."""
     sizes = [out * into for out, into in linears]
-    weights, moment = sum(sizes), copy(sizes)
+    weights, copy = sum(sizes), copy_bytes * copied(sizes)
     packed = weights * bits / 8
     return {
         "LoRA": unit * (2 * weights + 2 * others),
-        "QLoRA": unit * (packed + 2 * others + moment),
-        "QLoRA, the rest in float32": unit * (cast(packed, weights) + wide * others + moment),
-        "QLoRA needs more from": even(saved(weights, packed, moment)),
+        "QLoRA": unit * (packed + 2 * others + copy),
+        "QLoRA, the rest in float32": unit * (cast(packed, weights) + wide * others + copy),
+        "QLoRA needs more from": even(saved(2 * weights, packed, copy)),
     }
 
 
@@ -36,11 +38,9 @@ def layer_by_layer(linears: list[tuple[int, int]], others: int) -> dict[str, flo
     for out, into in linears:
         weights += out * into
         largest = max(largest, out * into)
-    lora = (weights + others) * 16 / 8
-    per_weight = (4 + (8 + 32 / 256) / 64) / 8
-    held = weights * per_weight + largest * 2
+    held = weights * (4 + (8 + 32 / 256) / 64) / 8 + largest * 2
     return {
-        "LoRA": lora,
+        "LoRA": (weights + others) * 16 / 8,
         "QLoRA": held + others * 2,
         "QLoRA, the rest in float32": held + others * 4,
         "QLoRA needs more from": weights - held / 2,  # 2·weights + 2·others = held + 4·others
@@ -81,20 +81,16 @@ frozen_check = Check(
     reference=frozen_bytes,
     second=layer_by_layer,
     misconceptions={
-        "the moment's copy is missing: while a layer computes, its weight is there in 16 bits too; count the largest": {
-            "copy": lambda sizes: 0
-        },
-        "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": {
-            "copy": lambda sizes: 2 * sum(sizes)
-        },
-        "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": {"copy": lambda sizes: 4 * max(sizes)},
-        "the copy is of the last layer, whatever its size: the peak is set by the largest": {"copy": lambda sizes: 2 * sizes[-1]},
+        "the moment's copy is missing: while a layer computes, its weight is there in 16 bits too; count the largest": {"copy_bytes": 0},
+        "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": {"copied": sum},
+        "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": {"copy_bytes": 4},
+        "the copy is of the last layer, whatever its size: the peak is set by the largest": {"copied": lambda sizes: sizes[-1]},
         "the copy is left out of the break-even: the third has it and the first has not": {
-            "saved": lambda weights, packed, moment: 2 * weights - packed
+            "saved": lambda lora, packed, copy: lora - packed
         },
         "these are bits: divide by 8": {"unit": 8},
         "these are gigabytes: return bytes": {"unit": 1e-9},
-        "the copy is of an average layer: the peak is set by the largest": {"copy": lambda sizes: 2 * sum(sizes) / len(sizes)},
+        "the copy is of an average layer: the peak is set by the largest": {"copied": fmean},
         "the scales are missing: a quantized weight takes 4 + 8/64 + 32/(64·256) bits": {"bits": 4},
         "the scales are counted in float32, 4.5 bits a weight: with double quantization it is 4 + 8/64 + 32/(64·256)": {"bits": 4.5},
         "half a bit is taken off for double quantization: it saves 0.373 bits of the 0.5, and the scales still cost 0.127": {

@@ -35,9 +35,9 @@ def three_merges(
     decode=lambda q: dequantize_nf4(q, torch.float32),
     base=lambda way, decoded, original: original if way == "original" else decoded,
     add=lambda weight, delta, dtype, way: (weight + delta).to(dtype),
-    requantize=lambda weight, delta, q: round_trip(weight + delta, q.block_size),
-    judged=lambda way, stored, exact: stored,
-    truth=lambda way, decoded, original, delta: decoded + delta,
+    requantize=lambda base, delta, q: round_trip(base + delta, q.block_size),
+    judge=lambda way, stored, exact: stored,
+    true=lambda way, decoded, original, delta: decoded + delta,
     error=lambda merged, true, delta: (merged - true).norm() / true.norm(),
 ) -> dict[str, dict]:
     """The worked answer: each sum in float32, and rounded once; its error, as it is stored, against Ŵ + ΔW."""
@@ -46,8 +46,8 @@ def three_merges(
     for way in WAYS:
         weight = base(way, decoded, original.float())
         weights[way] = requantize(weight, delta, q) if way == "requantized" else add(weight, delta, original.dtype, way)
-        merged = judged(way, weights[way].float(), weight + delta)
-        errors[way] = error(merged, truth(way, decoded, original, delta), delta).item()
+        merged = judge(way, weights[way].float(), weight + delta)
+        errors[way] = error(merged, true(way, decoded, original, delta), delta).item()
     return {"weights": weights, "errors": errors}
 
 
@@ -64,7 +64,7 @@ def in_float64(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, l
     return {"weights": weights, "errors": errors}
 
 
-def sum_of_16_bits(*ways: str):
+def in_16_bits(*ways: str):
     """An addition in which both numbers are rounded first where the merge is one of ``ways``."""
     return lambda weight, delta, dtype, way: weight.to(dtype) + delta.to(dtype) if way in ways else (weight + delta).to(dtype)
 
@@ -111,31 +111,31 @@ merges_check = Check(
         "the update is scaled by α: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha},
         "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": {"product": lambda A, B: (B @ A).T},
         "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": {
-            "truth": lambda way, decoded, original, delta: original + delta
+            "true": lambda way, decoded, original, delta: original + delta
         },
         "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": {
-            "truth": lambda way, decoded, original, delta: original.float()
+            "true": lambda way, decoded, original, delta: original.float()
         },
         "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
-        "Ŵ + ΔW in float32": {"truth": lambda way, decoded, original, delta: rounded(decoded + delta, original)},
+        "Ŵ + ΔW in float32": {"true": lambda way, decoded, original, delta: rounded(decoded + delta, original)},
         "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
-        "dequantized weight, compare with Ŵ + ΔW": {"truth": lambda way, decoded, original, delta: rounded(original + delta, original)},
+        "dequantized weight, compare with Ŵ + ΔW": {"true": lambda way, decoded, original, delta: rounded(original + delta, original)},
         "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
-        "others": {"truth": lambda way, decoded, original, delta: (original if way == "original" else decoded) + delta},
+        "others": {"true": lambda way, decoded, original, delta: (original if way == "original" else decoded) + delta},
         "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth": lambda way, decoded, original, delta: rounded(original + delta, original) if way == "original" else decoded + delta
+            "true": lambda way, decoded, original, delta: rounded(original + delta, original) if way == "original" else decoded + delta
         },
         "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth": lambda way, decoded, original, delta: original.float() if way == "original" else decoded + delta
+            "true": lambda way, decoded, original, delta: original.float() if way == "original" else decoded + delta
         },
         "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": {"update": rounded},
         "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": {
-            "truth": lambda way, decoded, original, delta: decoded + rounded(delta, original)
+            "true": lambda way, decoded, original, delta: decoded + rounded(delta, original)
         },
         "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
         "'original'": lambda *arguments: three_merges(*arguments)["weights"],
         "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": {
-            "truth": lambda way, decoded, original, delta: decoded
+            "true": lambda way, decoded, original, delta: decoded
         },
         "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": {
             "error": lambda merged, true, delta: (merged - true).norm() / delta.norm()
@@ -153,28 +153,24 @@ merges_check = Check(
             "error": lambda merged, true, delta: torch.linalg.matrix_norm(merged - true, 2) / torch.linalg.matrix_norm(true, 2)
         },
         "the error of 'dequantized' is zero: it was taken before the weight was rounded to 16 bits, or it was compared with itself; "
-        "compare the stored weight with Ŵ + ΔW in float32": {
-            "judged": lambda way, stored, exact: exact if way == "dequantized" else stored
-        },
+        "compare the stored weight with Ŵ + ΔW in float32": {"judge": lambda way, stored, exact: exact if way == "dequantized" else stored},
         "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": {
-            "judged": lambda way, stored, exact: stored if way == "requantized" else exact
+            "judge": lambda way, stored, exact: stored if way == "requantized" else exact
         },
         "the error of 'original' was taken before the weight was rounded to 16 bits: compare the weight as it is stored": {
-            "judged": lambda way, stored, exact: exact if way == "original" else stored
+            "judge": lambda way, stored, exact: exact if way == "original" else stored
         },
         "Ŵ was decoded to 16 bits, the default of dequantize_nf4: pass torch.float32, and round once, at the end": {
             "decode": lambda q: dequantize_nf4(q).float()
         },
         "α/r was cut to a whole number: divide with / and not with //": {"scale": lambda alpha, r: alpha // r},
         "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": {
-            "add": sum_of_16_bits("dequantized", "original")
+            "add": in_16_bits("dequantized", "original")
         },
-        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": {
-            "add": sum_of_16_bits("dequantized")
-        },
-        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": {"add": sum_of_16_bits("original")},
+        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": {"add": in_16_bits("dequantized")},
+        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": {"add": in_16_bits("original")},
         "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": {
-            "requantize": lambda weight, delta, q: round_trip(rounded(weight + delta, q), q.block_size)
+            "requantize": lambda base, delta, q: round_trip(rounded(base + delta, q), q.block_size)
         },
         "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha / math.sqrt(r)},
         "the errors are absolute: divide by the norm of the trained weight": {"error": lambda merged, true, delta: (merged - true).norm()},
@@ -185,16 +181,16 @@ merges_check = Check(
             "base": lambda way, decoded, original: decoded if way == "dequantized" else original
         },
         "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": {
-            "requantize": lambda weight, delta, q: rounded(round_trip(weight + delta, q.block_size), q)
+            "requantize": lambda base, delta, q: rounded(round_trip(base + delta, q.block_size), q)
         },
         "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": {
-            "requantize": lambda weight, delta, q: weight + delta
+            "requantize": lambda base, delta, q: base + delta
         },
         "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": {
-            "requantize": lambda weight, delta, q: weight + round_trip(delta, q.block_size)
+            "requantize": lambda base, delta, q: base + round_trip(delta, q.block_size)
         },
         "requantized in blocks of 64, whatever q has: use q.block_size": {
-            "requantize": lambda weight, delta, q: round_trip(weight + delta, 64)
+            "requantize": lambda base, delta, q: round_trip(base + delta, 64)
         },
         "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": {
             "base": lambda way, decoded, original: decoded if way == "requantized" else original

@@ -11,14 +11,6 @@ from course.checking import Check
 from course.checks.qlora.shared import entries
 
 
-def student(confidence: float, n: int) -> float:
-    return t.ppf((1 + confidence) / 2, n - 1)
-
-
-def standard_error(lost: Tensor, *samples: Tensor) -> float:
-    return lost.std().item() / math.sqrt(len(lost))
-
-
 def at_both_ends(estimate: float, low: float, high: float, tolerance: float) -> str:
     return "within" if high <= tolerance else "beyond" if low > tolerance else "unknown"
 
@@ -30,8 +22,10 @@ def two_percent_rule(
     confidence: float,
     *,
     differences=lambda b, c: c.mean(1) - b.mean(1),
-    quantile=student,
-    spread=standard_error,
+    spread=lambda lost, *samples: lost.std() / math.sqrt(len(lost)),
+    quantile=t.ppf,
+    probability=lambda confidence: (1 + confidence) / 2,
+    degrees=lambda n: n - 1,
     share=lambda nats, b: math.expm1(nats),
     interval=lambda nats, half, share: (share(nats - half), share(nats + half)),
     returned=lambda value: value,
@@ -40,7 +34,7 @@ def two_percent_rule(
     """The worked answer: a paired interval in nats, its ends and the mean as shares of perplexity, and the verdict."""
     b, c = baseline.double(), candidate.double()
     lost = differences(b, c)  # (sequences,)
-    half = quantile(confidence, len(lost)) * spread(lost, b, c)
+    half = quantile(probability(confidence), degrees(len(lost))) * float(spread(lost, b, c))
     nats = lost.mean().item()
     estimate, (low, high) = share(nats, b), interval(nats, half, lambda end: share(end, b))
     shares = {"estimate": returned(estimate), "low": returned(low), "high": returned(high)}
@@ -54,16 +48,12 @@ def by_scipys_interval(baseline: Tensor, candidate: Tensor, tolerance: float, co
     mean = sum(pairs) / n
     error = (sum((p - mean) ** 2 for p in pairs) / (n - 1) / n) ** 0.5
     low, high = (math.exp(end) - 1 for end in t.interval(confidence, n - 1, mean, error))
-    verdict = "unknown"
-    if low > tolerance:
-        verdict = "beyond"
-    elif high <= tolerance:
-        verdict = "within"
+    verdict = "beyond" if low > tolerance else "within" if high <= tolerance else "unknown"
     return {"estimate": math.exp(mean) - 1, "low": low, "high": high, "verdict": verdict}
 
 
-def of_two_samples(lost: Tensor, *samples: Tensor) -> float:
-    return math.sqrt(sum(losses.mean(1).var().item() / len(losses) for losses in samples))
+def of_two_samples(lost: Tensor, *samples: Tensor) -> Tensor:
+    return torch.sqrt(sum(losses.mean(1).var() / len(losses) for losses in samples))
 
 
 def observe(answer, seed: int) -> dict:
@@ -107,25 +97,19 @@ rule_check = Check(
         "the interval is that of two separate samples: both models saw the same sequences, so take the difference of each sequence first; "
         "what makes a text hard then drops out": {
             "spread": of_two_samples,
-            "quantile": lambda confidence, n: t.ppf((1 + confidence) / 2, 2 * n - 2),
+            "degrees": lambda n: 2 * n - 2,
         },
         "tokens are counted as the sample: neighbours in a text are surprising together; average each sequence, and let sequences be the "
         "sample": {"differences": lambda b, c: (c - b).flatten()},
-        "the width is the spread of the sequences: the spread of their mean is smaller by √n": {
-            "spread": lambda lost, *_: lost.std().item()
-        },
+        "the width is the spread of the sequences: the spread of their mean is smaller by √n": {"spread": lambda lost, *_: lost.std()},
         "the standard deviation divides by n: the mean was estimated from the same numbers, divide by n − 1": {
-            "spread": lambda lost, *_: lost.std(correction=0).item() / math.sqrt(len(lost))
+            "spread": lambda lost, *_: lost.std(correction=0) / math.sqrt(len(lost))
         },
         "the quantile is the normal one: with few sequences the spread itself is a guess; use Student's t with n − 1 degrees": {
-            "quantile": lambda confidence, n: norm.ppf((1 + confidence) / 2)
+            "quantile": lambda probability, degrees: norm.ppf(probability)
         },
-        "Student's t has n degrees of freedom here: one is spent on the mean, n − 1 are left": {
-            "quantile": lambda confidence, n: t.ppf((1 + confidence) / 2, n)
-        },
-        "the interval is one-sided: for two sides the quantile is at (1 + confidence)/2": {
-            "quantile": lambda confidence, n: t.ppf(confidence, n - 1)
-        },
+        "Student's t has n degrees of freedom here: one is spent on the mean, n − 1 are left": {"degrees": lambda n: n},
+        "the interval is one-sided: for two sides the quantile is at (1 + confidence)/2": {"probability": lambda confidence: confidence},
         "the verdict looks at the estimate alone: it must hold at both ends of the interval": {
             "verdict": lambda estimate, low, high, tolerance: "within" if estimate <= tolerance else "beyond"
         },
@@ -160,8 +144,8 @@ rule_check = Check(
             "interval": lambda nats, half, share: (nats - half, nats + half)
         },
         "n stands for n − 1 twice, in the standard deviation and in Student's t: one degree of freedom is spent on the mean": {
-            "spread": lambda lost, *_: lost.std(correction=0).item() / math.sqrt(len(lost)),
-            "quantile": lambda confidence, n: t.ppf((1 + confidence) / 2, n),
+            "spread": lambda lost, *_: lost.std(correction=0) / math.sqrt(len(lost)),
+            "degrees": lambda n: n,
         },
         "half the width of the interval, in nats, was added to the estimate, a share: take the ends in nats, then exp(…) − 1 of each": {
             "interval": lambda nats, half, share: (share(nats) - half, share(nats) + half)
@@ -174,13 +158,13 @@ rule_check = Check(
             "interval": lambda nats, half, share: tuple(share(nats) + side * math.exp(nats) * half for side in (-1, 1))
         },
         "the variance stands where the standard deviation belongs: take its root": {
-            "spread": lambda lost, *_: lost.var().item() / math.sqrt(len(lost))
+            "spread": lambda lost, *_: lost.var() / math.sqrt(len(lost))
         },
         "the sample are the columns: average over the tokens, the second axis": {"differences": lambda b, c: (c - b).mean(0)},
         "the tolerance is always 2 %: use the argument": {
             "verdict": lambda estimate, low, high, tolerance: at_both_ends(estimate, low, high, 0.02)
         },
-        "the confidence is always 95 %: use the argument": {"quantile": lambda confidence, n: student(0.95, n)},
+        "the confidence is always 95 %: use the argument": {"probability": lambda confidence: 0.975},
         "these are nats per token, not a share of perplexity: a loss of Δ nats is a rise of exp(Δ) − 1": {"share": lambda nats, b: nats},
         "the share is taken of the loss: 2 % of the nats is not 2 % of the perplexity; a loss of Δ nats is a rise of exp(Δ) − 1, whatever "
         "the loss": {"share": lambda nats, b: nats / b.mean().item()},
