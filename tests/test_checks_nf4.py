@@ -17,7 +17,7 @@ from course.checks.nf4.dequantize import dequantize
 from course.checks.nf4.levels import normal_levels
 from course.checks.nf4.lloyd_step import lloyd_step, weighted_mean
 from course.checks.nf4.nearest import nearest
-from course.checks.nf4.occupancy import absmax, occupancy
+from course.checks.nf4.occupancy import occupancy
 from course.checks.nf4.pack import pack
 from course.checks.qlora.product import decode
 from reference import nf4
@@ -288,8 +288,8 @@ def zeros_go_to(code):
         (zeros_go_to(lambda levels: len(levels) // 2 - 1), "a block of zeros"),
         (lambda x, levels, block_size: occupancy(x.view(-1), levels, block_size), "Use .reshape"),
         (lambda x, levels, block_size: occupancy(x.as_strided((x.numel(),), (1,)), levels, block_size), "a transposed float16 tensor"),
-        (mistaken(occupancy, scale=lambda block: block / (absmax(block) + 1e-12)), "a block of tiny values is lost"),
-        (mistaken(occupancy, scale=lambda block: block / absmax(block).clamp(min=1e-6)), "a block of tiny values is lost"),
+        (mistaken(occupancy, guard=lambda largest: largest + 1e-12), "a block of tiny values is lost"),
+        (mistaken(occupancy, guard=lambda largest: largest.clamp(min=1e-6)), "a block of tiny values is lost"),
     ],
 )
 def test_shares_that_are_right_for_some_tensors_are_refused(sly, words):

@@ -29,7 +29,7 @@ def quantized_bytes(
     packed=lambda layer: [layer.weight],
     codes=lambda n: math.ceil(n / 2),
     blocks=lambda n: math.ceil(n / 64),
-    layers=lambda blocks: blocks,
+    counted=lambda blocks: blocks,  # layer by layer
     scales=scale_bytes,
     replaced=set,
     once=True,
@@ -42,7 +42,7 @@ def quantized_bytes(
     sizes = [sum(p.numel() for p in of_layer) for of_layer in weights]
     gone = replaced(p for of_layer in weights for p in of_layer)
     rest = [p for name, p in model.named_parameters(remove_duplicate=once) if p not in gone and stays(name)]
-    found = {"codes": sum(map(codes, sizes)), "scales": sum(map(scales, layers([blocks(n) for n in sizes])))}
+    found = {"codes": sum(map(codes, sizes)), "scales": sum(map(scales, counted([blocks(n) for n in sizes])))}
     stored = found["codes"] + found["scales"]
     return found | {"16 bits": width * sum(p.numel() for p in rest), "bits per quantized weight": bits(stored, sizes, model)}
 
@@ -139,7 +139,7 @@ bytes_of_base_check = Check(
         "the scales' own scales are missing: one float32 for each 256 scales of a layer": {"scales": lambda blocks: blocks + 4},
         "the offset is missing: the mean of a layer's scales, one float32": {"scales": lambda blocks: scale_bytes(blocks) - 4},
         "the scales of all layers are counted as if they were one layer's: each layer has its own offset, and its own last, short block": {
-            "layers": lambda blocks: [sum(blocks)]
+            "counted": lambda blocks: [sum(blocks)]
         },
         "the scales are missing: each block of 64 weights has one": {"scales": lambda blocks: 0},
         "the bits are spread over all parameters: divide by the number of quantized weights": {

@@ -37,7 +37,7 @@ def three_merges(
     add=lambda weight, delta, dtype, way: (weight + delta).to(dtype),
     requantize=lambda base, delta, q: round_trip(base + delta, q.block_size),
     judge=lambda way, stored, exact: stored,
-    true=lambda way, decoded, original, delta: decoded + delta,
+    truth=lambda way, decoded, original, delta: decoded + delta,
     error=lambda merged, true, delta: (merged - true).norm() / true.norm(),
 ) -> dict[str, dict]:
     """The worked answer: each sum in float32, and rounded once; its error, as it is stored, against Ŵ + ΔW."""
@@ -47,7 +47,7 @@ def three_merges(
         weight = base(way, decoded, original.float())
         weights[way] = requantize(weight, delta, q) if way == "requantized" else add(weight, delta, original.dtype, way)
         merged = judge(way, weights[way].float(), weight + delta)
-        errors[way] = error(merged, true(way, decoded, original, delta), delta).item()
+        errors[way] = error(merged, truth(way, decoded, original, delta), delta).item()
     return {"weights": weights, "errors": errors}
 
 
@@ -111,31 +111,31 @@ merges_check = Check(
         "the update is scaled by α: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha},
         "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": {"product": lambda A, B: (B @ A).T},
         "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": {
-            "true": lambda way, decoded, original, delta: original + delta
+            "truth": lambda way, decoded, original, delta: original + delta
         },
         "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": {
-            "true": lambda way, decoded, original, delta: original.float()
+            "truth": lambda way, decoded, original, delta: original.float()
         },
         "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
-        "Ŵ + ΔW in float32": {"true": lambda way, decoded, original, delta: rounded(decoded + delta, original)},
+        "Ŵ + ΔW in float32": {"truth": lambda way, decoded, original, delta: rounded(decoded + delta, original)},
         "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
-        "dequantized weight, compare with Ŵ + ΔW": {"true": lambda way, decoded, original, delta: rounded(original + delta, original)},
+        "dequantized weight, compare with Ŵ + ΔW": {"truth": lambda way, decoded, original, delta: rounded(original + delta, original)},
         "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
-        "others": {"true": lambda way, decoded, original, delta: (original if way == "original" else decoded) + delta},
+        "others": {"truth": lambda way, decoded, original, delta: (original if way == "original" else decoded) + delta},
         "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": {
-            "true": lambda way, decoded, original, delta: rounded(original + delta, original) if way == "original" else decoded + delta
+            "truth": lambda way, decoded, original, delta: rounded(original + delta, original) if way == "original" else decoded + delta
         },
         "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": {
-            "true": lambda way, decoded, original, delta: original.float() if way == "original" else decoded + delta
+            "truth": lambda way, decoded, original, delta: original.float() if way == "original" else decoded + delta
         },
         "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": {"update": rounded},
         "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": {
-            "true": lambda way, decoded, original, delta: decoded + rounded(delta, original)
+            "truth": lambda way, decoded, original, delta: decoded + rounded(delta, original)
         },
         "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
         "'original'": lambda *arguments: three_merges(*arguments)["weights"],
         "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": {
-            "true": lambda way, decoded, original, delta: decoded
+            "truth": lambda way, decoded, original, delta: decoded
         },
         "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": {
             "error": lambda merged, true, delta: (merged - true).norm() / delta.norm()
