@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,18 @@ from scipy.special import ndtri
 from scipy.stats import norm
 
 from course import ROOT
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import nf4 as check
+from course.checks.nf4.dequantize import dequantize
+from course.checks.nf4.levels import normal_levels
+from course.checks.nf4.lloyd_step import lloyd_step, weighted_mean
+from course.checks.nf4.nearest import nearest
+from course.checks.nf4.occupancy import occupancy
+from course.checks.nf4.pack import pack
+from course.checks.qlora.product import decode
 from reference import nf4
 from reference.blockwise import midpoints, scale_blocks
-from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, nearest_codes, normal_float_codebook
+from reference.nf4 import NF4_CODEBOOK, nearest_codes, normal_float_codebook
 
 COUNTS = {(2 ** (bits - 1) - 1, 2 ** (bits - 1)): bits for bits in range(2, 9)}
 
@@ -34,12 +42,12 @@ def levels_of_the_reference(negative, positive, offset):
 
 
 def levels_mirrored(negative, positive, offset):
-    found = check.from_quantiles()(negative, positive, offset)
+    found = normal_levels(negative, positive, offset)
     return -found.flip(0)
 
 
 def levels_nearly(negative, positive, offset):
-    found = check.from_quantiles()(negative, positive, offset)
+    found = normal_levels(negative, positive, offset)
     return torch.where(found == 0, 1e-4, found)
 
 
@@ -50,7 +58,7 @@ def test_other_right_levels_pass():
 
 def test_the_sign_of_zero_does_not_matter():
     def with_minus_zero(negative, positive, offset):
-        found = check.from_quantiles()(negative, positive, offset)
+        found = normal_levels(negative, positive, offset)
         return torch.where(found == 0, -0.0, found)
 
     check.levels(with_minus_zero)
@@ -64,7 +72,7 @@ def test_sly_levels_are_refused(sly):
 
 def test_one_last_place_is_named():
     def off_by_one_bit(negative, positive, offset):
-        found = check.from_quantiles()(negative, positive, offset)
+        found = normal_levels(negative, positive, offset)
         found[3] = torch.nextafter(found[3], torch.tensor(math.inf))
         return found
 
@@ -108,7 +116,7 @@ def test_no_two_levels_are_equal():
     """Of two equal levels either code is right."""
     seen = []
     for seed in range(20):
-        check.nearest._run(lambda scaled, levels: seen.append(levels) or check.by_counting()(scaled, levels), seed)
+        check.nearest._run(lambda scaled, levels: seen.append(levels) or nearest(scaled, levels), seed)
     assert all((levels.diff() > 1e-4).all() for levels in seen)
 
 
@@ -116,11 +124,11 @@ def test_no_two_levels_are_equal():
     "sly",
     [
         lambda scaled, levels: nearest_codes(scaled),  # NF4 whatever the levels
-        lambda scaled, levels: check.by_counting()(scaled.clamp(-1, 1).round(decimals=1), levels),
-        lambda scaled, levels: check.by_counting()(scaled, levels) * 0,
-        lambda scaled, levels: check.by_counting(dtype=torch.int8)(scaled, levels),
-        lambda scaled, levels: check.by_counting()(scaled.clamp(-1, 1), levels),
-        lambda scaled, levels: check.by_counting()(scaled.view(-1), levels).view(scaled.shape),
+        lambda scaled, levels: nearest(scaled.clamp(-1, 1).round(decimals=1), levels),
+        lambda scaled, levels: nearest(scaled, levels) * 0,
+        lambda scaled, levels: nearest(scaled, levels).to(torch.int8),
+        lambda scaled, levels: nearest(scaled.clamp(-1, 1), levels),
+        lambda scaled, levels: nearest(scaled.view(-1), levels).view(scaled.shape),
     ],
 )
 def test_sly_codes_are_refused(sly):
@@ -131,11 +139,11 @@ def test_sly_codes_are_refused(sly):
 def pads_in_place(codes):
     if len(codes) % 2:
         codes.resize_(len(codes) + 1)[-1] = 7
-    return check.packer()(codes)
+    return pack(codes)
 
 
 def clears_its_input(codes):
-    packed = check.packer()(codes)
+    packed = pack(codes)
     codes.zero_()
     return packed
 
@@ -165,11 +173,11 @@ def test_packing_that_changes_the_codes_is_refused(sly, words):
 @pytest.mark.parametrize(
     "sly",
     [
-        lambda codes: check.packer()(codes)[:, None],  # the library's shape, not the one asked for
-        lambda codes: check.packer()(codes).flip(0),
-        lambda codes: check.packer()(codes.clamp(max=7)),
-        lambda codes: check.packer(dtype=torch.int8)(codes),
-        lambda codes: torch.cat([check.packer()(codes), torch.zeros(1, dtype=torch.uint8)]),
+        lambda codes: pack(codes)[:, None],  # the library's shape, not the one asked for
+        lambda codes: pack(codes).flip(0),
+        lambda codes: pack(codes.clamp(max=7)),
+        lambda codes: pack(codes, dtype=torch.int8),
+        lambda codes: torch.cat([pack(codes), torch.zeros(1, dtype=torch.uint8)]),
     ],
 )
 def test_sly_packing_is_refused(sly):
@@ -178,10 +186,8 @@ def test_sly_packing_is_refused(sly):
 
 
 def test_the_reference_restores():
-    def by_reference(packed, absmax, shape, block_size, dtype):
-        return dequantize_nf4(NF4Tensor(packed[:, None], absmax, torch.Size(shape), dtype, block_size))
-
-    check.dequantize(by_reference)
+    for seed in range(3):
+        check.dequantize._judge(decode, seed)
 
 
 def restored_one_by_one(packed, absmax, shape, block_size, dtype):
@@ -201,11 +207,11 @@ def test_restoring_one_by_one_passes():
     "sly",
     [
         lambda packed, absmax, shape, block_size, dtype: torch.zeros(shape, dtype=dtype),
-        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, 64, dtype),  # the usual block size
-        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape[::-1], block_size, dtype),
-        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax.half().float(), shape, block_size, dtype),
-        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax.clamp(min=1e-12), shape, block_size, dtype),
-        lambda packed, absmax, shape, block_size, dtype: check.restorer()(packed, absmax, shape, block_size, torch.bfloat16).to(dtype),
+        lambda packed, absmax, shape, block_size, dtype: dequantize(packed, absmax, shape, 64, dtype),  # the usual block size
+        lambda packed, absmax, shape, block_size, dtype: dequantize(packed, absmax, shape[::-1], block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: dequantize(packed, absmax.half().float(), shape, block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: dequantize(packed, absmax.clamp(min=1e-12), shape, block_size, dtype),
+        lambda packed, absmax, shape, block_size, dtype: dequantize(packed, absmax, shape, block_size, torch.bfloat16).to(dtype),
     ],
 )
 def test_sly_restoring_is_refused(sly):
@@ -280,10 +286,10 @@ def zeros_go_to(code):
         (zeros_go_to(lambda levels: 7), "a block of zeros"),
         (zeros_go_to(lambda levels: len(levels) // 2), "a block of zeros"),
         (zeros_go_to(lambda levels: len(levels) // 2 - 1), "a block of zeros"),
-        (lambda x, levels, block_size: check.sharer()(x.view(-1), levels, block_size), "Use .reshape"),
-        (lambda x, levels, block_size: check.sharer()(x.as_strided((x.numel(),), (1,)), levels, block_size), "a transposed float16 tensor"),
-        (check.sharer(largest=lambda block: block.abs().max() + 1e-12), "a block of tiny values is lost"),
-        (check.sharer(largest=lambda block: block.abs().max().clamp(min=1e-6)), "a block of tiny values is lost"),
+        (lambda x, levels, block_size: occupancy(x.view(-1), levels, block_size), "Use .reshape"),
+        (lambda x, levels, block_size: occupancy(x.as_strided((x.numel(),), (1,)), levels, block_size), "a transposed float16 tensor"),
+        (mistaken(occupancy, guard=lambda largest: largest + 1e-12), "a block of tiny values is lost"),
+        (mistaken(occupancy, guard=lambda largest: largest.clamp(min=1e-6)), "a block of tiny values is lost"),
     ],
 )
 def test_shares_that_are_right_for_some_tensors_are_refused(sly, words):
@@ -295,11 +301,11 @@ def test_shares_that_are_right_for_some_tensors_are_refused(sly, words):
 @pytest.mark.parametrize(
     "sly",
     [
-        lambda x, levels, block_size: check.sharer()(x, NF4_CODEBOOK, block_size),
-        lambda x, levels, block_size: check.sharer()(x, levels, 64),
-        lambda x, levels, block_size: check.sharer()(x.abs(), levels, block_size),
-        lambda x, levels, block_size: check.sharer()(x, levels, block_size).softmax(0),
-        lambda x, levels, block_size: check.sharer()(x, levels, block_size).sort().values,
+        lambda x, levels, block_size: occupancy(x, NF4_CODEBOOK, block_size),
+        lambda x, levels, block_size: occupancy(x, levels, 64),
+        lambda x, levels, block_size: occupancy(x.abs(), levels, block_size),
+        lambda x, levels, block_size: occupancy(x, levels, block_size).softmax(0),
+        lambda x, levels, block_size: occupancy(x, levels, block_size).sort().values,
     ],
 )
 def test_sly_shares_are_refused(sly):
@@ -309,7 +315,7 @@ def test_sly_shares_are_refused(sly):
 
 def many_steps(scaled, weight, levels, kept=()):
     for _ in range(30):
-        levels = check.stepper()(scaled, weight, levels, kept)
+        levels = lloyd_step(scaled, weight, levels, kept)
     return levels
 
 
@@ -361,9 +367,9 @@ def test_no_scaled_value_is_next_to_a_midpoint():
     [
         many_steps,
         lambda scaled, weight, levels, kept=(): levels,
-        lambda scaled, weight, levels, kept=(): (levels + check.stepper()(scaled, weight, levels, kept)) / 2,
-        lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight, levels, (0, 7, 15)),
-        lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight.flip(0), levels, kept),
+        lambda scaled, weight, levels, kept=(): (levels + lloyd_step(scaled, weight, levels, kept)) / 2,
+        lambda scaled, weight, levels, kept=(): lloyd_step(scaled, weight, levels, (0, 7, 15)),
+        lambda scaled, weight, levels, kept=(): lloyd_step(scaled, weight.flip(0), levels, kept),
     ],
 )
 def test_sly_steps_are_refused(sly):
@@ -372,7 +378,7 @@ def test_sly_steps_are_refused(sly):
 
 
 def kept_only_if(change):
-    return lambda scaled, weight, levels, kept=(): check.stepper()(scaled, weight, levels, change(kept))
+    return lambda scaled, weight, levels, kept=(): lloyd_step(scaled, weight, levels, change(kept))
 
 
 @pytest.mark.parametrize(
@@ -382,9 +388,9 @@ def kept_only_if(change):
         (kept_only_if(lambda kept: (0, 7, 15) if kept else ()), "with codes"),
         (kept_only_if(lambda kept: (0, 7, 15) if len(kept) == 3 else kept), "with codes 2, 9 and 12 kept"),
         (kept_only_if(lambda kept: kept[:1]), "kept"),
-        (check.stepper(more=1e-12), "the weights of small blocks are lost"),
+        (mistaken(lloyd_step, centre=partial(weighted_mean, more=1e-12)), "the weights of small blocks are lost"),
         (
-            lambda s, weight, levels, kept=(): check.stepper()(s, torch.where(weight < 1e-8, 0, weight), levels, kept),
+            lambda s, weight, levels, kept=(): lloyd_step(s, torch.where(weight < 1e-8, 0, weight), levels, kept),
             "weights of about 1e-20",
         ),
     ],

@@ -11,8 +11,14 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import qlora as check
+from course.checks.qlora.bytes_of_base import a_model, quantized_bytes
+from course.checks.qlora.frozen import frozen_bytes
+from course.checks.qlora.merges import three_merges
+from course.checks.qlora.product import decode, nf4_product
+from course.checks.qlora.rule import two_percent_rule
+from course.checks.qlora.shared import BITS
 from course.lab.evaluation import compare_losses
 from course.lab.live import module_bytes
 from reference.lora import LoRALinear
@@ -20,8 +26,6 @@ from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
 from reference.qlora.format import Layout
 from reference.qlora.product import NF4Product
-
-decode = check.decode
 
 
 def refused(judge, answer, words):
@@ -183,7 +187,7 @@ def test_sly_products_are_refused(answer, words):
 
 def test_a_vector_that_fails_is_named():
     """sum(()) sums over all axes, and a vector has no leading ones."""
-    answer = check.product_with(bias_gradient=lambda grad: grad.sum(tuple(range(grad.ndim - 1))))
+    answer = mistaken(nf4_product, bias_gradient=lambda grad: grad.sum(tuple(range(grad.ndim - 1))))
     refused(check.product, answer, r"for an x without leading axes, \(in,\), your code raised RuntimeError")
 
 
@@ -192,8 +196,8 @@ def test_a_vector_that_fails_is_named():
 
 def test_the_worked_answer_counts_what_is_there():
     for tied in (False, True):
-        model = check._a_model(random.Random(3), tied)
-        counted = check.base_bytes(model, ("lm_head",))
+        model = a_model(random.Random(3), tied)
+        counted = quantized_bytes(model, ("lm_head",))
         quantize_linears(model)
         assert counted["codes"] + counted["scales"] + counted["16 bits"] == module_bytes(model)
 
@@ -202,18 +206,18 @@ def test_the_worked_answer_counts_what_is_there():
     "answer",
     [
         lambda model, skip: sum(p.nbytes for p in model.parameters()),
-        lambda model, skip: {**check.base_bytes(model, skip), "scales": 0},
-        lambda model, skip: check.base_bytes(model, ("lm_head",)),
-        lambda model, skip: {key: float(round(value)) for key, value in check.base_bytes(model, skip).items()},
-        lambda model, skip: {key: value for key, value in check.base_bytes(model, skip).items() if key != "codes"},
-        lambda model, skip: dict.fromkeys(check.base_bytes(model, skip), 0),
-        lambda model, skip: tuple(check.base_bytes(model, skip).values()),
-        lambda model, skip: {**check.base_bytes(model, skip), "bits per quantized weight": 4.127},
-        check.base_with(skips=lambda name, skip: name.endswith(tuple(skip))),
-        check.base_with(skips=lambda name, skip: name.split(".")[-1] in (skip or ("lm_head",))),
-        check.base_with(skips=lambda name, skip: bool({name.split(".")[0], name.split(".")[-1]} & set(skip))),
-        lambda model, skip: check.base_bytes(model, skip[:1]),
-        check.base_with(scales=lambda blocks: sum(5 * count for count in blocks)),
+        lambda model, skip: {**quantized_bytes(model, skip), "scales": 0},
+        lambda model, skip: quantized_bytes(model, ("lm_head",)),
+        lambda model, skip: {key: float(round(value)) for key, value in quantized_bytes(model, skip).items()},
+        lambda model, skip: {key: value for key, value in quantized_bytes(model, skip).items() if key != "codes"},
+        lambda model, skip: dict.fromkeys(quantized_bytes(model, skip), 0),
+        lambda model, skip: tuple(quantized_bytes(model, skip).values()),
+        lambda model, skip: {**quantized_bytes(model, skip), "bits per quantized weight": 4.127},
+        mistaken(quantized_bytes, skipped=lambda name, skip: name.endswith(tuple(skip))),
+        mistaken(quantized_bytes, skipped=lambda name, skip: name.split(".")[-1] in (skip or ("lm_head",))),
+        mistaken(quantized_bytes, skipped=lambda name, skip: bool({name.split(".")[0], name.split(".")[-1]} & set(skip))),
+        lambda model, skip: quantized_bytes(model, skip[:1]),
+        mistaken(quantized_bytes, scales=lambda blocks: 5 * blocks),
     ],
 )
 def test_sly_counts_are_refused(answer):
@@ -221,36 +225,40 @@ def test_sly_counts_are_refused(answer):
 
 
 def test_layers_may_be_known_by_their_names():
-    check.bytes_of_base(check.base_with(quantized=lambda name, module: name.endswith(("proj", "head"))))
+    check.bytes_of_base(mistaken(quantized_bytes, chosen=lambda name, module: name.endswith(("proj", "head"))))
 
 
 def test_bits_of_a_quantized_weight_are_what_a_layer_takes():
     layer = NF4Linear.from_linear(nn.Linear(1024, 1024, bias=False))
     stored = layer.weight.nbytes + layer.absmax.nbytes + layer.nested_absmax.nbytes
-    assert 8 * stored / 1024**2 == check.BITS  # beside the 4 bytes of the offset
+    assert 8 * stored / 1024**2 == BITS  # beside the 4 bytes of the offset
+
+
+def with_break_even(number):
+    return mistaken(frozen_bytes, even=lambda saved: number(saved / 2))
 
 
 def test_the_worked_break_even_is_one():
     linears = [(640, 320), (320, 640), (320, 320)]
-    even = check.frozen_with()(linears, 0)["QLoRA needs more from"]
+    even = frozen_bytes(linears, 0)["QLoRA needs more from"]
     for others, more in ((even * 0.99, False), (even * 1.01, True)):
-        found = check.frozen_with()(linears, others)
+        found = frozen_bytes(linears, others)
         assert (found["QLoRA, the rest in float32"] > found["LoRA"]) == more
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda linears, others: {**check.frozen_with()(linears, others), "QLoRA needs more from": others},
-        lambda linears, others: {key: value / 2**30 for key, value in check.frozen_with()(linears, others).items()},
-        lambda linears, others: check.frozen_with()(linears, 0),
+        lambda linears, others: {**frozen_bytes(linears, others), "QLoRA needs more from": others},
+        lambda linears, others: {key: value / 2**30 for key, value in frozen_bytes(linears, others).items()},
+        lambda linears, others: frozen_bytes(linears, 0),
         lambda linears, others: None,
-        lambda linears, others: dict.fromkeys(check.frozen_with()(linears, others), 0),
-        check.frozen_with(moment=lambda sizes: 2 * min(sizes)),
-        *(check.frozen_with(number=number) for number in (int, math.floor, math.ceil, abs, lambda value: value if value > 0 else None)),
-        check.frozen_with(moment=lambda sizes: 2 * sizes[0]),
-        lambda linears, others: check.frozen_with(moment=lambda sizes: 2 * math.prod(max(linears)))(linears, others),
-        lambda linears, others: check.frozen_with()(linears, others + 1),
+        lambda linears, others: dict.fromkeys(frozen_bytes(linears, others), 0),
+        mistaken(frozen_bytes, copied=min),
+        *(with_break_even(number) for number in (int, math.floor, math.ceil, abs, lambda value: value if value > 0 else None)),
+        mistaken(frozen_bytes, copied=lambda sizes: sizes[0]),
+        lambda linears, others: mistaken(frozen_bytes, copied=lambda sizes: math.prod(max(linears)))(linears, others),
+        lambda linears, others: frozen_bytes(linears, others + 1),
     ],
 )
 def test_sly_comparisons_are_refused(answer):
@@ -345,11 +353,14 @@ def all_in_float32(q, original, *rest):
         (with_truth(lambda trained, rounded: trained, narrow=True), "'dequantized' is compared with itself"),
         (with_truth(lambda trained, rounded: trained, own=True), "the error of 'original' compares it with W"),
         (lambda *arguments: list(check.merges.reference(*arguments)), "expected a dictionary, got list"),
-        (check.merge_with(scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
-        (check.merge_with(scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
-        (check.merge_with(before_rounding=("dequantized",)), "the error of 'dequantized' is zero"),
-        (check.merge_with(requantize=lambda q, decoded, original, delta: decoded), "weights: requantized"),
-        (check.merge_with(error=lambda merged, true, delta: ((merged - true) / true).abs().mean().item()), "errors: dequantized"),
+        (mistaken(three_merges, scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
+        (mistaken(three_merges, scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
+        (
+            mistaken(three_merges, judge=lambda way, stored, exact: exact if way == "dequantized" else stored),
+            "the error of 'dequantized' is zero",
+        ),
+        (mistaken(three_merges, requantize=lambda base, delta, q: base), "weights: requantized"),
+        (mistaken(three_merges, error=lambda merged, true, delta: ((merged - true) / true).abs().mean()), "errors: dequantized"),
     ],
 )
 def test_sly_merges_are_refused(answer, words):
@@ -366,7 +377,7 @@ def by_the_lab(baseline, candidate, tolerance, confidence):
 
 def in_float32(baseline, candidate, tolerance, confidence):
     lost = (candidate - baseline).mean(1)
-    half = check._student(lost, confidence)
+    half = stats.t.ppf((1 + confidence) / 2, len(lost) - 1) * lost.std().item() / math.sqrt(len(lost))
     low, estimate, high = (torch.expm1(lost.mean() + sign * half) for sign in (-1, 0, 1))
     verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "unknown"
     return {"estimate": estimate, "low": low, "high": high, "verdict": verdict}
@@ -446,9 +457,17 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
         (lambda b, c, tolerance, confidence: None, "expected a dictionary, got NoneType"),
         (lambda *arguments: {**check.rule.reference(*arguments), "verdict": True}, "verdict: expected 'within', got True"),
         (lambda b, c, tolerance, confidence: check.rule.reference(b, c, tolerance, 1 - confidence), "low"),
-        (check.rule_with(half=lambda lost, *_: check._student(lost, 0.95) * 2), "low"),
-        (check.rule_with(share=lambda value: math.exp(value)), "estimate"),
-        (check.rule_with(verdict=lambda e, low, high, t: "unknown" if low <= t <= high else "within" if high < t else "beyond"), "<="),
+        (
+            mistaken(two_percent_rule, probability=lambda confidence: 0.975, spread=lambda lost, *_: 2 * lost.std() / math.sqrt(len(lost))),
+            "low",
+        ),
+        (mistaken(two_percent_rule, share=lambda nats, b: math.exp(nats)), "estimate"),
+        (
+            mistaken(
+                two_percent_rule, verdict=lambda e, low, high, t: "unknown" if low <= t <= high else "within" if high < t else "beyond"
+            ),
+            "<=",
+        ),
     ],
 )
 def test_sly_rules_are_refused(answer, words):
@@ -461,7 +480,7 @@ def test_rounded_break_evens_are_told_apart():
     for seed in range(20):
         for number, words in ways.items():
             with pytest.raises(NotYet, match=words):
-                check.frozen._judge(check.frozen_with(number=number), seed)
+                check.frozen._judge(with_break_even(number), seed)
         check.frozen._judge(frozen_with_numpy, seed)
 
 
