@@ -5,11 +5,11 @@ everywhere else no value lies next to a midpoint.
 """
 
 from course.checks.nf4.dequantize import AS_MASK, looked_up
-from course.checks.nf4.dequantize import dequantize_check as dequantize
-from course.checks.nf4.levels import levels_check as levels
-from course.checks.nf4.lloyd_step import lloyd_step_check as lloyd_step
-from course.checks.nf4.nearest import nearest_check as nearest
-from course.checks.nf4.occupancy import occupancy_check as occupancy
-from course.checks.nf4.pack import pack_check as pack
+from course.checks.nf4.dequantize import check as dequantize
+from course.checks.nf4.levels import check as levels
+from course.checks.nf4.lloyd_step import check as lloyd_step
+from course.checks.nf4.nearest import check as nearest
+from course.checks.nf4.occupancy import check as occupancy
+from course.checks.nf4.pack import check as pack
 
 __all__ = ["AS_MASK", "dequantize", "levels", "lloyd_step", "looked_up", "nearest", "occupancy", "pack"]

@@ -67,7 +67,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-dequantize_check = Check(
+check = Check(
     task="restoring packed NF4: the high nibble first, each block its scale, one rounding, any shape and length",
     observe=observe,
     reference=dequantize,

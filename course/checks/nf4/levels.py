@@ -59,7 +59,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-levels_check = Check(
+check = Check(
     task="a normal float's levels: quantiles on both sides, an exact zero, the largest 1, NF4's bit for bit",
     observe=observe,
     reference=normal_levels,

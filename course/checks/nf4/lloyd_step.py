@@ -73,7 +73,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-lloyd_step_check = Check(
+check = Check(
     task="one step of Lloyd's iteration: weighted means, unused and kept levels where they were",
     observe=observe,
     reference=lloyd_step,

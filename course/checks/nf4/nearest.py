@@ -46,7 +46,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-nearest_check = Check(
+check = Check(
     task="the nearest level's code, for any levels, the lower one on a tie",
     observe=observe,
     reference=nearest,

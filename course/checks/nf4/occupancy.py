@@ -102,7 +102,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-occupancy_check = Check(
+check = Check(
     task="what the bins hold: each block scaled by its own largest absolute value, the last one too",
     observe=observe,
     reference=occupancy,

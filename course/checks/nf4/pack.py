@@ -39,7 +39,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-pack_check = Check(
+check = Check(
     task="two codes a byte, the first in the high bits, odd lengths filled with the code of zero",
     observe=observe,
     reference=pack,

@@ -89,7 +89,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-bytes_of_base_check = Check(
+check = Check(
     task="bytes of a quantized model, part by part",
     observe=observe,
     reference=quantized_bytes,

@@ -75,7 +75,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-frozen_check = Check(
+check = Check(
     task="frozen bytes under LoRA and QLoRA, and where QLoRA needs more",
     observe=observe,
     reference=frozen_bytes,

@@ -101,7 +101,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-merges_check = Check(
+check = Check(
     task="three merges, and how far each is from what was trained",
     observe=observe,
     reference=three_merges,

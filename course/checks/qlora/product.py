@@ -197,7 +197,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-product_check = Check(
+check = Check(
     task="y = x·Ŵᵀ + b and its gradient; nothing is kept but the packed weight",
     observe=observe,
     reference=nf4_product,

@@ -88,7 +88,7 @@ def observe(answer, seed: int) -> dict:
     return seen
 
 
-rule_check = Check(
+check = Check(
     task="the 2 % rule: a paired interval, and three verdicts",
     observe=observe,
     reference=two_percent_rule,
