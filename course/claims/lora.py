@@ -171,8 +171,13 @@ def _ranks(rule: str) -> dict[str, list[float]]:
 
 
 def rank_nats(rule: str, r: int) -> float:
-    """Where the scale is "α fixed" / r, "rsLoRA", or "α = 2r" / r; the three agree at r = 8."""
+    """Where the scale is "α fixed" / r, "rsLoRA", or "α = 2r" / r."""
     return statistics.fmean(_ranks(rule)[str(r)])
+
+
+def rules_agree_at_rank_8() -> bool:
+    """There the three scales are 2, in every seed."""
+    return _ranks("α fixed")["8"] == _ranks("rsLoRA")["8"] == _ranks("α = 2r")["8"]
 
 
 def higher_rank_helps_where_the_scale_holds() -> bool:
