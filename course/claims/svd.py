@@ -1,8 +1,12 @@
-"""What unit 01 states: small matrices and a photograph, computed; fine-tunings as `benchmarks/update_rank.py` recorded them on a CPU."""
+"""What unit 01 states: small matrices and a photograph, computed; fine-tunings as benchmarks recorded them.
 
-import functools
+What was measured on the tiny model and on small networks is `benchmarks/update_rank.py`'s, on a CPU; Gemma 3 270M ran on a GPU, and its
+figures take the ``device`` of the record. ``measure`` is written as in the records.
+"""
+
 import math
 import statistics
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,26 +14,29 @@ from torch import Tensor
 from course.lab import recorded
 from reference import lowrank
 
+GPU, CPU = "h100", "cpu"
+
 # Small matrices
 
 
-def largest_saving_rank_4096() -> int:
-    """Factors of a 4096 × 4096 matrix are smaller than it below this rank."""
-    return 4096 * 4096 // (4096 + 4096)
+def factors(n: int, rank: int) -> int:
+    """Numbers in the two factors of an n × n matrix."""
+    return rank * (n + n)
 
 
-def factors_share_4096_r16() -> float:
-    """Numbers of rank-16 factors in percent of a 4096 × 4096 matrix's."""
-    return 100 * 16 * (4096 + 4096) / 4096**2
+def factors_percent(n: int, rank: int) -> float:
+    """The same in percent of the matrix's; of the multiplications for a vector, too."""
+    return 100 * factors(n, rank) / n**2
 
 
-def error_at_99_percent_energy() -> float:
-    """Relative error, in percent of the norm, where 99 % of the energy is kept."""
-    return 100 * math.sqrt(1 - 0.99)
+def break_even_rank(n: int) -> int:
+    """From where the factors of an n × n matrix have as many numbers as it has."""
+    return n**2 // factors(n, 1)
 
 
-def error_at_90_percent_energy() -> float:
-    return 100 * math.sqrt(1 - 0.9)
+def error_percent(energy: float) -> float:
+    """Relative error, of the norm, where this share of the energy is kept."""
+    return 100 * math.sqrt(1 - energy)
 
 
 def _four_large() -> Tensor:
@@ -37,34 +44,32 @@ def _four_large() -> Tensor:
     return torch.tensor([10.0] * 4 + [0.3] * 124, dtype=torch.float64)
 
 
-def four_large_energy() -> float:
+def four_large_energy_percent() -> float:
+    """Of the energy that the four large values hold."""
     return 100 * lowrank.energy_captured(_four_large(), 4)
 
 
-def four_large_effective_rank() -> float:
-    return lowrank.effective_rank(_four_large())
+def four_large_rank(measure: str) -> float:
+    """The "effective_rank" or the "stable_rank" of these."""
+    return getattr(lowrank, measure)(_four_large())
 
 
-def four_large_stable_rank() -> float:
-    return lowrank.stable_rank(_four_large())
-
-
-def effective_rank_by_hand() -> float:
-    """Of the singular values 2, 1, 1."""
-    return lowrank.effective_rank(torch.tensor([2.0, 1.0, 1.0]))
+def effective_rank(*values: float) -> float:
+    """Of these singular values."""
+    return lowrank.effective_rank(torch.tensor(values, dtype=torch.float64))
 
 
 def _noise(seed: int = 0) -> Tensor:
     return torch.randn(128, 128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@functools.cache
-def noise_effective_rank_128() -> float:
+@cache
+def noise_effective_rank() -> float:
     """Of a 128 × 128 matrix of independent normal numbers, mean of five."""
     return statistics.fmean(lowrank.effective_rank(torch.linalg.svdvals(_noise(seed))) for seed in range(5))
 
 
-def noise_upper_edge_128() -> float:
+def noise_upper_edge() -> float:
     """Largest singular value of unit noise, 128 × 128, by Marchenko and Pastur."""
     return lowrank.marchenko_pastur_edges((128, 128), std=1.0)[1]
 
@@ -92,6 +97,7 @@ def no_rival_is_closer() -> bool:
 
 
 def energy_is_one_minus_squared_error() -> bool:
+    """Of 128 × 128 noise cut to rank 20."""
     weight = _noise()
     b, a = lowrank.truncated_svd(weight, 20)
     error = (torch.linalg.matrix_norm(weight - b @ a) / torch.linalg.matrix_norm(weight)).item()
@@ -118,7 +124,7 @@ def projected_gradient_is_the_gradient_of_z() -> bool:
 # The photograph
 
 
-@functools.cache
+@cache
 def _photograph() -> Tensor:
     """Singular values of scikit-learn's photograph of a temple, 427 × 640 grey values."""
     from sklearn.datasets import load_sample_image
@@ -126,67 +132,35 @@ def _photograph() -> Tensor:
     return torch.linalg.svdvals(torch.tensor(load_sample_image("china.jpg"), dtype=torch.float64).mean(-1) / 255)
 
 
-def photograph_rank_for_99_percent() -> int:
-    return lowrank.rank_for_energy(_photograph(), 0.99)
+def photograph_rank(energy: float) -> int:
+    """That keeps this share of the energy."""
+    return lowrank.rank_for_energy(_photograph(), energy)
 
 
-def photograph_rank_for_90_percent() -> int:
-    return lowrank.rank_for_energy(_photograph(), 0.9)
-
-
-def photograph_rank_by_the_mistake() -> int:
-    """The rank for 90 % if σ is added up in place of σ²."""
+def photograph_rank_by_the_mistake(energy: float) -> int:
+    """The same if σ is added up in place of σ²."""
     kept = _photograph().cumsum(0)
-    return int((kept < 0.9 * kept[-1]).sum()) + 1
+    return int((kept < energy * kept[-1]).sum()) + 1
 
 
-# Fine-tunings of the tiny model, recorded
+# Fine-tunings of the tiny model, recorded; means of three seeds
 
 
-@functools.cache
+@cache
 def _recorded() -> dict:
-    return recorded.load("update_rank", device="cpu")["result"]
+    return recorded.load("update_rank", CPU)["result"]
 
 
-def _share(found: dict, measure: str = "effective_rank") -> float:
-    """Mean over the linear layers of the blocks, in percent of the largest possible."""
-    shapes = _recorded()["shapes"]
-    return 100 * statistics.fmean(entry[measure] / min(shapes[name]) for name, entry in found.items() if ".layers." in name)
+def rank_percent(what: str, measure: str = "effective_rank", domain: str = "clinic") -> float:
+    """Mean rank of the linear layers of the blocks, of the largest possible.
 
-
-def weights_share() -> float:
-    """Effective rank of trained weights, in percent of n."""
-    return _share(_recorded()["weights"])
-
-
-def noise_share() -> float:
-    return _share(_recorded()["noise"])
-
-
-def update_share(domain: str = "clinic") -> float:
-    """Of updates, mean of three seeds."""
-    return statistics.fmean(map(_share, _recorded()["updates"][domain]))
-
-
-def update_share_legal() -> float:
-    return update_share("legal")
-
-
-def update_share_sql() -> float:
-    return update_share("sql")
-
-
-def update_energy_share() -> float:
-    """Rank that keeps 90 % of an update's energy, in percent of n."""
-    return statistics.fmean(_share(run, "rank_for_90_percent_energy") for run in _recorded()["updates"]["clinic"])
-
-
-def weights_energy_share() -> float:
-    return _share(_recorded()["weights"], "rank_for_90_percent_energy")
-
-
-def noise_energy_share() -> float:
-    return _share(_recorded()["noise"], "rank_for_90_percent_energy")
+    Args:
+        what: trained "weights", "noise" of their shapes, or the "updates" of a fine-tuning on ``domain``.
+        measure: "effective_rank" or "rank_for_90_percent_energy".
+    """
+    found = _recorded()["updates"][domain] if what == "updates" else [_recorded()[what]]
+    largest = {name: min(shape) for name, shape in _recorded()["shapes"].items() if ".layers." in name}
+    return 100 * statistics.fmean(run[name][measure] / largest[name] for run in found for name in largest)
 
 
 def updates_are_lower_in_every_layer() -> bool:
@@ -199,188 +173,94 @@ def updates_are_lower_in_every_layer() -> bool:
     return lower and all(r["weights"][name][erank] < r["noise"][name][erank] for name in layers)
 
 
-def _gain(domain: str, rank: int) -> float:
-    """Percent of what fine-tuning gained that is left when every update is cut to ``rank``, mean of three seeds."""
+def gain_percent(rank: int, domain: str = "clinic") -> float:
+    """Of what fine-tuning gained, what is left when every update is cut to ``rank``."""
     r = _recorded()
     at = r["ranks"].index(rank)
     runs = zip(r["loss"][domain], r["retained"][domain], strict=True)
     return 100 * statistics.fmean((before - kept[at]) / (before - after) for (before, after), kept in runs)
 
 
-def gain_at_rank_1() -> float:
-    return _gain("clinic", 1)
-
-
-def gain_at_rank_4() -> float:
-    return _gain("clinic", 4)
-
-
-def gain_at_rank_8() -> float:
-    return _gain("clinic", 8)
-
-
-def gain_at_rank_16() -> float:
-    return _gain("clinic", 16)
-
-
-def gain_at_rank_8_legal() -> float:
-    return _gain("legal", 8)
-
-
-def gain_at_rank_8_sql() -> float:
-    return _gain("sql", 8)
-
-
-def _weights_cut_to(rank: int) -> float:
-    """Nats above the floor on general text when every weight matrix is cut to ``rank``."""
+def weights_cut_nats(rank: int) -> float:
+    """A token above the floor on general text when every weight matrix is cut to ``rank``."""
     cut = _recorded()["weights_truncated"]
     return cut["loss_on_general"][cut["ranks"].index(rank)]
 
 
-def weights_cut_to_16() -> float:
-    return _weights_cut_to(16)
-
-
-def weights_cut_to_32() -> float:
-    return _weights_cut_to(32)
-
-
-def weights_cut_to_64() -> float:
-    return _weights_cut_to(64)
-
-
-def _along(label: str, what: str, step: int) -> float:
+def _along(optimizer: str, what: str, step: int) -> float:
     along = _recorded()["along_training"]
     at = along["steps"].index(step)
-    return statistics.fmean(run[at] for run in along["runs"][label][what])
+    return statistics.fmean(run[at] for run in along["runs"][optimizer][what])
 
 
-def adam_share_step_1() -> float:
-    return 100 * _along("AdamW, lr 0.002", "share", 1)
+def rank_percent_after(step: int, optimizer: str) -> float:
+    """Effective rank of the updates, of the largest possible; after the first step of SGD it is the gradient's."""
+    return 100 * _along(optimizer, "share", step)
 
 
-def adam_share_step_100() -> float:
-    return 100 * _along("AdamW, lr 0.002", "share", 100)
+def nats_after(step: int, optimizer: str) -> float:
+    """A token above the floor."""
+    return _along(optimizer, "loss", step)
 
 
-def sgd_share_step_1() -> float:
-    """The first step of SGD is the gradient."""
-    return 100 * _along("SGD, lr 0.3", "share", 1)
+# Gemma 3 270M
 
 
-def sgd_share_step_100() -> float:
-    return 100 * _along("SGD, lr 0.3", "share", 100)
+@cache
+def _gemma(device: str = GPU) -> dict:
+    return recorded.load("gemma_spectra", device)["result"]
 
 
-def adam_loss_step_100() -> float:
-    return _along("AdamW, lr 0.002", "loss", 100)
-
-
-def sgd_loss_step_100() -> float:
-    return _along("SGD, lr 0.3", "loss", 100)
-
-
-@functools.cache
-def _gemma() -> dict:
-    return recorded.load("gemma_spectra")["result"]
-
-
-def _gemma_share(part: str) -> float:
-    """Mean effective rank of the recorded layers, in percent of n."""
-    return 100 * statistics.fmean(entry["effective_rank"] / min(entry["shape"]) for entry in _gemma()[part].values())
-
-
-def gemma_weights_share() -> float:
-    return _gemma_share("weights")
-
-
-def gemma_update_share() -> float:
-    return _gemma_share("updates")
+def gemma_rank_percent(what: str, device: str = GPU) -> float:
+    """Mean effective rank of the recorded layers' "weights" or "updates", of the largest possible."""
+    return 100 * statistics.fmean(entry["effective_rank"] / min(entry["shape"]) for entry in _gemma(device)[what].values())
 
 
 def gemma_updates_are_lower_in_every_layer() -> bool:
+    """In effective rank, than the weights."""
     g = _gemma()
     return all(g["updates"][name]["effective_rank"] < g["weights"][name]["effective_rank"] for name in g["weights"])
 
 
-def _gemma_gain(rank: int) -> float:
-    """Percent of the gain on held-out code that is left when the updates of all linear layers are cut to ``rank``."""
-    g = _gemma()
-    (loss,) = [row["loss"] for row in g["retained"] if row["rank"] == rank]
+def gemma_gain_percent(rank: int, device: str = GPU) -> float:
+    """Of the gain on held-out code, what is left when the updates of all linear layers are cut to ``rank``.
+
+    At rank 0 it is what embeddings and norms alone keep.
+    """
+    g, loss = _gemma(device), recorded.row("gemma_spectra", device, rank=rank)["loss"]
     return 100 * (g["loss_before"] - loss) / (g["loss_before"] - g["loss_after_full"])
 
 
-def gemma_gain_at_rank_0() -> float:
-    """What embeddings and norms alone keep."""
-    return _gemma_gain(0)
-
-
-def gemma_gain_at_rank_1() -> float:
-    return _gemma_gain(1)
-
-
-def gemma_gain_at_rank_16() -> float:
-    return _gemma_gain(16)
-
-
-def gemma_gain_at_rank_64() -> float:
-    return _gemma_gain(64)
+# Random subspaces; means of three seeds
 
 
 def tiny_parameters() -> int:
+    """Of the tiny model."""
     return _recorded()["tiny"]["parameters"]
 
 
-def _tiny_gain(d: int) -> float:
-    return 100 * statistics.fmean(_recorded()["tiny"]["share_of_gain"][str(d)])
-
-
-def tiny_gain_in_1000_dimensions() -> float:
-    return _tiny_gain(1000)
-
-
-def tiny_gain_in_100_dimensions() -> float:
-    return _tiny_gain(100)
+def tiny_gain_percent(dimensions: int) -> float:
+    """Of what full fine-tuning gains, in so many random directions."""
+    return 100 * statistics.fmean(_recorded()["tiny"]["share_of_gain"][str(dimensions)])
 
 
 def tiny_d90() -> int:
-    """The smallest dimension tried that reaches 90 % of the full fine-tuning's gain, mean of three seeds."""
-    return min(int(d) for d in _recorded()["tiny"]["share_of_gain"] if _tiny_gain(int(d)) >= 90)
+    """The smallest dimension tried that reaches 90 % of the full fine-tuning's gain."""
+    return min(d for d in map(int, _recorded()["tiny"]["share_of_gain"]) if tiny_gain_percent(d) >= 90)
 
 
-def tiny_d90_share() -> float:
+def tiny_d90_percent() -> float:
+    """The same, of all parameters."""
     return 100 * tiny_d90() / tiny_parameters()
 
 
-def _digits(width: int) -> dict:
-    return _recorded()["digits"][str(width)]
+def digits_parameters(width: int) -> int:
+    """Of the network that reads digits."""
+    return _recorded()["digits"][str(width)]["parameters"]
 
 
-def _digits_d90(width: int) -> int:
-    """The smallest dimension tried that reaches 90 % of full accuracy, mean of three seeds."""
-    full = statistics.fmean(_digits(width)["full"])
-    return min(int(d) for d, accuracies in _digits(width)["subspace"].items() if statistics.fmean(accuracies) >= 0.9 * full)
-
-
-def digits_d90_narrow() -> int:
-    return _digits_d90(16)
-
-
-def digits_d90_middle() -> int:
-    return _digits_d90(64)
-
-
-def digits_d90_wide() -> int:
-    return _digits_d90(256)
-
-
-def digits_parameters_narrow() -> int:
-    return _digits(16)["parameters"]
-
-
-def digits_parameters_middle() -> int:
-    return _digits(64)["parameters"]
-
-
-def digits_parameters_wide() -> int:
-    return _digits(256)["parameters"]
+def digits_d90(width: int) -> int:
+    """The smallest dimension tried that reaches 90 % of its full accuracy."""
+    found = _recorded()["digits"][str(width)]
+    enough = 0.9 * statistics.fmean(found["full"])
+    return min(int(d) for d, accuracies in found["subspace"].items() if statistics.fmean(accuracies) >= enough)
