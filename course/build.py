@@ -14,7 +14,7 @@ from nbgrader.converters import GenerateAssignment
 from nbgrader.preprocessors import SaveCells
 from traitlets.config import Config
 
-from course import ROOT, claimed
+from course import ROOT, claimed, reading
 from course.notebooks import as_text, marks, read, tidy
 from course.units import CourseError, Unit, units
 
@@ -119,9 +119,9 @@ def _exercise_file(unit: Unit) -> Derived:
 
 
 def notebooks(root: Path = ROOT) -> list[Derived]:
-    """The notebooks and solutions, each without what differs between two equal runs."""
+    """The notebooks and solutions, each without what differs between two equal runs, and with its minutes."""
     paths = [path for unit in units(root) for path in (unit.notebook, unit.solution) if path.exists()]
-    return [Derived(path, path.read_text(encoding="utf-8"), as_text(tidy(read(path)))) for path in paths]
+    return [Derived(path, path.read_text(encoding="utf-8"), as_text(reading.refresh_notebook(tidy(read(path))))) for path in paths]
 
 
 def pages(paths: list[Path] | None = None) -> list[Derived]:
@@ -131,7 +131,7 @@ def pages(paths: list[Path] | None = None) -> list[Derived]:
         if path.exists():
             text = path.read_text(encoding="utf-8")
             try:
-                found.append(Derived(path, text, claimed.refresh(text)))
+                found.append(Derived(path, text, reading.refresh(claimed.refresh(text))))
             except (ValueError, TypeError) as error:
                 raise CourseError(f"{path.name}: {error}") from error
     return found

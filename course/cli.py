@@ -285,6 +285,24 @@ def interview(
 
 
 @app.command()
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Figures; those out of date if none.", show_default=False)
+    ] = None,
+) -> None:
+    """For authors: draw the figures of README and lessons whose data have moved on, or those that are named."""
+    from course import figures as drawing
+
+    known = drawing.figures()
+    if unknown := set(names or ()) - set(known):
+        raise CourseError(f"there is no figure {', '.join(sorted(unknown))}. There are: {', '.join(known)}")
+    for name, figure in known.items():
+        if name in names if names else not drawing.is_fresh(figure):
+            console.print(f"drew {drawing.save(figure).relative_to(ROOT)}")
+    console.print(f"{len(known)} figures, all up to date")
+
+
+@app.command()
 def demo(figure: Annotated[Path | None, typer.Option(help="Where to save the figure.", show_default=False)] = None) -> None:
     """See in under a minute what the course is about; also saved as one figure."""
     from course.demo import main as play

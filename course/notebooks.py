@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from course.reading import HIDDEN
 from course.units import CourseError
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -44,6 +45,8 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     for cell in notebook.cells:
         for name in ("execution", "collapsed", "scrolled", "jupyter", "ExecuteTime"):
             cell.metadata.pop(name, None)
+        if HIDDEN in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True}  # folded in JupyterLab; one click shows it
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
     return notebook

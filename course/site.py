@@ -17,11 +17,13 @@ from jinja2 import pass_context
 from nbconvert import HTMLExporter
 from nbconvert.filters import Highlight2HTML
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.preprocessors import TagRemovePreprocessor
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
 from course import ROOT
 from course.notebooks import read
+from course.reading import HIDDEN
 from course.units import CourseError, Unit, units
 
 FOLDER = ROOT / "site"
@@ -83,6 +85,7 @@ def notebook_body(notebook: NotebookNode) -> str:
             if _WIDGET in output.get("data", {}):
                 output["data"] = {"text/html": '<p class="widget">A control that moves: open the notebook in Jupyter.</p>'}
     exporter = _Exporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={HIDDEN}, enabled=True), enabled=True)
     exporter.register_filter("highlight_code", Highlight2HTML(pygments_lexer="ipython3", parent=exporter))
     body, _ = exporter.from_notebook_node(shown)
     return body

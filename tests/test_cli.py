@@ -48,7 +48,7 @@ def test_help_is_there_for_every_command_and_imports_nothing_heavy():
 def test_help_names_the_commands(course):
     status, printed = course("--help")
     assert status == 0
-    for command in ("run", "check", "build", "new", "site", "doctor", "interview", "demo", "train-tiny", "bench"):
+    for command in ("run", "check", "build", "new", "figures", "site", "doctor", "interview", "demo", "train-tiny", "bench"):
         assert f" {command} " in printed
         assert course(command, "--help")[0] == 0
 

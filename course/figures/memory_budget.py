@@ -1,68 +1,15 @@
-"""Figures of README and lessons that come from recorded results: ``python -m course.figures`` draws them after a new measurement.
-
-A picture carries the fingerprint of what it was drawn from, so that a test sees when the results have moved on.
-"""
+"""Figures of unit 00: how cost grows."""
 
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
-from course import ROOT
+from course.figures import Figure
 from course.lab import plotting, recorded
 from reference.memory import training_memory
 from reference.memory.recipes import QLORA
 from reference.model_shapes import ModelShape
-
-FOLDER = ROOT / "lessons" / "figures"
-FIGURE, GROWTH = FOLDER / "four_bits.png", FOLDER / "growth.png"
-
-
-def results(path: Path = FIGURE) -> dict[str, dict]:
-    """The recorded entries that a figure shows."""
-    if path == FIGURE:
-        return {name: recorded.load(name, device="h100") for name in ("nf4_kernels", "qlora_caps")}
-    return {"growth on a GPU": recorded.load("growth", device="h100"), "growth on a CPU": recorded.load("growth", device="cpu")}
-
-
-def fingerprint(entries: dict[str, dict]) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def draw_memory(axes: plt.Axes, rows: list[dict]) -> None:
-    """Each model's memory by part as a stacked bar, beside the prediction of its peak and its cap. The first row is the upper one."""
-    parts = {
-        "weights, 4 bits": [row["built"] - row["adapters"] for row in rows],
-        "adapters": [row["adapters"] for row in rows],
-        "optimizer's states": [row["held"] - row["built"] for row in rows],
-        "other tensors": [row["peak"] - row["held"] for row in rows],
-        "CUDA and its allocator": [row["context"] + row["reserved"] - row["peak"] for row in rows],
-    }
-    parts = {kind: [count / 1e9 for count in counts] for kind, counts in parts.items()}
-    plotting.stacked(axes, [row["shape"] for row in rows], parts, horizontal=True, colours=(*plotting.COLOURS[:4], "#BDBDBD"))
-    for i, row in enumerate(rows):
-        for at, style, label in ((row["predicted"], "-", "peak of tensors, predicted"), (row["cap"], ":", "cap of the process")):
-            axes.plot([at / 1e9] * 2, [i - 0.46, i + 0.46], style, color="black", label=None if i else label)
-    axes.set(xlabel="GB, a whole training step of 1 × 512 tokens", xlim=(0, 50), title="QLoRA under a cap: measured, predicted")
-    axes.legend(fontsize=8, loc="upper right")
-
-
-def draw_speed(axes: plt.Axes, rows: list[dict]) -> None:
-    """Times of quantizing and dequantizing as multiples of the floor."""
-    ways = {"torch": "plain torch", "torch.compile": "torch.compile", "bitsandbytes": "bitsandbytes", "ours": "one kernel, here"}
-    colours = dict(zip(ways, (plotting.PINK, plotting.GREEN, plotting.ORANGE, plotting.BLUE), strict=True))
-    bars = [(f"{row['work']}\n{ways[key]}", row[key], row["floor"], colours[key]) for row in rows for key in ways if key in row]
-    for i, (_, time, floor, colour) in enumerate(reversed(bars)):
-        axes.barh(i, time / floor - 1, left=1, color=colour)
-        axes.annotate(f"{time:.3f} ms, {time / floor:.3g} ×", (time / floor, i), (5, -3), textcoords="offset points", fontsize=8)
-    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], fontsize=8)
-    axes.set(xscale="log", xlim=(1, 400), xlabel="time / floor: the bytes at the rate of a copy", title="NF4, 8192 × 8192 weights")
-
-
-# How cost grows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +126,6 @@ def draw_swept(axes: plt.Axes, entries: dict[str, dict], quantity: str) -> None:
     axes.set_title(quantity.capitalize())
 
 
-def four_bits(entries: dict[str, dict]) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.25, 1))
-    draw_memory(left, sorted(entries["qlora_caps"]["result"]["rows"], key=lambda row: row["cap"]))
-    draw_speed(right, entries["nf4_kernels"]["result"]["rows"][:2])
-    return figure
-
-
 def growth(entries: dict[str, dict]) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.3))
     draw_sizes(axes[0], entries)
@@ -201,18 +141,8 @@ def growth(entries: dict[str, dict]) -> plt.Figure:
     return figure
 
 
-def main(path: Path = FIGURE, name: str = FIGURE.name) -> Path:
-    """Draw the figure called ``name``, save it as ``path`` and return that."""
-    source, draw = {FIGURE.name: (FIGURE, four_bits), GROWTH.name: (GROWTH, growth)}[name]
-    entries = results(source)
-    plotting.use_style()
-    figure = draw(entries)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Source": fingerprint(entries)})
-    plt.close(figure)
-    return path
+def growth_data() -> dict[str, dict]:
+    return {"growth on a GPU": recorded.load("growth", device="h100"), "growth on a CPU": recorded.load("growth", device="cpu")}
 
 
-if __name__ == "__main__":
-    for drawn in (FIGURE, GROWTH):
-        print(main(drawn, drawn.name).relative_to(ROOT))
+FIGURES = [Figure("growth", "lessons/00_memory_budget.md", growth_data, growth)]
