@@ -169,7 +169,7 @@ class NF4Linear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """All of it or, on an error, nothing. On the meta device it takes the tensors of the file."""
+        """All of it or, on an error, nothing. On the meta device it takes the file's tensors."""
         weight, bias = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
         entries, plain = split(state_dict, f"{prefix}weight.")
         q = None
