@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from course.lab import recorded
 from course.lab.meters import milliseconds
 from reference import nf4 as plain
-from reference.double_quant import dequantize_scales, quantize_scales
+from reference.double_quant import double_quantize
 from reference.kernels import nf4 as kernels
 from reference.nf4 import NF4Tensor
 
@@ -79,7 +79,7 @@ def measure() -> dict:
     n = SIDE * SIDE
     rate = 4 * n / time(target.copy_, weights)  # bytes in a millisecond, read and written
     ours = [kernels.quantize_nf4(w) for w in weights]
-    scales = [quantize_scales(q.absmax) for q in ours]
+    nested = [double_quantize(q) for q in ours]
     single = [bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4") for w in weights]
     double = [bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4", compress_statistics=True) for w in weights]
     packed_bytes, double_bytes = n / 2 + 4 * n / BLOCK, n / 2 + n / BLOCK + 4 * n / BLOCK / 256
@@ -103,7 +103,7 @@ def measure() -> dict:
         },
         {
             "work": "dequantize, double quantization",
-            "ours": time(lambda q, s: kernels.dequantize_nf4(q, None, s), ours, scales),
+            "ours": time(kernels.dequantize_nf4, nested),
             "bitsandbytes": time(bnb.dequantize_4bit, *zip(*double, strict=True)),
             "floor": (2 * n + double_bytes) / rate,
         },
@@ -115,7 +115,7 @@ def measure() -> dict:
                 "work": "linear",
                 "rows": count,
                 "ours": time(lambda q, x=x: kernels.linear_nf4(x, q), ours),
-                "ours, double quantization": time(lambda q, s, x=x: kernels.linear_nf4(x, q, None, s), ours, scales),
+                "ours, double quantization": time(lambda q, x=x: kernels.linear_nf4(x, q), nested),
                 "bitsandbytes": time(lambda p, s, x=x: bitsandbytes.matmul_4bit(x, p.t(), quant_state=s), *zip(*single, strict=True)),
                 "bf16 weights": time(lambda w, x=x: linear(x, w), weights),
             }
@@ -126,7 +126,7 @@ def measure() -> dict:
             row["floor"] = max((packed_bytes + 4 * count * SIDE) / rate, count * fastest)
     reading = min(time(partial(read, parts=parts, blocks=blocks), ours) for parts in (2, 3, 4, 6, 8) for blocks in (2, 4))
     found = {"side": SIDE, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "reading": reading, "rows": rows}
-    return found | {"equal": equal(ours, scales, double)}
+    return found | {"equal": equal(ours, nested, double)}
 
 
 def decode(packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -135,18 +135,17 @@ def decode(packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     return (plain.NF4_CODEBOOK.to(packed.device)[codes] * absmax[:, None]).bfloat16().view(SIDE, SIDE)
 
 
-def equal(ours: list[NF4Tensor], scales: list, double: list) -> dict[str, bool]:
+def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list) -> dict[str, bool]:
     """Whether what was timed computes the same."""
     import bitsandbytes.functional as bnb
 
     packed, state = double[0]
-    q, s = ours[0], scales[0]
-    restored = NF4Tensor(q.packed, dequantize_scales(s), q.shape, q.dtype, q.block_size)
+    q, n = ours[0], nested[0]
     return {
         "codes": torch.equal(q.packed.view(-1), packed.view(-1)),
         "dequantized": torch.equal(kernels.dequantize_nf4(q), plain.dequantize_nf4(q)),
-        "double": torch.equal(kernels.dequantize_nf4(q, None, s), plain.dequantize_nf4(restored)),
-        "double, bitsandbytes": torch.equal(kernels.dequantize_nf4(q, None, s), bnb.dequantize_4bit(packed, state)),
+        "double": torch.equal(kernels.dequantize_nf4(n), plain.dequantize_nf4(n)),
+        "double, bitsandbytes": torch.equal(kernels.dequantize_nf4(n), bnb.dequantize_4bit(packed, state)),
         "compiled": torch.equal(torch.compile(decode)(q.packed, q.absmax), plain.dequantize_nf4(q)),
     }
 

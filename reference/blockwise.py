@@ -1,13 +1,16 @@
-"""Blockwise absmax quantization: one scale for every few values, and the nearest of a short list of levels.
+"""Blockwise absmax quantization: a scale for every few values, and the nearest of a few levels.
 
-A row-major tensor is cut into blocks of ``block_size`` values, the last one as short as it comes out. Each block keeps its largest
-absolute value, and each value the index of the level that is nearest to its share of it:
+A row-major tensor is cut into blocks of ``block_size`` values, the last one as short as it comes
+out. Each block keeps its largest absolute value, and each value the index of the level that is
+nearest to its share of it:
 
-    absmax_b = max_{i in b} |x_i|        code_i = argmin_k |x_i / absmax_b − codebook_k|        x̂_i = codebook[code_i] · absmax_b
+    absmax_b = max_{i in b} |x_i|        code_i = argmin_k |x_i / absmax_b − codebook_k|
+    x̂_i = codebook[code_i] · absmax_b
 
-An outlier spoils only its own block; smaller blocks cost more scales, 32/block_size bits a value. The levels are free: evenly spaced
-integers, a small floating-point format, or quantiles (``reference.nf4``). Dettmers et al. 2021, "8-bit optimizers via block-wise
-quantization". Arithmetic follows bitsandbytes' CPU path step by step, so that codes are equal and not just close.
+An outlier spoils only its own block; smaller blocks cost more scales, 32/block_size bits a value.
+The levels are free: evenly spaced integers, a small floating-point format, or quantiles
+(:mod:`reference.nf4`). Dettmers et al. 2021, "8-bit optimizers via block-wise quantization".
+Arithmetic follows bitsandbytes' CPU path step by step, so that codes are equal and not just close.
 """
 
 import math
@@ -15,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from reference.arguments import check_integer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST = 1e-38  # divisor of a block of zeros; its inverse is still finite in float32
@@ -25,7 +30,8 @@ class BlockwiseTensor:
     """What :func:`quantize_blockwise` keeps of a tensor.
 
     Attributes:
-        codes: uint8, in the tensor's shape: indices into ``codebook``, one byte each (packing is another matter: ``reference.nf4``).
+        codes: uint8, in the tensor's shape: indices into ``codebook``, one byte each (packing is
+            another matter: :mod:`reference.nf4`).
         absmax: float32, (blocks,).
         codebook: float32, (levels,).
         block_size: values in a block; the last block may hold fewer.
@@ -49,15 +55,15 @@ def check_tensor(x: Tensor, name: str) -> None:
     """Raise unless ``x`` is a tensor that holds values in one of ``DTYPES``."""
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a float32, float16 or bfloat16 tensor, got {kind}: convert it with .float()")
+        wanted = "a float32, float16 or bfloat16 tensor"
+        raise TypeError(f"{name} must be {wanted}, got {kind}: convert it with .float()")
     if x.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(x.shape)}: there is nothing to quantize")
 
 
 def check_block_size(block_size: int) -> None:
     """Raise unless ``block_size`` is a positive power of two."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size must be an integer, got {block_size!r}")
+    check_integer("block_size", block_size)
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a positive power of two such as 64, got {block_size}")
 
@@ -67,15 +73,18 @@ def check_finite(absmax: Tensor, name: str, block_size: int) -> None:
     bad = (~torch.isfinite(absmax)).nonzero()
     if len(bad):
         first = bad[0].item()
-        where = f"the first in block {first} (values {first * block_size} to {(first + 1) * block_size - 1} in row-major order)"
-        raise ValueError(f"{name} holds NaN or infinite values, {where}: repair the tensor before it is quantized")
+        values = f"values {first * block_size} to {(first + 1) * block_size - 1} in row-major order"
+        raise ValueError(
+            f"{name} holds NaN or infinite values, the first in block {first} ({values}): "
+            "repair the tensor before it is quantized"
+        )
 
 
 def scale_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Every value's share of its block's largest: ``(scaled, absmax)``, float32, shapes (n,) and (blocks,).
+    """Every value's share of its block's largest, (n,), and those largest, (blocks,): float32.
 
-    Whole blocks are multiplied by the float32 inverse of absmax, a short last block is divided, and has an absmax of at least 1e-38: two
-    roundings that differ, in the way of bitsandbytes.
+    Whole blocks are multiplied by the float32 inverse of absmax, a short last block is divided, and
+    has an absmax of at least 1e-38: two roundings that differ, in the way of bitsandbytes.
     """
     x = flat.float()
     full = len(x) // block_size * block_size
@@ -84,7 +93,8 @@ def scale_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     scaled = (blocks * absmax.clamp(min=SMALLEST).reciprocal()[:, None]).view(-1)  # (full,)
     if full < len(x):
         last = x[full:].abs().max().clamp(min=SMALLEST)
-        scaled, absmax = torch.cat([scaled, x[full:] / last]), torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, x[full:] / last])  # (n,)
+        absmax = torch.cat([absmax, last[None]])  # (blocks,)
     return scaled, absmax
 
 
@@ -94,65 +104,72 @@ def midpoints(levels: Tensor) -> Tensor:
 
 
 def quantize_blockwise(x: Tensor, codebook: Tensor, block_size: int) -> BlockwiseTensor:
-    """The nearest level of ``codebook`` to every value's share of the largest absolute value in its block.
+    """The nearest level of ``codebook`` to every value's share of the largest in its block.
 
-    A value exactly between two levels gets the lower level. Of equal levels, the first in the codebook is used.
+    A value exactly between two levels gets the lower level. Of equal levels, the first in the
+    codebook is used.
 
     Args:
         x: any shape; float32, float16 or bfloat16; CPU or CUDA.
-        codebook: 2 to 256 levels in any order, usually from −1 to 1. A scaled value beyond the outermost level gets that level.
-        block_size: a power of two. Blocks run over the flattened tensor and don't stop at the end of a row.
+        codebook: 2 to 256 levels in any order, usually from −1 to 1. A scaled value beyond the
+            outermost level gets that level.
+        block_size: a power of two. Blocks run over the flattened tensor and don't stop at the end
+            of a row.
 
     Raises:
-        TypeError: ``x`` or ``codebook`` is not a tensor of real numbers, ``block_size`` not an integer.
-        ValueError: ``x`` is empty or holds NaN or infinity; a codebook of the wrong shape or not finite; a block size out of range.
+        TypeError: ``x`` or ``codebook`` is no tensor of real numbers, ``block_size`` no integer.
+        ValueError: ``x`` is empty or holds NaN or infinity; a codebook of the wrong shape or not
+            finite; a block size out of range.
     """
     check_tensor(x, "x")
     check_block_size(block_size)
     if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
-        raise TypeError(f"codebook must be a tensor of real numbers, got {codebook.dtype if isinstance(codebook, Tensor) else codebook!r}")
+        got = codebook.dtype if isinstance(codebook, Tensor) else repr(codebook)
+        raise TypeError(f"codebook must be a tensor of real numbers, got {got}")
     if codebook.ndim != 1 or not 2 <= len(codebook) <= 256:
-        raise ValueError(f"codebook must be a vector of 2 to 256 levels, got shape {tuple(codebook.shape)}")
+        got = tuple(codebook.shape)
+        raise ValueError(f"codebook must be a vector of 2 to 256 levels, got shape {got}")
     if not torch.isfinite(codebook).all():
         raise ValueError("codebook holds NaN or infinite levels")
     codebook = codebook.detach().to(x.device, torch.float32)
     scaled, absmax = scale_blocks(x.detach().reshape(-1), block_size)
     check_finite(absmax, "x", block_size)
     levels, order = codebook.sort(stable=True)
-    rank = torch.bucketize(scaled, midpoints(levels))  # (n,): how many midpoints lie below the value
+    rank = torch.bucketize(scaled, midpoints(levels))  # (n,): midpoints below the value
     codes = order.to(torch.uint8)[rank]
     return BlockwiseTensor(codes.view(x.shape), absmax, codebook, block_size, x.dtype)
 
 
 def dequantize_blockwise(q: BlockwiseTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """codebook[code] · absmax in the tensor's shape; the product is float32, then rounded once to ``dtype`` (default: the tensor's own)."""
+    """codebook[code] · absmax in the tensor's shape.
+
+    The product is float32, then rounded once to ``dtype`` (default: the tensor's own).
+    """
     levels = q.codebook[q.codes.view(-1).int()]  # (n,)
     scales = q.absmax.repeat_interleave(q.block_size)[: len(levels)]  # (n,)
     return (levels * scales).to(dtype or q.dtype).view(q.codes.shape)
 
 
 def int_codebook(bits: int) -> Tensor:
-    """Signed integers over the largest: −m/m, …, 0, …, m/m with m = 2^(bits−1) − 1, float32. One bit pattern stays unused: with it, −1
-    and 1 would not both be levels, or zero would be none.
+    """Signed integers over the largest: −m/m, …, 0, …, m/m with m = 2^(bits−1) − 1, float32.
+
+    One bit pattern stays unused: with it, −1 and 1 would not both be levels, or zero would be none.
 
     Args:
         bits: 2 to 8.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"bits must be an integer, got {bits!r}")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be between 2 and 8, got {bits}")
+    check_integer("bits", bits, 2, 8)
     largest = 2 ** (bits - 1) - 1
     return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
 
 
 def fp4_codebook() -> Tensor:
-    """bitsandbytes' four-bit float by bit pattern s·ee·m, over its largest value 12: float32, 16 levels, not sorted.
+    """bitsandbytes' four-bit float by bit pattern s·ee·m, over its largest value 12: 16 levels.
 
-    Value ±(1 + m/2)·2^(4 − e); where e = 0, ±m/16. The exponent counts *down*, zero comes twice, and 1/16 is far below the next
-    level, 2: this is neither IEEE's nor OCP's E2M1.
+    Value ±(1 + m/2)·2^(4 − e); where e = 0, ±m/16; float32, not sorted. The exponent counts *down*,
+    zero comes twice, 1/16 is far below the next level, 2: this is neither IEEE's nor OCP's E2M1.
     """
-    magnitudes = [m / 16 if e == 0 else (1 + m / 2) * 2 ** (4 - e) for e in range(4) for m in range(2)]
+    magnitudes = [0, 1 / 16, *((1 + m / 2) * 2 ** (4 - e) for e in (1, 2, 3) for m in (0, 1))]
     positive = torch.tensor(magnitudes) / max(magnitudes)  # (8,)
     return torch.cat([positive, 0 - positive])  # 0 − 0 is 0, while −(0) would be −0
 
@@ -171,12 +188,13 @@ def relative_rmse(x: Tensor, restored: Tensor) -> float:
 
 
 def signal_to_noise(x: Tensor, restored: Tensor) -> float:
-    """10·log₁₀(Σ x² / Σ (x − x̂)²) in decibels; about 6 dB a bit for evenly spaced levels. Infinite without an error."""
+    """10·log₁₀(Σ x² / Σ (x − x̂)²) in decibels; infinite without an error."""
     relative = relative_rmse(x, restored)
     return -20 * math.log10(relative) if relative else math.inf
 
 
 def _difference(x: Tensor, restored: Tensor) -> Tensor:
     if x.shape != restored.shape:
-        raise ValueError(f"x and restored must have one shape, got {tuple(x.shape)} and {tuple(restored.shape)}")
+        shapes = f"{tuple(x.shape)} and {tuple(restored.shape)}"
+        raise ValueError(f"x and restored must have one shape, got {shapes}")
     return x.detach().double() - restored.detach().double()

@@ -24,7 +24,6 @@ from course.lab.live import module_bytes
 from reference.lora import LoRALinear
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
-from reference.qlora.format import Layout
 from reference.qlora.product import NF4Product
 
 
@@ -37,7 +36,7 @@ def refused(judge, answer, words):
 
 
 def by_the_reference(x, packed, absmax, bias, shape, block_size):
-    return NF4Product.apply(x, bias, packed, absmax, None, None, Layout(shape, block_size, x.dtype))
+    return NF4Product.apply(x, bias, NF4Tensor(packed, absmax, torch.Size(shape), x.dtype, block_size))
 
 
 def test_the_block_size_is_an_argument():

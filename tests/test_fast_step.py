@@ -22,6 +22,7 @@ from reference.lora import (  # noqa: E402
 from reference.model_shapes import ModelShape  # noqa: E402
 from reference.qlora import NF4Linear, quantize_linears  # noqa: E402
 from reference.qlora.ops import dequantize, nf4_product  # noqa: E402
+from reference.qlora.product import parts  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SMALL = ModelShape("small", 128, 3, 4, 2, 32, 192, 50)
@@ -146,14 +147,14 @@ def test_the_operation_is_the_layer_s_product(double_quant, bias):
     linear = torch.nn.Linear(96, 40, bias, device=DEVICE)
     layer = NF4Linear.from_linear(linear, 32, double_quant, torch.float32)
     x = torch.randn(2, 5, 96, device=DEVICE, requires_grad=True)
-    sizes = (*layer.layout.shape, layer.block_size)
-    packed = tuple(vars(layer.packed).values())
+    sizes = (*layer.shape, layer.block_size)
+    packed = parts(layer.quantized)
     assert torch.equal(dequantize(*packed, *sizes, torch.bfloat16), layer.dequantize(torch.bfloat16))
     torch.library.opcheck(torch.ops.nf4.linear.default, (x, layer.bias, *packed, *sizes))
     torch.library.opcheck(torch.ops.nf4.dequantize.default, (*packed, *sizes, torch.float16))
     results = []
-    compiled = torch.compile(lambda x, bias: nf4_product(x, bias, layer.packed, layer.layout), backend="aot_eager", fullgraph=True)
-    for run in (compiled, lambda x, bias: nf4_product(x, bias, layer.packed, layer.layout)):
+    compiled = torch.compile(lambda x, bias: nf4_product(x, bias, layer.quantized), backend="aot_eager", fullgraph=True)
+    for run in (compiled, lambda x, bias: nf4_product(x, bias, layer.quantized)):
         x.grad = None
         with torch.autocast(DEVICE.type, torch.bfloat16):  # which changes nothing
             y = run(x, layer.bias)

@@ -17,11 +17,11 @@ from torch import nn  # noqa: E402
 
 from reference import nf4 as plain  # noqa: E402
 from reference.blockwise import midpoints  # noqa: E402
-from reference.double_quant import QuantizedScales, dequantize_scales, quantize_scales  # noqa: E402
+from reference.double_quant import QuantizedScales, double_quantize  # noqa: E402
 from reference.kernels import nf4 as kernels  # noqa: E402
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor  # noqa: E402
 from reference.qlora import NF4Linear  # noqa: E402
-from reference.qlora.product import use_kernels  # noqa: E402
+from reference.qlora.product import parts, use_kernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,8 +42,8 @@ def draw(shape, dtype, scale=1.0, seed=0):
     return values.to(DEVICE, dtype)
 
 
-def with_scales(q: NF4Tensor, scales: QuantizedScales) -> NF4Tensor:
-    return NF4Tensor(q.packed, dequantize_scales(scales), q.shape, q.dtype, q.block_size)
+def with_float32_scales(q: NF4Tensor) -> NF4Tensor:
+    return NF4Tensor(q.packed, q.absmax, q.shape, q.dtype, q.block_size)
 
 
 @few
@@ -100,9 +100,10 @@ def test_bad_arguments_draw_the_messages_of_the_torch_module():
 @given(shapes, st.sampled_from((2, 32, 64, 256)), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 99))
 def test_dequantize_equals_torch(shape, block_size, dtype, double_quant, seed):
     q = plain.quantize_nf4(draw(shape, torch.float32, 0.02, seed), block_size)
-    scales = quantize_scales(q.absmax) if double_quant else None
+    q = double_quantize(q) if double_quant else q
     poison()
-    ours, torchs = kernels.dequantize_nf4(q, dtype, scales), plain.dequantize_nf4(with_scales(q, scales) if scales else q, dtype)
+    ours, torchs = kernels.dequantize_nf4(q, dtype), plain.dequantize_nf4(with_float32_scales(q), dtype)
+    assert torch.equal(torchs, plain.dequantize_nf4(q, dtype))
     assert ours.dtype == dtype and ours.shape == shape
     if dtype == torch.bfloat16 and not CUDA:
         torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=0)
@@ -113,13 +114,12 @@ def test_dequantize_equals_torch(shape, block_size, dtype, double_quant, seed):
 def test_every_scale_finds_its_own_scale():
     """More than two blocks of scales, each of another size."""
     weight = draw((80, 512), torch.float32) * torch.arange(1, 81, device=DEVICE)[:, None]
-    q = plain.quantize_nf4(weight, 64)
-    scales = quantize_scales(q.absmax)
-    assert len(scales.absmax) == 3
-    assert torch.equal(kernels.dequantize_nf4(q, None, scales), plain.dequantize_nf4(with_scales(q, scales)))
+    q = double_quantize(plain.quantize_nf4(weight, 64))
+    assert len(q.scales.absmax) == 3
+    assert torch.equal(kernels.dequantize_nf4(q), plain.dequantize_nf4(q))
     x = draw((1, 512), HALF)
-    expected = x.double() @ plain.dequantize_nf4(with_scales(q, scales)).double().T
-    assert (kernels.linear_nf4(x, q, None, scales) - expected).norm() <= EPSILON[HALF] * expected.norm()
+    expected = x.double() @ plain.dequantize_nf4(q).double().T
+    assert (kernels.linear_nf4(x, q) - expected).norm() <= EPSILON[HALF] * expected.norm()
 
 
 @few
@@ -137,11 +137,11 @@ def test_linear_is_the_product_with_the_dequantized_weight(rows, out_features, s
     x = draw((rows, in_features), HALF, seed=seed)
     q = plain.quantize_nf4(draw((out_features, in_features), HALF, 0.1, seed + 1), block_size)
     bias = draw(out_features, HALF, seed=seed + 2) if with_bias else None
-    scales = quantize_scales(q.absmax) if double_quant else None
+    q = double_quantize(q) if double_quant else q
     poison()
-    y = kernels.linear_nf4(x.view(1, rows, in_features), q, bias, scales)
+    y = kernels.linear_nf4(x.view(1, rows, in_features), q, bias)
     assert y.shape == (1, rows, out_features) and y.dtype == HALF
-    weight = plain.dequantize_nf4(with_scales(q, scales) if scales else q, torch.float32).double()
+    weight = plain.dequantize_nf4(q, torch.float32).double()
     expected = x.double() @ weight.T + (bias.double() if with_bias else 0)
     error = y[0].double() - expected
     # Half a unit in the last place of the output, and of every weight where it meets the tensor cores in 16 bits; those add up as √Σ².
@@ -184,9 +184,8 @@ def test_cuda_layer_uses_them_and_gives_the_same(double_quant, request):
         found.append((x, y.detach(), x.grad))
     request.getfixturevalue("without_kernels")
     slow = NF4Linear.from_linear(linear, double_quant=double_quant)
-    assert all(
-        torch.equal(a, b) for a, b in zip(layer.packed.__dict__.values(), slow.packed.__dict__.values(), strict=True) if a is not None
-    )
+    pairs = zip(parts(layer.quantized), parts(slow.quantized), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs if a is not None)
     for x, y, grad in found:
         again = x.detach().requires_grad_()
         expected = slow(again)
@@ -211,7 +210,8 @@ def test_cuda_equals_bitsandbytes(dtype):
     assert torch.equal(kernels.dequantize_nf4(theirs), bnb.dequantize_4bit(packed, state))
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     scales = QuantizedScales(state.absmax, state.state2.absmax, state.offset, 256)
-    assert torch.equal(kernels.dequantize_nf4(theirs, None, scales), bnb.dequantize_4bit(packed, state))
+    theirs = NF4Tensor(packed.view(-1, 1), scales, weight.shape, dtype, 64)
+    assert torch.equal(kernels.dequantize_nf4(theirs), bnb.dequantize_4bit(packed, state))
 
 
 def test_the_benchmark_that_only_reads_reads_everything():

@@ -8,7 +8,7 @@ from course.lab import recorded
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.kernels.nf4 import pairs as nf4_pairs
-from reference.kernels.nf4 import rows as nf4_rows
+from reference.kernels.nf4 import permute as nf4_permute
 
 LISTING = """
 	.headerflags	@"EF_CUDA_SM90"
@@ -44,7 +44,7 @@ def test_the_record_holds_together(rows, scales):
     """Each weight is looked up once, by its share of a word's loads from shared memory, or permutes; the kinds are parts of the count; the
     time is the count over the scheduler's rate."""
     row = recorded.load("nf4_instructions", device="cpu")["result"][rows + scales]
-    kind, program, name = ("LDS", nf4_pairs.LOOK_UP, "ld.shared") if rows == "1 row" else ("PRMT", nf4_rows.LOOK_UP, "prmt")
+    kind, program, name = ("LDS", nf4_pairs.LOOK_UP, "ld.shared") if rows == "1 row" else ("PRMT", nf4_permute.LOOK_UP, "prmt")
     each = program.value.count(name) / 8
     assert each <= row["kinds"][kind] < 1.3 * each
     assert sum(row["kinds"].values()) <= row["instructions"]

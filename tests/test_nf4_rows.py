@@ -10,6 +10,7 @@ from ptx import execute, words_of_codes
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from reference.kernels import nf4 as kernels
+from reference.kernels.nf4 import permute as nf4_permute
 from reference.kernels.nf4 import rows as nf4_rows
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
 
@@ -19,11 +20,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_look_up_gives_the_levels_of_a_words_codes_in_order(dtype):
-    table = [word & 0xFFFFFFFF for word in nf4_rows.byte_table(torch.device("cpu"), dtype)[:, 0].tolist()]
+    table = [word & 0xFFFFFFFF for word in nf4_permute.byte_table(torch.device("cpu"), dtype)[:, 0].tolist()]
     places = dict(zip((f"${6 + 2 * i}" for i in range(8)), table, strict=True))  # every operand comes twice: two elements a register
     levels = NF4_CODEBOOK.to(dtype)
     for word, codes in words_of_codes():
-        registers = execute(nf4_rows.LOOK_UP.value, places | {"$4": word})
+        registers = execute(nf4_permute.LOOK_UP.value, places | {"$4": word})
         pairs = torch.tensor([registers[f"${i}"] for i in range(4)], dtype=torch.int64).to(torch.int32)
         assert torch.equal(pairs.view(dtype), levels[codes])
 

@@ -11,11 +11,11 @@ from ptx import execute, words_of_codes
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-from reference.double_quant import dequantize_scales, quantize_scales
+from reference.double_quant import double_quantize
+from reference.kernels import launch
 from reference.kernels import nf4 as kernels
 from reference.kernels.nf4 import linear as nf4_linear
 from reference.kernels.nf4 import pairs as nf4_pairs
-from reference.kernels.nf4 import rows as nf4_rows
 from reference.kernels.nf4 import vector as nf4_vector
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -56,22 +56,21 @@ def test_every_feature_meets_its_own(block_size, double_quant, in_features, only
     """A feature by itself shows a column of the weight, exactly: part of a step, one step, two."""
     out_features = 70
     q = quantize_nf4(torch.randn(out_features, in_features, device=DEVICE) * torch.rand(out_features, 1, device=DEVICE), block_size)
-    scales = quantize_scales(q.absmax) if double_quant else None
-    exact = exact_levels(NF4Tensor(q.packed, dequantize_scales(scales), q.shape, q.dtype, block_size) if scales else q, HALF)
+    q = double_quantize(q) if double_quant else q
+    exact = exact_levels(q, HALF)
     for feature in {0, 63, 64, in_features // 2 + 5, in_features - 1, *torch.randint(in_features, (3,)).tolist()}:
         x = torch.zeros(1, in_features, device=DEVICE, dtype=HALF)
         x[0, feature] = 1
-        assert torch.equal(kernels.linear_nf4(x, q, None, scales)[0], exact[:, feature].to(HALF)), feature
+        assert torch.equal(kernels.linear_nf4(x, q)[0], exact[:, feature].to(HALF)), feature
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 67])
 def test_rows_of_an_odd_number_of_blocks(blocks, only_the_vector_kernel):
     q = quantize_nf4(torch.randn(33, 64 * blocks, device=DEVICE))
     x, bias = torch.randn(1, 64 * blocks, device=DEVICE, dtype=HALF), torch.randn(33, device=DEVICE, dtype=HALF)
-    scales = quantize_scales(q.absmax)
-    for given, restored in ((None, q.absmax), (scales, dequantize_scales(scales))):
-        weight = dequantize_nf4(NF4Tensor(q.packed, restored, q.shape, q.dtype, q.block_size), torch.float32).double()
-        error = kernels.linear_nf4(x, q, bias, given)[0].double() - (x.double() @ weight.T + bias.double())[0]
+    for given in (q, double_quantize(q)):
+        weight = dequantize_nf4(given, torch.float32).double()
+        error = kernels.linear_nf4(x, given, bias)[0].double() - (x.double() @ weight.T + bias.double())[0]
         terms = (x.double() ** 2 @ (weight**2).T).sqrt()
         assert error.norm() <= torch.finfo(HALF).eps / 4 * ((x.double() @ weight.T).norm() + 3 * terms.norm() + bias.double().norm())
 
@@ -95,7 +94,7 @@ def test_what_is_not_for_it_goes_another_way():
 @pytest.mark.parametrize("count", [1, 16])
 def test_a_gpu_without_such_tensor_cores_writes_the_weight_out(count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(nf4_linear, "multiplies_bfloat16", lambda device: nf4_rows.multiplies_bfloat16.__wrapped__(torch.device("cuda")))
+    monkeypatch.setattr(nf4_linear, "multiplies_bfloat16", lambda device: launch.multiplies_bfloat16.__wrapped__(torch.device("cuda")))
     monkeypatch.setattr(nf4_linear, "vector_product", None)
     monkeypatch.setattr(nf4_linear, "rows_product", None)
     q, x = quantize_nf4(torch.randn(24, 128, device=DEVICE)), torch.randn(count, 128, device=DEVICE, dtype=HALF)
@@ -141,7 +140,7 @@ def test_a_scale_at_an_odd_address():
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_same_bits_every_time(double_quant):
     q = quantize_nf4(torch.randn(4096, 8192, device=DEVICE))
-    scales = quantize_scales(q.absmax) if double_quant else None
+    q = double_quantize(q) if double_quant else q
     x = torch.randn(1, 8192, device=DEVICE, dtype=HALF)
-    first = kernels.linear_nf4(x, q, None, scales)
-    assert all(torch.equal(kernels.linear_nf4(x, q, None, scales), first) for _ in range(200))
+    first = kernels.linear_nf4(x, q)
+    assert all(torch.equal(kernels.linear_nf4(x, q), first) for _ in range(200))

@@ -131,7 +131,7 @@ def test_gradients_are_right_in_float64(double_quant, bias, shape):
     twin, x = dense(layer), torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def with_bias(x, bias=None):
-        return NF4Product.apply(x, bias, layer.weight, layer.absmax, layer.nested_absmax, layer.offset, layer.layout)
+        return NF4Product.apply(x, bias, layer.quantized)
 
     inputs = (x,) if layer.bias is None else (x, layer.bias)
     assert torch.autograd.gradcheck(with_bias, inputs)

@@ -1,1 +1,4 @@
-"""Triton kernels: the hot paths of the reference modules again, at the speed of the memory. Each gives what the torch module gives."""
+"""Triton kernels: the hot paths of the reference modules again, at the speed of the memory.
+
+Each gives what the torch module gives.
+"""

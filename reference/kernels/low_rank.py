@@ -2,14 +2,17 @@
 
     y' = bfloat16( y + s · h·Bᵀ )        h = x·Aᵀ        x, y: bfloat16        A, B, h: float32
 
-Written plainly, x is widened to float32 in memory, multiplied far from the tensor cores, and the sum takes a wide copy of y. Two facts save
-all that. A float32 number has 24 digits and a bfloat16 8, so three bfloat16 hold it whole:
+Written plainly, x is widened to float32 in memory, multiplied far from the tensor cores, and the
+sum takes a wide copy of y. Two facts save all that. A float32 number has 24 digits and a bfloat16
+8, so three bfloat16 hold it whole:
 
-    t = t₀ + t₁ + t₂        t₀ = bfloat16(t)    t₁ = bfloat16(t − t₀)    t₂ = bfloat16(t − t₀ − t₁)
+    t = t₀ + t₁ + t₂      t₀ = bfloat16(t)    t₁ = bfloat16(t − t₀)    t₂ = bfloat16(t − t₀ − t₁)
 
-and a product of a bfloat16 x with A is three products of bfloat16 with float32 sums, which the tensor cores do in one, with the pieces side
-by side: 3r columns cost no more than r, since reading x is what takes the time. And the second product is so thin that one kernel makes it
-while it reads y and writes y'. No wide copy of x or y exists anywhere. The backward is four products of the same two kinds.
+and a product of a bfloat16 x with A is three products of bfloat16 with float32 sums, which the
+tensor cores do in one, with the pieces side by side: 3r columns cost no more than r, since reading
+x is what takes the time. And the second product is so thin that one kernel makes it while it reads
+y and writes y'. No wide copy of x or y exists anywhere. The backward is four products of the same
+two kinds.
 """
 
 import torch
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.kernels.nf4.codes import on
+from reference.kernels.launch import on
 
 PIECES = 1024  # numbers a program
 ADD = dict(ROWS=64, COLUMNS=128, num_warps=4)
@@ -36,24 +39,32 @@ def _pieces_kernel(t_ptr, out_ptr, count, width, scale, BLOCK: tl.constexpr):
 
 
 def pieces(t: Tensor, scale: float = 1) -> Tensor:
-    """scale · t as a sum of three: (n, width) float32 -> (n, 3·width) bfloat16, pieces of a row side by side."""
-    n, width = t.shape
+    """scale · t as a sum of three: (n, width) float32 -> (n, 3·width) bfloat16, pieces in a row."""
+    (n, width), count = t.shape, t.numel()
     out = torch.empty(n, 3 * width, dtype=torch.bfloat16, device=t.device)
     with on(t):
-        _pieces_kernel[(triton.cdiv(t.numel(), PIECES),)](t.contiguous(), out, t.numel(), width, float(scale), PIECES)
+        grid = (-(count // -PIECES),)
+        _pieces_kernel[grid](t.contiguous(), out, count, width, float(scale), PIECES)
     return out
 
 
 @triton.jit
 def _add_kernel(
-    y_ptr, h_ptr, b_ptr, out_ptr, M, N, R, stride_n, stride_r, scale, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    y_ptr, h_ptr, b_ptr, out_ptr, M, N, R, stride_n, stride_r, scale,
+    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
-    h = tl.load(h_ptr + row[:, None] * R + k[None, :], (row < M)[:, None] & (k < R)[None, :], other=0.0)  # (ROWS, RANK)
-    b = tl.load(b_ptr + column[None, :] * stride_n + k[:, None] * stride_r, (column < N)[None, :] & (k < R)[:, None], other=0.0)
-    total = tl.dot(h, b, input_precision="tf32x3") * scale  # (ROWS, COLUMNS); three products on the tensor cores for one of float32
+    h = tl.load(
+        h_ptr + row[:, None] * R + k[None, :], (row < M)[:, None] & (k < R)[None, :], other=0.0
+    )  # (ROWS, RANK)
+    b = tl.load(
+        b_ptr + column[None, :] * stride_n + k[:, None] * stride_r,
+        (column < N)[None, :] & (k < R)[:, None],
+        other=0.0,
+    )  # (RANK, COLUMNS)
+    # Three products on the tensor cores for one of float32.
+    total = tl.dot(h, b, input_precision="tf32x3") * scale  # (ROWS, COLUMNS)
     place, live = row[:, None] * N + column[None, :], (row < M)[:, None] & (column < N)[None, :]
     if ADD:
         total += tl.load(y_ptr + place, live, other=0.0).to(tl.float32)
@@ -61,13 +72,21 @@ def _add_kernel(
 
 
 def add_product(y: Tensor | None, h: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """y + scale · h·bᵀ, or without y the product alone, rounded once: h (n, r) and b (columns, r), float32."""
+    """y + scale · h·bᵀ, or without y the product alone, rounded once to ``dtype``.
+
+    Args:
+        y: (n, columns).
+        h, b: (n, r) and (columns, r), float32.
+    """
     (M, R), N = h.shape, len(b)
     out = torch.empty(M, N, dtype=dtype, device=h.device)
-    grid = triton.cdiv(N, ADD["COLUMNS"]), triton.cdiv(M, ADD["ROWS"])
+    grid = -(N // -ADD["COLUMNS"]), -(M // -ADD["ROWS"])
     rank = max(16, triton.next_power_of_2(R))
     with on(h):
-        _add_kernel[grid](out if y is None else y, h, b, out, M, N, R, *b.stride(), float(scale), y is not None, RANK=rank, **ADD)
+        _add_kernel[grid](
+            out if y is None else y, h, b, out, M, N, R, *b.stride(), float(scale), y is not None,
+            RANK=rank, **ADD,
+        )  # fmt: skip
     return out
 
 
@@ -83,7 +102,9 @@ def forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tenso
     return add_product(y.contiguous(), h, B, s, y.dtype), h
 
 
-def backward(grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, A and B for the gradient (n, out) of the sum; ``h`` is the forward's."""
     r = len(A)
     grad_h = wide(grad, pieces(B)).view(-1, 3, r).sum(1)  # (n, r), without s

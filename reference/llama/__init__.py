@@ -1,4 +1,7 @@
-"""A Llama whose training step wastes no memory and waits for no launch: begin at :mod:`reference.llama.model`."""
+"""A Llama whose training step wastes no memory and waits for no launch.
+
+Begin at :mod:`reference.llama.model`.
+"""
 
 from reference.llama.model import Llama
 

@@ -1,15 +1,18 @@
 """A Llama decoder, whole, in one file.
 
-    x = x + o(attention(q(n), k(n), v(n)))       n = RMSNorm(x), queries and keys rotated by their positions
-    x = x + down(silu(gate(n)) · up(n))          n = RMSNorm(x)
+    x = x + o(attention(q(n), k(n), v(n)))    n = RMSNorm(x), q and k rotated by their positions
+    x = x + down(silu(gate(n)) · up(n))       n = RMSNorm(x)
 
-Parameters have the names of the Hugging Face library's ``LlamaForCausalLM``, so its ``state_dict`` loads, and the numbers are the same.
-Three things differ, for training: each layer is checkpointed (its input is kept, all else computed again in the backward: Chen et al.
-2016), the loss never makes the logits whole (:mod:`reference.llama.loss`), and nothing in a step waits for the device or depends on a
-value, so that a CUDA graph can record it (:mod:`reference.llama.step`). Touvron et al. 2023, "LLaMA"; RMSNorm: Zhang and Sennrich 2019;
-rotary positions: Su et al. 2021; grouped queries: Ainslie et al. 2023; SwiGLU: Shazeer 2020.
+Parameters have the names of the Hugging Face library's ``LlamaForCausalLM``, so its ``state_dict``
+loads, and the numbers are the same. Three things differ, for training: each layer is checkpointed
+(its input is kept, all else computed again in the backward: Chen et al. 2016), the loss never makes
+the logits whole (:mod:`reference.llama.loss`), and nothing in a step waits for the device or
+depends on a value, so that a CUDA graph can record it (:mod:`reference.llama.step`). Touvron et al.
+2023, "LLaMA"; RMSNorm: Zhang and Sennrich 2019; rotary positions: Su et al. 2021; grouped queries:
+Ainslie et al. 2023; SwiGLU: Shazeer 2020.
 
-Shapes in comments: B rows, T tokens, C hidden, H heads, G key and value heads, D head_dim, M width of the MLP, V vocabulary.
+Shapes in comments: B rows, T tokens, C hidden, H heads, G key and value heads, D head_dim, M width
+of the MLP, V vocabulary.
 """
 
 import torch
@@ -34,16 +37,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotation(length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Rotation:
-    """cos and sin of position · theta^(−2i/D) for the D/2 pairs of a head, (T, D): the second half repeats the first."""
-    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (D/2,)
+def rotation(
+    length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> Rotation:
+    """cos and sin of position · theta^(−2i/D) for the D/2 pairs of a head, (T, D).
+
+    The second half repeats the first.
+    """
+    pair = torch.arange(0, head_dim, 2, device=device).float()  # (D/2,)
+    frequency = 1 / theta ** (pair / head_dim)  # (D/2,)
     angle = torch.arange(length, device=device).float()[:, None] * frequency  # (T, D/2)
     angle = torch.cat([angle, angle], 1)  # (T, D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Turn the pair (x[i], x[i + D/2]) of each position by that position's angle; x: (B, heads, T, D)."""
+    """Turn the pair (x[i], x[i + D/2]) by its position's angle; x: (B, heads, T, D)."""
     cos, sin = by
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
@@ -58,11 +67,15 @@ class Attention(nn.Module):
             setattr(self, name, nn.Linear(in_features, out_features, bias=False))
 
     def forward(self, x: Tensor, positions: Rotation) -> Tensor:
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H·D) -> (B, H, T, D)  # noqa: E731
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        q, k = rotate(q, positions), rotate(k, positions)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        q = rotate(self._heads(self.q_proj(x)), positions)  # (B, H, T, D)
+        k = rotate(self._heads(self.k_proj(x)), positions)  # (B, G, T, D)
+        v = self._heads(self.v_proj(x))  # (B, G, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """(B, T, heads·D) -> (B, heads, T, D)."""
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -104,8 +117,10 @@ class Decoder(nn.Module):
             for layer in self.layers:
                 x = layer(x, positions)
             return self.norm(x)
-        # Where something is dropped, computing again must drop the same: the generator's state is then kept, through the CPU.
-        drops = any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in self.modules())
+        # Where something is dropped, computing again must drop the same: the generator's state is
+        # then kept, through the CPU.
+        dropouts = (module for module in self.modules() if isinstance(module, nn.Dropout))
+        drops = any(module.p > 0 and module.training for module in dropouts)
         for layer in self.layers:
             x = checkpoint(layer, x, positions, use_reentrant=False, preserve_rng_state=drops)
         return self.norm(x)
@@ -124,19 +139,27 @@ class Llama(nn.Module):
         ValueError: the shape is not like Llama's, or head_dim is odd.
     """
 
-    def __init__(self, shape: ModelShape, theta: float = 10_000.0, eps: float = 1e-5, checkpointing: bool = True):
+    def __init__(
+        self,
+        shape: ModelShape,
+        theta: float = 10_000.0,
+        eps: float = 1e-5,
+        checkpointing: bool = True,
+    ):
         super().__init__()
         if not shape.like_llama or shape.positions or shape.head_dim % 2:
-            raise ValueError(
-                f"{shape.name} is not like Llama: a gated MLP, no biases, two norms a layer, rotary positions, an even head_dim"
-            )
+            wanted = "a gated MLP, no biases, two norms a layer, rotary positions, an even head_dim"
+            raise ValueError(f"{shape.name} is not like Llama: {wanted}")
         self.shape = shape
         self.model = Decoder(shape, theta, eps, checkpointing)
         self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Where the shape says so, the head is the embedding: once more after values were put in the place of the meta device's."""
+        """Where the shape says so, the head is the embedding.
+
+        Call it once more after values were put in the place of the meta device's.
+        """
         if self.shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -153,5 +176,8 @@ class Llama(nn.Module):
         return self.lm_head(self(ids))
 
     def loss(self, ids: Tensor, chunk: int = CHUNK) -> Tensor:
-        """Mean cross-entropy of each next token, a float32 number; logits exist for ``chunk`` tokens at a time."""
+        """Mean cross-entropy of each next token, a float32 number.
+
+        Logits exist for ``chunk`` tokens at a time.
+        """
         return linear_cross_entropy(self(ids), self.lm_head.weight, next_tokens(ids), chunk)

@@ -15,7 +15,9 @@ tensor cores and widens nothing; ``use_tensor_cores(False)`` goes back to plain 
 
 import importlib.util
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +31,16 @@ FEW_ROWS = 2048
 
 
 def use_tensor_cores(wanted: bool) -> None:
-    """Whether bfloat16 layers with float32 factors on CUDA go through the kernels.
-
-    They do until told otherwise.
-    """
+    """Whether bfloat16 layers on CUDA go through the kernels; they do until told otherwise."""
     global _tensor_cores_wanted
     _tensor_cores_wanted = wanted
 
 
-@lru_cache
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).major >= 8  # since Ampere
+@cache
+def _low_rank() -> ModuleType:
+    from reference.kernels import low_rank
+
+    return low_rank
 
 
 def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -48,14 +49,18 @@ def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     Below ``FEW_ROWS`` rows launching its kernels takes longer than they save, except where nobody
     waits for launches: in a compiled layer and in a CUDA graph.
     """
+    if not (_tensor_cores_wanted and _TRITON and x.is_cuda):
+        return False
     kinds = y.dtype == x.dtype == torch.bfloat16 and A.dtype == B.dtype == torch.float32
-    sizes = x.numel() > 0 and len(A) <= MAX_RANK
-    if not (_tensor_cores_wanted and _TRITON and kinds and x.is_cuda and sizes):
+    if not (kinds and x.numel() > 0 and len(A) <= MAX_RANK):
         return False
     if torch.compiler.is_compiling():
         return True
-    enough = x.numel() // x.shape[-1] >= FEW_ROWS or torch.cuda.is_current_stream_capturing()
-    return enough and _multiplies_bfloat16(x.device)
+    if x.numel() // x.shape[-1] < FEW_ROWS and not torch.cuda.is_current_stream_capturing():
+        return False
+    from reference.kernels.launch import multiplies_bfloat16
+
+    return multiplies_bfloat16(x.device)
 
 
 def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -68,83 +73,85 @@ def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
     Differentiable once, in y, x and both factors.
     """
+    by_kernels = takes_kernels(y, x, lora_A, lora_B)
     if torch.is_grad_enabled():
-        return _AddUpdate.apply(y, x, lora_A, lora_B, scaling)
-    return _compute(y, x, lora_A, lora_B, scaling)[0]
-
-
-def _compute(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """The sum, and h = A·x, which the gradient of B needs.
-
-    From torch h comes with its share of the scale, from the kernels without.
-    """
-    if takes_kernels(y, x, A, B):
-        run = kernels_forward if torch.compiler.is_compiling() else _kernels_forward
-        total, h = run(_rows(y), _rows(x), A, B, float(s))
-        return total.view(y.shape), h
-    thin, wide = _split(s)
-    h = F.linear(x.to(A.dtype), A)  # (..., r)
-    h = h.mul_(thin) if thin != 1 else h
-    update = F.linear(h, B)  # (..., out)
-    update = update.mul_(wide) if wide != 1 else update
-    return torch.add(y, update, out=torch.empty_like(y)), h  # rounded to y's dtype as it is stored
+        return _AddUpdate.apply(y, x, lora_A, lora_B, scaling, by_kernels)
+    return (_with_kernels if by_kernels else _with_torch)(y, x, lora_A, lora_B, scaling)[0]
 
 
 class _AddUpdate(torch.autograd.Function):
+    """The sum. Between forward and backward it keeps x, and h = A·x for the gradient of B."""
+
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        total, h = _compute(y, x, A, B, s)
-        ctx.s, ctx.by_kernels = s, takes_kernels(y, x, A, B)
+    def forward(
+        ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, by_kernels: bool
+    ) -> Tensor:
+        total, h = (_with_kernels if by_kernels else _with_torch)(y, x, A, B, s)
+        ctx.s, ctx.by_kernels = s, by_kernels
         ctx.save_for_backward(x, h, A, B)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B = ctx.saved_tensors
-        if ctx.by_kernels:
-            run = kernels_backward if torch.compiler.is_compiling() else _kernels_backward
-            grad_x, grad_A, grad_B = run(_rows(grad), _rows(x), h, A, B, float(ctx.s))
-            return grad, grad_x.view(x.shape), grad_A, grad_B, None
-        thin, wide = _split(ctx.s)
-        g = grad.to(A.dtype)  # (..., out)
-        g = g * wide if wide != 1 else g
-        grad_h = g @ B  # (..., r)
-        grad_h = grad_h.mul_(thin) if thin != 1 else grad_h
-        _, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
-        grad_x = (grad_h @ A).to(x.dtype) if needs_x else None  # (..., in)
-        grad_A = _rows(grad_h).T @ _rows(x).to(A.dtype) if needs_A else None  # (r, in)
-        grad_B = _rows(g).T @ _rows(h) if needs_B else None  # (out, r)
-        return grad, grad_x, grad_A, grad_B, None
+        back = _back_with_kernels if ctx.by_kernels else _back_with_torch
+        return grad, *back(grad, *ctx.saved_tensors, ctx.s, ctx.needs_input_grad[1:4]), None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _split(s: float) -> tuple[float, float]:
-    """The scale's share for the thin (..., r) and for the wide (..., out) tensor.
+# ---- by torch
 
-    A power of two rounds nothing, so it goes where it costs little.
+
+def _split(s: float) -> tuple[float, float]:
+    """The scale as the factor of a product, and as one that is multiplied in for itself.
+
+    A power of two rounds nothing, wherever it multiplies, so the product may take it along. The
+    other is 1, and costs nothing.
     """
     return (s, 1) if math.frexp(s)[0] == 0.5 else (1, s)
 
 
-def _kernels_forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    from reference.kernels import low_rank
+def _with_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    along, apart = _split(s)
+    h = F.linear(_rows(x).to(A.dtype), A)  # (n, r)
+    update = F.linear(h, B)  # (n, out)
+    update = update.mul_(apart) if apart != 1 else update
+    # Rounded to y's dtype as it is stored.
+    return torch.add(y, update.view(y.shape), alpha=along, out=torch.empty_like(y)), h
 
-    return low_rank.forward(y, x, A, B, s)
+
+def _back_with_torch(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    along, apart = _split(s)
+    needs_x, needs_A, needs_B = needs
+    g = _rows(grad).to(A.dtype)  # (n, out)
+    g = g * apart if apart != 1 else g
+    # With beta = 0 addmm's first argument gives nothing but a shape.
+    grad_h = torch.addmm(h, g, B, beta=0, alpha=along)  # (n, r)
+    grad_x = (grad_h @ A).to(x.dtype).view(x.shape) if needs_x else None  # (..., in)
+    grad_A = grad_h.T @ _rows(x).to(A.dtype) if needs_A else None  # (r, in)
+    grad_B = torch.addmm(B, g.T, h, beta=0, alpha=along) if needs_B else None  # (out, r)
+    return grad_x, grad_A, grad_B
+
+
+# ---- by the kernels
+
+
+def _kernels_forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    return _low_rank().forward(y, x, A, B, s)
 
 
 def _kernels_backward(
     grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from reference.kernels import low_rank
-
-    return low_rank.backward(grad, x, h, A, B, s)
+    return _low_rank().backward(grad, x, h, A, B, s)
 
 
-# To torch.compile each is one operation, of which it knows the shapes. Called directly, they cost
+# To torch.compile each is one operation, of which it knows the shapes; called directly, they cost
 # less time of the CPU.
 kernels_forward = torch.library.custom_op(
     "lora::forward",
@@ -159,9 +166,27 @@ kernels_backward = torch.library.custom_op(
     schema="(Tensor grad, Tensor x, Tensor h, Tensor A, Tensor B, float s)"
     " -> (Tensor, Tensor, Tensor)",
 )
-kernels_forward.register_fake(
-    lambda y, x, A, B, s: (y.new_empty(y.shape), x.new_empty(len(x), len(A), dtype=A.dtype))
-)
-kernels_backward.register_fake(
-    lambda grad, x, h, A, B, s: (x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape))
-)
+
+
+@kernels_forward.register_fake
+def _(y, x, A, B, s):
+    return y.new_empty(y.shape), x.new_empty(len(x), len(A), dtype=A.dtype)
+
+
+@kernels_backward.register_fake
+def _(grad, x, h, A, B, s):
+    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _with_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    run = kernels_forward if torch.compiler.is_compiling() else _kernels_forward
+    total, h = run(_rows(y), _rows(x), A, B, float(s))
+    return total.view(y.shape), h
+
+
+def _back_with_kernels(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = kernels_backward if torch.compiler.is_compiling() else _kernels_backward
+    grad_x, grad_A, grad_B = run(_rows(grad), _rows(x), h, A, B, float(s))
+    return grad_x.view(x.shape), grad_A, grad_B

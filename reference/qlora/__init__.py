@@ -5,4 +5,11 @@ from reference.qlora.layer import NF4Linear
 from reference.qlora.merge import merge_errors, merge_into_dequantized, merge_into_original
 from reference.qlora.quantize import quantize_linears
 
-__all__ = ["NF4Linear", "merge_errors", "merge_into_dequantized", "merge_into_original", "merge_lora", "quantize_linears"]
+__all__ = [
+    "NF4Linear",
+    "merge_errors",
+    "merge_into_dequantized",
+    "merge_into_original",
+    "merge_lora",
+    "quantize_linears",
+]

@@ -2,8 +2,9 @@
 
     y = x · Ŵᵀ + b        Ŵ = dequantize(weight), in ``compute_dtype``
 
-An ordinary base layer: QLoRA is ``LoRALinear(NF4Linear.from_linear(linear), r, lora_alpha)``. Product and gradient are in
-:mod:`reference.qlora.product`; the ``state_dict`` has the names and the bytes of bitsandbytes' ``Linear4bit`` (:mod:`reference.qlora.format`).
+An ordinary base layer: QLoRA is ``LoRALinear(NF4Linear.from_linear(linear), r, lora_alpha)``.
+Product and gradient are in :mod:`reference.qlora.product`; the ``state_dict`` has the names and the
+bytes of bitsandbytes' ``Linear4bit`` (:mod:`reference.qlora.format`).
 """
 
 from __future__ import annotations
@@ -13,25 +14,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from reference.nf4 import check_packable
-from reference.qlora.format import belongs, read_state, write_state
+from reference.nf4 import NF4Tensor, check_packable
+from reference.qlora.format import check_bias, read_state, split, write_state
 from reference.qlora.ops import nf4_product
-from reference.qlora.product import SCALES_BLOCK, Layout, Packed, pack, unpack
+from reference.qlora.product import PARTS, join, pack, parts, unpack, zeros
 
 
 class NF4Linear(nn.Module):
-    """y = x · Ŵᵀ + b with the weight in NF4; made from a layer by :meth:`from_linear`, or empty, to load a ``state_dict`` into.
+    """y = x · Ŵᵀ + b with the weight in NF4.
+
+    Made from a layer by :meth:`from_linear`, or empty, to load a ``state_dict`` into.
 
     Args:
         in_features, out_features, bias, device: as in ``nn.Linear``.
-        block_size: weights that share a scale; a power of two, at least 2. Blocks run over the flattened weight.
+        block_size: weights that share a scale; a power of two, at least 2. Blocks run over the
+            flattened weight.
         double_quant: keep the scales in 8 bits.
-        compute_dtype: of the product. The input is cast to it and the output back to the input's dtype, under autocast too.
+        compute_dtype: of the product. The input is cast to it and the output back to the input's
+            dtype, under autocast too.
         dtype: what ``dequantize()`` returns: of the weight before it was quantized.
 
     Attributes:
         weight: the packed codes, uint8, ((n + 1) // 2, 1), a parameter without gradient.
-        absmax, nested_absmax, offset: see :class:`reference.qlora.format.Packed`. Moving the layer moves them; no cast touches them.
+        absmax: a scale for each block: float32, or uint8 codes where the scales are quantized too.
+        nested_absmax, offset: of quantized scales, float32: (blocks of scales,) and no axes; else
+            None. Moving the layer moves all four; no cast touches them.
     """
 
     def __init__(
@@ -48,31 +55,42 @@ class NF4Linear(nn.Module):
         super().__init__()
         check_packable(block_size)
         if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-            raise TypeError(f"compute_dtype must be a floating dtype such as torch.bfloat16, got {compute_dtype!r}")
+            wanted = "a floating dtype such as torch.bfloat16"
+            raise TypeError(f"compute_dtype must be {wanted}, got {compute_dtype!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.block_size, self.double_quant, self.compute_dtype, self.dtype = block_size, double_quant, compute_dtype, dtype
-        layout, empty = self.layout, {"device": device}
-        self.weight = nn.Parameter(torch.full(layout.packed_shape, 0x77, dtype=torch.uint8, **empty), requires_grad=False)  # zeros
-        scales = torch.zeros(layout.blocks, dtype=torch.uint8 if double_quant else torch.float32, **empty)
-        self.register_buffer("absmax", scales, persistent=False)
-        self.register_buffer("nested_absmax", torch.zeros(-(len(scales) // -SCALES_BLOCK), **empty) if double_quant else None, False)
-        self.register_buffer("offset", torch.zeros((), **empty) if double_quant else None, persistent=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **empty)) if bias else None
+        self.block_size, self.double_quant = block_size, double_quant
+        self.compute_dtype, self.dtype = compute_dtype, dtype
+        self.shape = torch.Size((out_features, in_features))
+        codes, *scales = parts(zeros(self.shape, dtype, block_size, double_quant, device))
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        for name, tensor in zip(PARTS[1:], scales, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16
+        cls,
+        linear: nn.Linear,
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype = torch.bfloat16,
     ) -> NF4Linear:
-        """Quantize a layer, on its device. ``linear`` stays as it is; its bias, never quantized, is shared.
+        """Quantize a layer, on its device.
+
+        ``linear`` stays as it is; its bias, never quantized, is shared.
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``, its weight not float32, float16 or bfloat16.
-            ValueError: the weight is empty, on the meta device, or holds NaN or infinity; the block size is out of range.
+            ValueError: the weight is empty, on the meta device, or holds NaN or infinity; the block
+                size is out of range.
         """
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-            raise TypeError(f"linear must be an nn.Linear with a weight of floating numbers, got {linear!r}")
+            wanted = "an nn.Linear with a weight of floating numbers"
+            raise TypeError(f"linear must be {wanted}, got {linear!r}")
         if linear.weight.is_meta:
-            raise ValueError("linear is on the meta device, where a weight has no values: load them first")
+            raise ValueError("linear is on the meta device: load values into its weight first")
         layer = cls.from_weight(linear.weight, linear.bias, block_size, double_quant, compute_dtype)
         return layer.train(linear.training)
 
@@ -86,91 +104,94 @@ class NF4Linear(nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
     ) -> NF4Linear:
         """The layer with this weight (out, in) and bias."""
-        packed = pack(weight, block_size, double_quant)
-        layer = cls(weight.shape[1], weight.shape[0], False, block_size, double_quant, compute_dtype, weight.dtype, device="meta")
-        layer._hold(packed)
+        q = pack(weight, block_size, double_quant)
+        options = block_size, double_quant, compute_dtype, weight.dtype
+        layer = cls(weight.shape[1], weight.shape[0], False, *options, device="meta")
+        layer._hold(q)
         layer.bias = bias
         return layer
 
     @property
-    def layout(self) -> Layout:
-        return Layout((self.out_features, self.in_features), self.block_size, self.dtype)
+    def quantized(self) -> NF4Tensor:
+        """The weight, made of the layer's own tensors."""
+        tensors = self.weight, self.absmax, self.nested_absmax, self.offset
+        return join(*tensors, self.shape, self.dtype, self.block_size)
 
-    @property
-    def packed(self) -> Packed:
-        return Packed(self.weight, self.absmax, self.nested_absmax, self.offset)
-
-    def _hold(self, packed: Packed) -> None:
-        self.weight = nn.Parameter(packed.weight, requires_grad=False)  # a new one: a graph may still need the old bytes
-        self.absmax, self.nested_absmax, self.offset = packed.absmax, packed.nested_absmax, packed.offset
+    def _hold(self, q: NF4Tensor) -> None:
+        codes, *scales = parts(q)
+        self.weight = nn.Parameter(codes, requires_grad=False)  # new: a graph may need the old one
+        self.absmax, self.nested_absmax, self.offset = scales
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Ŵ, (out, in): level · scale as a float32 product, rounded once to ``dtype`` (default: the weight's own)."""
-        return unpack(self.packed, self.layout, dtype or self.dtype)
+        """Ŵ, (out, in): a float32 product rounded once to ``dtype`` (default: the weight's own)."""
+        return unpack(self.quantized, dtype or self.dtype)
 
     @torch.no_grad()
     def merge_delta(self, delta: Tensor) -> None:
         """Ŵ ← quantize(Ŵ + delta), computed in float32; delta: (out, in).
 
-        Not lossless: an update smaller than half a step between levels is lost, and −delta does not bring the old codes back.
+        Not lossless: an update smaller than half a step between levels is lost, and −delta does not
+        bring the old codes back.
 
         Raises:
-            ValueError: ``delta`` has another shape, or the sum holds NaN or infinity. The layer is then as it was.
+            ValueError: ``delta`` has another shape, or the sum holds NaN or infinity. The layer is
+                then as it was.
         """
-        if tuple(delta.shape) != self.layout.shape:
-            raise ValueError(f"delta must have the weight's shape {self.layout.shape}, got {tuple(delta.shape)}")
-        self._hold(pack(self.dequantize(torch.float32).add_(delta.to(self.weight.device)), self.block_size, self.double_quant))
+        if delta.shape != self.shape:
+            shapes = f"{tuple(self.shape)}, got {tuple(delta.shape)}"
+            raise ValueError(f"delta must have the weight's shape {shapes}")
+        total = self.dequantize(torch.float32).add_(delta.to(self.weight.device))  # (out, in)
+        self._hold(pack(total, self.block_size, self.double_quant))
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(f"the input must hold floating numbers, got {x.dtype}")
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return nf4_product(x.to(self.compute_dtype), bias, self.packed, self.layout).to(x.dtype)
+        return nf4_product(x.to(self.compute_dtype), bias, self.quantized).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        """``to``, ``half`` and the like: codes and scales follow to another device, and keep their dtype and so their bits."""
-        kept = {name: tensor.detach() for name, tensor in vars(self.packed).items() if tensor is not None}
+        """``to``, ``half`` and the like: codes and scales change their device, never their bits."""
+        codes, *scales = (None if part is None else part.detach() for part in parts(self.quantized))
         super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                moved = old.to(new.device)
-                setattr(self, name, nn.Parameter(moved, requires_grad=False) if name == "weight" else moved)
+        device = self.weight.device
+        if self.weight.dtype != codes.dtype:
+            self.weight = nn.Parameter(codes.to(device), requires_grad=False)
+        for name, old in zip(PARTS[1:], scales, strict=True):
+            if old is not None and getattr(self, name).dtype != old.dtype:
+                setattr(self, name, old.to(device))
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # weight and bias
-        destination |= {f"{prefix}weight.{name}": tensor for name, tensor in write_state(self.packed, self.layout).items()}
+        entries = write_state(self.quantized)
+        destination |= {f"{prefix}weight.{name}": tensor for name, tensor in entries.items()}
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        """The whole layer or, on any error, nothing of it. On the meta device it takes the tensors themselves."""
-        start, weight, bias = f"{prefix}weight.", state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
-        ours = {key for key in state_dict if key.startswith(start) and belongs(key.removeprefix(start))}
-        entries = {key.removeprefix(start): state_dict[key] for key in ours}
-        plain = {key: value for key, value in state_dict.items() if key not in ours}
-        packed = None
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """All of it or, on an error, nothing. On the meta device it takes the file's tensors."""
+        weight, bias = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
+        entries, plain = split(state_dict, f"{prefix}weight.")
+        q = None
         if weight is not None or entries:
             try:
-                packed, dtype = read_state(weight, entries, self.layout, self.double_quant)
-                if (bias is None) != (self.bias is None) and strict:
-                    raise ValueError(f"it has {'no' if bias is None else 'a'} bias, and this layer has {'a' if bias is None else 'none'}")
-                if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
-                    raise ValueError(f"bias must have shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}")
+                q = read_state(weight, entries, self.quantized)
+                check_bias(bias, self.bias, strict)
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
-            plain[f"{prefix}weight"] = packed.weight
+            plain[f"{prefix}weight"] = q.packed
         if self.weight.is_meta:
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
-        super()._load_from_state_dict(plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if packed is not None:
-            scales = {name: getattr(packed, name) for name in ("absmax", "nested_absmax", "offset")}
-            for name, tensor in scales.items():
-                setattr(self, name, None if tensor is None else tensor.detach().to(self.weight.device, copy=True))
-            self.dtype = dtype
+        lists = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(plain, prefix, local_metadata, strict, *lists)
+        if q is not None:
+            for name, tensor in zip(PARTS[1:], parts(q)[1:], strict=True):
+                if tensor is not None:
+                    setattr(self, name, tensor.detach().to(self.weight.device, copy=True))
+            self.dtype = q.dtype
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self.double_quant}, compute_dtype={self.compute_dtype}"
-        )
+        options = "in_features", "out_features", "block_size", "double_quant", "compute_dtype"
+        told = [f"{name}={getattr(self, name)}" for name in options]
+        return ", ".join([*told[:2], f"bias={self.bias is not None}", *told[2:]])

@@ -1,30 +1,36 @@
 """The product with a frozen NF4 weight, and the gradient that goes through it.
 
-    y = x · Ŵᵀ + b        ∂L/∂x = ∂L/∂y · Ŵ        Ŵ = dequantize(packed weight): a copy for the moment of the product
+    y = x · Ŵᵀ + b        ∂L/∂x = ∂L/∂y · Ŵ        Ŵ = dequantize(q): a copy for the moment
 
-The weight is frozen: there is no gradient for it, so the backward needs nothing of the forward but Ŵ, and that is dequantized a second
-time instead of being kept. What the graph holds on to is the packed weight, which the layer holds anyway: no byte is added for the
-backward, where a dense layer's graph refers to 2 bytes a weight and a graph over a dequantized copy would keep 2 *more*. Dettmers et al.
-2023, "QLoRA", section 3.
+The weight is frozen: there is no gradient for it, so the backward needs nothing of the forward but
+Ŵ, and that is dequantized a second time instead of being kept. What the graph holds on to is the
+packed weight, which the layer holds anyway: no byte is added for the backward, where a dense
+layer's graph refers to 2 bytes a weight and a graph over a dequantized copy would keep 2 *more*.
+Dettmers et al. 2023, "QLoRA", section 3.
 
-On CUDA the work is done by :mod:`reference.kernels.nf4` where Triton is installed; ``use_kernels(False)`` goes back to plain torch.
+On CUDA the work is done by :mod:`reference.kernels.nf4` where Triton is installed;
+``use_kernels(False)`` goes back to plain torch.
 """
 
 import importlib.util
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.double_quant import QuantizedScales, dequantize_scales, quantize_scales
+from reference.double_quant import QuantizedScales, double_quantize
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 SCALES_BLOCK = 256  # scales that share a scale; the only number that bitsandbytes computes with
-PIECE = 1 << 22  # values quantized or dequantized at a time by plain torch: a GPU needs about 20 bytes for each in between
-_TRITON = importlib.util.find_spec("triton") is not None  # searched once: it is asked at every product
+# Values that plain torch works on at a time: a GPU needs about 20 bytes for each in between.
+PIECE = 1 << 22
+PARTS = "weight", "absmax", "nested_absmax", "offset"  # what a layer calls the parts of its weight
+_TRITON = importlib.util.find_spec("triton") is not None
+_NOTHING = nullcontext()
 _kernels_wanted = True
 
 
@@ -34,116 +40,129 @@ def use_kernels(wanted: bool) -> None:
     _kernels_wanted = wanted
 
 
-def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """The kernels, where they are wanted and can run."""
-    if not (_kernels_wanted and _TRITON and tensor.is_cuda):
-        return None
+@cache
+def _kernels() -> ModuleType:
     from reference.kernels import nf4
 
     return nf4
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What is needed beside the tensors to read them: shape (out, in), values in a block, dtype of the weight before quantization."""
-
-    shape: tuple[int, int]
-    block_size: int
-    dtype: torch.dtype
-
-    @property
-    def packed_shape(self) -> tuple[int, int]:
-        return ((math.prod(self.shape) + 1) // 2, 1)
-
-    @property
-    def blocks(self) -> int:
-        return -(math.prod(self.shape) // -self.block_size)
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The kernels, where they are wanted and can run."""
+    return _kernels() if _kernels_wanted and _TRITON and tensor.is_cuda else None
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """The tensors of a quantized weight.
-
-    Attributes:
-        weight: uint8, ``layout.packed_shape``: two codes a byte.
-        absmax: a scale for each block: float32, or uint8 codes where the scales are quantized too.
-        nested_absmax, offset: of quantized scales, float32: (blocks of scales,) and no axes; else None.
-    """
-
-    weight: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None = None
-    offset: Tensor | None = None
+# ---- the weight
 
 
-@torch.no_grad()
-def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
+def pack(weight: Tensor, block_size: int, double_quant: bool) -> NF4Tensor:
     """Quantize ``weight``; errors are those of :func:`reference.nf4.quantize_nf4`."""
     if kernels := kernels_for(weight):
         q = kernels.quantize_nf4(weight, block_size)
-        packed, absmax = q.packed, q.absmax
     else:
-        pieces = [quantize_nf4(piece, block_size) for piece in weight.detach().reshape(-1).split(max(PIECE, block_size))]
-        packed, absmax = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("packed", "absmax"))
-    if not double_quant:
-        return Packed(packed, absmax)
-    scales = quantize_scales(absmax, SCALES_BLOCK)
-    return Packed(packed, scales.codes, scales.absmax, scales.offset)
+        flat = weight.detach().reshape(-1)
+        pieces = [quantize_nf4(part, block_size) for part in flat.split(max(PIECE, block_size))]
+        packed = torch.cat([piece.packed for piece in pieces])  # ((n + 1) // 2, 1)
+        absmax = torch.cat([piece.absmax for piece in pieces])  # (blocks,)
+        q = NF4Tensor(packed, absmax, weight.shape, weight.dtype, block_size)
+    return double_quantize(q, SCALES_BLOCK) if double_quant else q
 
 
-def tensors(packed: Packed, layout: Layout) -> tuple[NF4Tensor, QuantizedScales | None]:
-    """The weight as NF4 and, under double quantization, its scales, which are then what counts and not ``absmax``."""
-    q = NF4Tensor(packed.weight, packed.absmax, torch.Size(layout.shape), layout.dtype, layout.block_size)
-    nested = packed.nested_absmax is not None
-    return q, QuantizedScales(packed.absmax, packed.nested_absmax, packed.offset, SCALES_BLOCK) if nested else None
-
-
-@torch.no_grad()
-def unpack(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The weight that ``packed`` stands for, (out, in)."""
-    q, scales = tensors(packed, layout)
+def unpack(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """Ŵ in ``dtype``, (out, in)."""
     if kernels := kernels_for(q.packed):
-        return kernels.dequantize_nf4(q, dtype, scales)
-    absmax, block = q.absmax if scales is None else dequantize_scales(scales), layout.block_size
-    weight = torch.empty(layout.shape, dtype=dtype, device=absmax.device)
+        return kernels.dequantize_nf4(q, dtype)
+    absmax, block = q.absmax, q.block_size
+    weight = torch.empty(q.shape, dtype=dtype, device=absmax.device)
     start = 0
-    for piece in weight.view(-1).split(max(PIECE, block)):  # pieces begin at a block, and at a byte
+    for piece in weight.view(-1).split(max(PIECE, block)):  # they begin at a block, and at a byte
         stop = start + len(piece)
-        part = NF4Tensor(q.packed[start // 2 : (stop + 1) // 2], absmax[start // block : -(stop // -block)], piece.shape, dtype, block)
-        piece.copy_(dequantize_nf4(part))
+        packed = q.packed[start // 2 : (stop + 1) // 2]
+        scales = absmax[start // block : -(stop // -block)]
+        piece.copy_(dequantize_nf4(NF4Tensor(packed, scales, piece.shape, dtype, block)))
         start = stop
     return weight
 
 
-@torch.no_grad()
-def product(x: Tensor, bias: Tensor | None, packed: Packed, layout: Layout) -> Tensor:
-    """x · Ŵᵀ + b: (..., in) -> (..., out). For a few rows of x the kernels decode the weight on the way and never write it out."""
-    if kernels := kernels_for(x):
-        q, scales = tensors(packed, layout)
-        return kernels.linear_nf4(x, q, bias, scales)
-    return F.linear(x, unpack(packed, layout, x.dtype), bias)
+def zeros(
+    shape: torch.Size, dtype: torch.dtype, block_size: int, double_quant: bool,
+    device: torch.device | str | None,
+) -> NF4Tensor:  # fmt: skip
+    """A weight of zeros."""
+    n = shape.numel()
+    codes = torch.full(((n + 1) // 2, 1), 0x77, dtype=torch.uint8, device=device)
+    absmax = torch.zeros(-(n // -block_size), device=device)  # (blocks,)
+    nested = offset = None
+    if double_quant:
+        absmax = absmax.to(torch.uint8)
+        nested = torch.zeros(-(len(absmax) // -SCALES_BLOCK), device=device)  # (blocks of scales,)
+        offset = torch.zeros((), device=device)
+    return join(codes, absmax, nested, offset, shape, dtype, block_size)
+
+
+def parts(q: NF4Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors of a weight, in the order of ``PARTS``; nested ones only of quantized scales."""
+    scales = q.scales
+    if isinstance(scales, QuantizedScales):
+        return q.packed, scales.codes, scales.absmax, scales.offset
+    return q.packed, scales, None, None
+
+
+def join(
+    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    shape: torch.Size, dtype: torch.dtype, block_size: int,
+) -> NF4Tensor:  # fmt: skip
+    """The weight of which these are the ``parts``."""
+    scales = absmax
+    if nested_absmax is not None:
+        scales = QuantizedScales(absmax, nested_absmax, offset, SCALES_BLOCK)
+    return NF4Tensor(weight, scales, shape, dtype, block_size)
+
+
+# ---- the product
+
+
+def product(x: Tensor, bias: Tensor | None, q: NF4Tensor) -> Tensor:
+    """x · Ŵᵀ + b, without a gradient: (..., in) -> (..., out).
+
+    For a few rows of x the kernels decode the weight on the way and never write it out.
+    """
+    with no_autocast(x):
+        if kernels := kernels_for(x):
+            return kernels.linear_nf4(x, q, bias)
+        return F.linear(x, unpack(q, x.dtype), bias)
+
+
+def gradients(
+    grad: Tensor, weight: Callable[[], Tensor], needs_x: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂L/∂x and ∂L/∂b, for ∂L/∂y and a function that gives Ŵ in its dtype."""
+    grad_x = grad_bias = None
+    if needs_x:
+        with no_autocast(grad):
+            grad_x = grad @ weight()  # (..., in)
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)  # (out,)
+    return grad_x, grad_bias
 
 
 class NF4Product(torch.autograd.Function):
-    """x · Ŵᵀ + b. Arguments: x, b, the four tensors of ``Packed``, the layout."""
+    """x · Ŵᵀ + b. Arguments: x, b, the weight as an ``NF4Tensor``."""
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # the layer has chosen its dtype
-            return product(x, bias, Packed(*rest[:-1]), rest[-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, _, *packed, ctx.layout = inputs
-        ctx.save_for_backward(*packed)  # the layer's own tensors: no byte is copied
+    def forward(ctx, x: Tensor, bias: Tensor | None, q: NF4Tensor) -> Tensor:
+        ctx.save_for_backward(*parts(q))  # the layer's own tensors: no byte is copied
+        ctx.rest = q.shape, q.dtype, q.block_size
+        return product(x, bias, q)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if needs_x:
-                grad_x = grad @ unpack(Packed(*ctx.saved_tensors), ctx.layout, grad.dtype)  # (..., in)
-            if needs_bias:
-                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)  # (out,)
-        return grad_x, grad_bias, None, None, None, None, None
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        q = join(*ctx.saved_tensors, *ctx.rest)
+        return *gradients(grad, lambda: unpack(q, grad.dtype), needs_x, needs_bias), None
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside, autocast is off: the layer has chosen its dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING

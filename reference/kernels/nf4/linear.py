@@ -4,26 +4,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from reference.double_quant import QuantizedScales
-from reference.kernels.nf4.codes import dequantize_nf4, on
-from reference.kernels.nf4.rows import BLOCK_SIZES, PROGRAMS, multiplies_bfloat16, rows_product
+from reference.kernels.launch import multiplies_bfloat16, on
+from reference.kernels.nf4.codes import dequantize_nf4
+from reference.kernels.nf4.rows import BLOCK_SIZES, PROGRAMS, rows_product
 from reference.kernels.nf4.vector import takes, vector_product
 from reference.nf4 import NF4Tensor
 
 FUSED_ROWS = max(PROGRAMS)  # rows of x
 
 
-def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: QuantizedScales | None = None) -> Tensor:
+def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     """x · Wᵀ + bias for a weight in NF4, without a gradient.
 
-    Up to ``FUSED_ROWS`` rows of x in 16 bits, and where rows of the weight are whole blocks, the weight is decoded on the way; else, and on
-    GPUs before compute capability 8.0, it is written out in the dtype of x first. Sums are float32 in every case.
+    Up to ``FUSED_ROWS`` rows of x in 16 bits, and where rows of the weight are whole blocks, the
+    weight is decoded on the way; else, and on GPUs before compute capability 8.0, it is written out
+    in the dtype of x first. Sums are float32 in every case.
 
     Args:
         x: (..., in_features), float32, float16 or bfloat16.
         q: of shape (out_features, in_features).
         bias: (out_features,).
-        scales: ``q.absmax`` in 8 bits, read in its place.
 
     Returns:
         (..., out_features) in the dtype of x.
@@ -33,12 +33,13 @@ def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, scales: Quan
     """
     N, K = q.shape
     if x.shape[-1:] != (K,):
-        raise ValueError(f"x has shape {tuple(x.shape)}, but the weight takes {K} features: the last axis must be {K}")
+        problem = f"x has shape {tuple(x.shape)}, but the weight takes {K} features"
+        raise ValueError(f"{problem}: the last axis must be {K}")
     rows, block = x.numel() // K, q.block_size
-    whole = K % block == 0 and block in BLOCK_SIZES
-    if not (0 < rows <= FUSED_ROWS and x.dtype != torch.float32 and whole and multiplies_bfloat16(x.device)):
-        return linear(x, dequantize_nf4(q, x.dtype, scales), bias)
+    few = 0 < rows <= FUSED_ROWS and x.dtype != torch.float32
+    if not (few and K % block == 0 and block in BLOCK_SIZES and multiplies_bfloat16(x.device)):
+        return linear(x, dequantize_nf4(q, x.dtype), bias)
     flat = x.reshape(rows, K).contiguous()
     with on(x):
-        out = vector_product(flat, q, bias, scales) if takes(flat, q) else rows_product(flat, q, bias, scales)
-    return out.view(*x.shape[:-1], N)
+        y = vector_product(flat, q, bias) if takes(flat, q) else rows_product(flat, q, bias)
+    return y.view(*x.shape[:-1], N)

@@ -1,0 +1,54 @@
+"""What launches of kernels share: facts about a device, and the current device."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+# Whether assembly is compiled: not for other GPUs, and not in Triton's interpreter.
+PTX = torch.version.cuda is not None and not triton.knobs.runtime.interpret
+_NOTHING = nullcontext()
+
+
+def on(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING  # entering a device costs as much as a launch
+    return torch.cuda.device(tensor.device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """1 without a GPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether tensor cores have the instructions that fused products are laid out for.
+
+    They do since compute capability 8.0.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def _counters(tiles: int, device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def counters(tiles: int, device: torch.device) -> Tensor:
+    """(tiles,) zeros, which a kernel leaves as zeros again.
+
+    One set for a stream: launches in two of them may run at the same time. While a CUDA graph is
+    recorded new ones, since nothing is cleared then, only when the graph runs.
+    """
+    if device.type != "cuda":
+        return _counters(tiles, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    return _counters(tiles, device, torch.cuda.current_stream(device).cuda_stream)
