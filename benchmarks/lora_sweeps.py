@@ -2,7 +2,7 @@
 
 Every run adapts the tiny model to text it has never seen and ends with nats per token above the floor, the loss that no model can beat.
 
-    python benchmarks/lora_sweeps.py         # about ten minutes on one core; saves the recorded result "lora_sweeps"
+    python -m benchmarks.lora_sweeps         # about ten minutes on one core; saves the recorded result "lora_sweeps"
 """
 
 import copy

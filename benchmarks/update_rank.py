@@ -4,7 +4,7 @@ Full fine-tuning of the tiny model on each downstream domain, three seeds (they 
 when every update is cut to rank r, the effective rank as training goes on under Adam and under SGD, and training in random subspaces of the
 tiny model and of small networks for scikit-learn's digits.
 
-    python benchmarks/update_rank.py
+    python -m benchmarks.update_rank
 """
 
 import copy

@@ -5,7 +5,6 @@ import math
 import pickle
 import warnings
 
-import lora_layer
 import peft
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from lora_helpers import ULP, assert_same, tiny_bert, tiny_llama
 from torch import nn
 
+from benchmarks import lora_layer
 from reference.lora import (
     LoRAConv2d,
     LoRAEmbedding,

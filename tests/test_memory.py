@@ -9,7 +9,6 @@ import math
 import weakref
 from contextlib import nullcontext
 
-import memory_peaks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
+from benchmarks import memory_peaks
 from course.lab import recorded
 from reference.lora import inject_lora, trainable_parameters
 from reference.memory import RECIPES, SHAPES, activations, training_memory
@@ -290,10 +290,10 @@ def test_adamw_needs_a_fifth_copy_unless_fused():
 def test_recorded_peaks_are_within_the_bar():
     """Every configuration of the benchmark as it was measured on a GPU, against what the code predicts today."""
     rows = {row["name"]: row for row in recorded.load("memory_peaks")["result"]["rows"]}
-    assert set(rows) == {configuration.name for configuration in memory_peaks.CONFIGURATIONS}, "run benchmarks/memory_peaks.py again"
+    assert set(rows) == {configuration.name for configuration in memory_peaks.CONFIGURATIONS}, "run benchmarks.memory_peaks again"
     for configuration in memory_peaks.CONFIGURATIONS:
         predicted, row = memory_peaks.predict(configuration), rows[configuration.name]
-        assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks/memory_peaks.py again"
+        assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks.memory_peaks again"
         assert predicted.peak == pytest.approx(row["measured"], rel=0.05 if row["activation_share"] < 0.5 else 0.15), configuration.name
 
 
