@@ -25,9 +25,6 @@ def load(name: str, root: Path = ROOT) -> ModuleType:
     """
     if name not in (known := abouts(root)):
         raise CourseError(f"there is no measurement {name!r}. There are: {', '.join(known) or 'none yet'}")
-    sys.modules.pop("benchmarks", None)  # it may be another checkout's
-    sys.path.insert(0, str(root))
-    try:
-        return importlib.import_module(f"benchmarks.{name}")
-    finally:
-        sys.path.remove(str(root))
+    package = sys.modules["benchmarks"] = ModuleType("benchmarks")  # this checkout's, whatever else is on the path
+    package.__path__ = [str(root / "benchmarks")]
+    return importlib.import_module(f"benchmarks.{name}")
