@@ -1,9 +1,9 @@
 """LoRA and full fine-tuning of a real language model on Python code: what is learned, what is forgotten, and what the update looks like.
 
-    python benchmarks/gemma_lora.py --model gemma-3-270m            # one GPU, at most 7.5 minutes after loading
-    python benchmarks/gemma_lora.py --resume result.json --only attention mlp        # what a result still lacks of some configurations
-    python benchmarks/gemma_lora.py --merge one.json other.json                      # results of several resumed parts as one
-    python benchmarks/gemma_lora.py --quick --out /tmp/dry-run      # a tiny random model on a CPU: every path, no meaning
+    python -m benchmarks.gemma_lora --model gemma-3-270m            # one GPU, at most 7.5 minutes after loading
+    python -m benchmarks.gemma_lora --resume result.json --only attention mlp        # what a result still lacks of some configurations
+    python -m benchmarks.gemma_lora --merge one.json other.json                      # results of several resumed parts as one
+    python -m benchmarks.gemma_lora --smoke                         # a tiny random model on a CPU: every path, no meaning
 
 Records "gemma_lora" (every run, with its learning curve and its measures) and "gemma_spectra" (singular values of weights and updates).
 
@@ -23,14 +23,12 @@ How it is made fair:
 The base is decoded from four-bit weights where it comes from a .gguf file: part of what any training on text repairs may be that rounding.
 """
 
-import argparse
 import copy
 import dataclasses
 import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +37,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from benchmarks.cli import options, rounded
 from course.lab import models, probes, recorded, seed_everything, text
-from course.lab.devices import device
 from course.lab.meters import peak_memory, show_bytes
 from course.lab.training import cross_entropy, train, warmup_cosine
 from reference import lowrank
@@ -479,15 +477,6 @@ def averaged(values: list[float], width: int) -> list[float]:
     return [round(statistics.fmean(values[i : i + width]), 4) for i in range(0, len(values), width)]
 
 
-def rounded(value):
-    """Floats to six significant digits, through dictionaries, lists and tuples."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def stand_in() -> tuple[nn.Module, object]:
     """A tiny random model of the same architecture (tied embeddings, sliding windows) and a tokenizer of bytes, for dry runs."""
     seed_everything(0)
@@ -536,50 +525,48 @@ def merge_files(paths: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", help="what course.lab.models.load takes: gemma-3-270m, a .gguf file, a folder (default with --quick: tiny, random)"
+    given = options(
+        "gemma_lora",
+        __doc__,
+        gpu=False,
+        model={"help": "what course.lab.models.load takes: gemma-3-270m, a .gguf file, a folder (default with --smoke: tiny, random)"},
+        steps={"type": int, "help": "training steps of a run (default: 100, or as many as there is time for)"},
+        minutes={"type": float, "default": 7.5, "help": "time for everything after loading; no run starts that would end later"},
+        resume={"type": Path, "help": "a recorded result: its settings are used, its runs kept, and what is missing is run"},
+        only={"nargs": "+", "default": (), "help": "run only configurations whose names begin so, such as full or attention"},
+        shared={"action": "store_true", "help": "say in the result that other processes use the GPU, so times mean little"},
+        merge={"type": Path, "nargs": "+", "help": "put recorded results together, run nothing"},
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/recorded; with --quick a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="a dry run: a few steps of everything")
-    parser.add_argument("--steps", type=int, help="training steps of a run (default: 100, or as many as there is time for)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="time for everything after loading; no run starts that would end later")
-    parser.add_argument("--resume", type=Path, help="a recorded result: its settings are used, its runs kept, and what is missing is run")
-    parser.add_argument("--only", nargs="+", default=(), help="run only configurations whose names begin so, such as full or attention")
-    parser.add_argument("--shared", action="store_true", help="say in the result that other processes use the GPU, so times mean little")
-    parser.add_argument("--merge", type=Path, nargs="+", help="put recorded results together, run nothing")
-    arguments = parser.parse_args()
-    if arguments.merge:
-        merge_files(arguments.merge)
+    if given.merge:
+        merge_files(given.merge)
         return
-    resumed = json.loads(arguments.resume.read_text())["result"] if arguments.resume else None
-    settings = QUICK if arguments.quick else Settings()
+    resumed = json.loads(given.resume.read_text())["result"] if given.resume else None
+    settings = QUICK if given.smoke else Settings()
     if resumed:
         settings = Settings(**{name: value for name, value in resumed["settings"].items() if name != "train_rows_available"})
-    if arguments.steps:
-        settings = dataclasses.replace(settings, steps=arguments.steps)
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else recorded.FOLDER)
+    if given.steps:
+        settings = dataclasses.replace(settings, steps=given.steps)
     started = time.monotonic()
-    if arguments.quick and arguments.model is None:
+    if given.smoke and given.model is None:
         name, (model, tokenizer) = "tiny, random", stand_in()
-        model = model.to(device())
+        model = model.to(given.device)
     else:
-        name = arguments.model or "gemma-3-270m"
+        name = given.model or "gemma-3-270m"
         model, tokenizer = models.load(name)
         name = Path(name).stem
     print(f"loaded {name} in {time.monotonic() - started:.0f} s", flush=True)
 
     started = time.monotonic()
-    benchmark = Benchmark(model, tokenizer, settings, arguments.minutes, resumed)
-    benchmark.only, benchmark.shared = tuple(arguments.only), arguments.shared
+    benchmark = Benchmark(model, tokenizer, settings, given.minutes, resumed)
+    benchmark.only, benchmark.shared = tuple(given.only), given.shared
     print("base", benchmark.base_measures, flush=True)
-    if arguments.steps is None and resumed is None:
+    if given.steps is None and resumed is None:
         benchmark.fit_steps()
     chosen = benchmark.execute()
-    path = recorded.save("gemma_lora", benchmark.result(name, chosen), out)
+    path = recorded.save("gemma_lora", benchmark.result(name, chosen), given.out)
     print(f"{path}: {show_bytes(path.stat().st_size)}")
     if benchmark.best_full[1]:  # a resumed search has the numbers of its runs, not their weights
-        path = recorded.save("gemma_spectra", {"model": name, **benchmark.spectra()}, out)
+        path = recorded.save("gemma_spectra", {"model": name, **benchmark.spectra()}, given.out)
         print(f"{path}: {show_bytes(path.stat().st_size)}")
     print(table(summary(benchmark.runs, chosen, benchmark.base_measures, benchmark.settings.steps)))
     print(f"{len(benchmark.runs)} runs in {(time.monotonic() - started) / 60:.1f} minutes after loading")

@@ -1,14 +1,14 @@
 """How the cost of a QLoRA step grows with model size, tokens and rank: measured points beside what reference.memory predicts.
 
-    python benchmarks/growth.py                   # up to 70B, 8,192 tokens and r = 256 on a CUDA device with 80 GB;
+    python -m benchmarks.growth                   # up to 70B, 8,192 tokens and r = 256 on a CUDA device with 80 GB;
                                                   # on a CPU smaller models and fewer tokens, about five minutes; saves the result "growth"
-    python benchmarks/growth.py --exact           # tokens and rank without what is not the step's own; saves "growth_exact"
-    python benchmarks/growth.py --only rank       # one of the three; saves to a temporary folder
-    python benchmarks/growth.py --smoke           # small shapes on the CPU, in seconds; saves to a temporary folder
+    python -m benchmarks.growth --exact           # tokens and rank without what is not the step's own; saves "growth_exact"
+    python -m benchmarks.growth --only rank       # one of the three; saves to a temporary folder
+    python -m benchmarks.growth --smoke           # small shapes on the CPU, in seconds; saves to a temporary folder
 
 One thing changes at a time, from a step with 1 × 512 tokens, r = 16 on all linears and checkpointing (reference.qlora, reference.lora,
 AdamW). Tokens are varied with checkpointing, without it, and, over fewer lengths, with attention that stores its scores. A row is
-measured once, also where two lines cross in it. Models have random weights and are built as in benchmarks/qlora_memory.py.
+measured once, also where two lines cross in it. Models have random weights and are built as benchmarks.cases does.
 
 Bytes are those of a step after the first (Adam's moments exist by then): on CUDA the allocator's peak less the matrix library's
 workspaces, on a CPU the tensors that exist before the step, added up, and those that operations hand out during it, counted. What an
@@ -19,24 +19,22 @@ it. And the library's switch makes the embedding's output ask for a gradient, an
 --exact lets the allocator split all blocks (expandable segments), and takes back what the switch has done.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from memory_peaks import optimizer
-from qlora_memory import ALPHA, LIKE_GEMMA, OURS, RANK, Case, Extra, Meter, build, tiny_shape
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cases import ALPHA, CHECKPOINTING, LIKE_GEMMA, OURS, RANK, Case, build, tiny_shape
+from benchmarks.cli import message, options
+from benchmarks.meters import Extra, Meter, take_step
 from course.lab import recorded
-from course.lab.devices import device as best_device
 from course.lab.live import storage_bytes
 from course.lab.meters import show_bytes
 from reference.memory import training_memory
@@ -104,24 +102,10 @@ def groups(points: Iterable[Point]) -> dict[tuple[ModelShape, int], list[Point]]
     return found
 
 
-def take_step(model: nn.Module, adam: torch.optim.Optimizer, ids: Tensor, note: Callable[[str], None] = lambda phase: None) -> float:
-    """One training step; ``note`` is called as each part of it ends. Returns the loss."""
-    loss = model(input_ids=ids, labels=ids).loss
-    note("forward")
-    loss.backward()
-    value = loss.item()
-    del loss
-    note("backward")
-    adam.step()
-    note("step")
-    adam.zero_grad(set_to_none=True)
-    return value
-
-
 def set_up(point: Point, model: nn.Module, exact: bool = False) -> contextlib.AbstractContextManager:
     """Switch checkpointing, with ``exact`` also what its switch leaves behind; the context in which attention is as the point says."""
     if point.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(**CHECKPOINTING)
     else:
         model.gradient_checkpointing_disable()
         if exact:  # each use of the switch adds a hook, and disable_input_require_grads() takes back the last alone
@@ -173,7 +157,8 @@ def measure_group(
     meter.start()
     try:
         model = build(OURS, Case(shape, True, (), rank), device, Extra(meter))
-        adam = optimizer(QLORA, [p for p in model.parameters() if p.requires_grad])  # AdamW as a GPU takes it by default
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(trained, lr=1e-4, foreach=True)  # what a GPU takes by default
         take_step(model, adam, torch.randint(shape.vocab, (1, 16), device=device))  # makes Adam's moments
     except Exception as error:
         yield from (described(point) | {"error": message(error)} for point in points)
@@ -185,10 +170,6 @@ def measure_group(
         except Exception as error:
             adam.zero_grad(set_to_none=True)
             yield described(point) | {"error": message(error)}
-
-
-def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def run(
@@ -219,30 +200,29 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/recorded; of a part, a temporary one)")
-    parser.add_argument("--only", nargs="+", choices=SWEEPS, help="what to vary (default: all three)")
-    parser.add_argument("--exact", action="store_true", help="tokens and rank, without what is not the step's own: see above")
-    parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, in seconds")
-    arguments = parser.parse_args()
-    if arguments.exact:
+    given = options(
+        "growth",
+        __doc__,
+        gpu=False,
+        only={"nargs": "+", "choices": SWEEPS, "help": "what to vary (default: all three)"},
+        exact={"action": "store_true", "help": "tokens and rank, without what is not the step's own: see above"},
+    )
+    if given.exact:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
-    device = torch.device("cpu") if arguments.smoke else best_device()
-    whole = not (arguments.smoke or arguments.only)
-    out = arguments.out or (recorded.FOLDER if whole else Path(tempfile.mkdtemp()))
-    chosen, began = plan(device.type == "cuda", arguments.smoke), time.monotonic()
-    points = chosen.points(arguments.only or (("tokens", "rank") if arguments.exact else SWEEPS))
+    device = given.device
+    chosen, began = plan(device.type == "cuda", given.smoke), time.monotonic()
+    points = chosen.points(given.only or (("tokens", "rank") if given.exact else SWEEPS))
     shapes = {point.shape.name: dataclasses.asdict(point.shape) for point in points}
 
     def keep(rows: list[dict]) -> Path:
         about = {"tokens": chosen.start, "rank": RANK, "alpha": ALPHA, "swept": chosen.shape.name, "shapes": shapes}
-        return recorded.save("growth_exact" if arguments.exact else "growth", about | {"rows": rows}, out, device)
+        return recorded.save("growth_exact" if given.exact else "growth", about | {"rows": rows}, given.out, device)
 
-    path = keep(rows := run(points, device, keep, arguments.exact))
+    path = keep(rows := run(points, device, keep, given.exact))
     failed, ratios = sum("error" in row for row in rows), [row["ratio"] for row in rows if "error" not in row]
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s, {failed} failed", end="")
     print(f"; predicted / measured {min(ratios):.4f} to {max(ratios):.4f}" if ratios else "")
-    print(f"saved to {path.parent.name}/{path.name}" if out == recorded.FOLDER else f"saved to {path}")
+    print("saved to", path)
 
 
 if __name__ == "__main__":

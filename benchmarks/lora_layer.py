@@ -1,6 +1,7 @@
 """Speed of one LoRA layer: ours against peft's, against the frozen layer, and against training the layer in full.
 
-    python benchmarks/lora_layer.py        on a CUDA device at full size, saved as "lora_layer"; on a CPU a small dry run, not saved
+    python -m benchmarks.lora_layer             # a CUDA device; saves the recorded result "lora_layer"
+    python -m benchmarks.lora_layer --smoke     # small, also on a CPU; saves to a temporary folder
 
 *Training*: forward and backward of one 4096×4096 bfloat16 linear layer, r = 16, over 4,096 rows that themselves need a gradient, as inside
 a model. The frozen layer alone is the floor: its two products (y and the gradient of x) are the work that no adapter avoids. "Kept" is
@@ -21,8 +22,9 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from course.lab import meters, recorded
-from course.lab.devices import device, device_name
+from benchmarks.cli import record
+from course.lab import meters
+from course.lab.devices import device
 from reference.lora import LoRALinear
 
 R = 16
@@ -137,29 +139,26 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     }
 
 
-def show(result: dict) -> None:
-    print(f"forward + backward, {result['width']}×{result['width']}, r = {result['r']}, {result['rows']} rows: milliseconds")
+def table(result: dict) -> str:
+    lines = [f"forward + backward, {result['width']}×{result['width']}, r = {result['r']}, {result['rows']} rows: milliseconds"]
     columns = (("ours", 9), ("peft", 9), ("ratio", 8), ("frozen", 9), ("full", 9), ("alone: ours", 13), ("peft", 9))
-    print(" " * 30 + "".join(f"{name:>{width}}" for name, width in (*columns, ("kept, ours", 13), ("kept, peft", 13))))
+    lines.append(" " * 30 + "".join(f"{name:>{width}}" for name, width in (*columns, ("kept, ours", 13), ("kept, peft", 13))))
     for name, row in result["training"].items():
         times = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("ours", "peft"))
         others = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("frozen layer", "full training"))
         kept = "".join(f"{meters.show_bytes(row['kept_bytes'][key]):>13}" for key in ("ours", "peft"))
         alone = f"{row['milliseconds_alone']['ours']:13.4f}{row['milliseconds_alone']['peft']:9.4f}"
-        print(f"{name:30}{times}{row['ratio']:8.3f}{others}{alone}{kept}")
-    print("\nforward without gradients, a layer in a chain: milliseconds")
-    print(f"{'':40}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
+        lines.append(f"{name:30}{times}{row['ratio']:8.3f}{others}{alone}{kept}")
+    lines += ["", "forward without gradients, a layer in a chain: milliseconds"]
+    lines.append(f"{'':40}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
     for name, sizes in result["generation"].items():
         for rows, times in sizes.items():
-            print(f"{name + ', ' + rows:40}" + "".join(f"{times[key]:9.4f}" for key in ("base", "merged", "ours", "peft")))
+            lines.append(f"{name + ', ' + rows:40}" + "".join(f"{times[key]:9.4f}" for key in ("base", "merged", "ours", "peft")))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    small = device().type == "cpu"
-    result = measure(small)
-    print(device_name())
-    show(result)
-    print("a dry run at a small size: not saved" if small else f"saved to {recorded.save('lora_layer', result)}")
+    record("lora_layer", __doc__, measure, table, small={"small": True})
 
 
 if __name__ == "__main__":

@@ -2,33 +2,34 @@
 
 Every run adapts the tiny model to text it has never seen and ends with nats per token above the floor, the loss that no model can beat.
 
-    python benchmarks/lora_sweeps.py         # about ten minutes on one core; saves the recorded result "lora_sweeps"
+    python -m benchmarks.lora_sweeps            # about ten minutes on one core; saves the recorded result "lora_sweeps"
+    python -m benchmarks.lora_sweeps --smoke    # a few steps of everything; saves to a temporary folder
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import statistics
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from course.lab import models, recorded, seed_everything
+from benchmarks.cases import pretrained
+from benchmarks.cli import options
+from course.lab import recorded, seed_everything
 from course.lab.training import above_floor, cross_entropy, train
 from course.lab.world import World
 from reference.lora import inject_lora, trainable_parameters
 
-DOMAIN, ROWS, LENGTH, STEPS, RATE = "clinic", 8, 32, 100, 3e-3
-SEEDS = (0, 1, 2)
-RANKS = (1, 4, 8, 16, 64)
+DOMAIN, ROWS, LENGTH, RATE = "clinic", 8, 32, 3e-3
 USUAL_RANK, SCALE = 8, 2.0  # the three rules agree here: r = 8, α = 16
 RULES = {
     "α fixed, scale α/r": lambda r: SCALE * USUAL_RANK / r,
     "rsLoRA: α fixed, scale α/√r": lambda r: SCALE * math.sqrt(USUAL_RANK / r),
     "α = 2r, scale 2": lambda r: SCALE,
 }
-SCALES, RATES, GRID_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 60
 TARGETS = {
     "q, v": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -36,12 +37,24 @@ TARGETS = {
     "all linears": "all-linear",
 }
 BUDGETS, TARGET_RATES = (22_500, 90_000), (3e-3, 1e-2)  # trained parameters, as nearly as a whole rank allows; the better rate counts
-SMALL_ROWS, SMALL_STEPS, SMALL_RANKS = 16, 150, (1, 8, 64)
+SMALL_ROWS = 16
 
 
-@functools.cache
-def pretrained() -> nn.Module:
-    return models.load("tiny")[0]
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is done; the defaults are the benchmark's, ``SMOKE`` is a dry run."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 100
+    ranks: tuple[int, ...] = (1, 4, 8, 16, 64)
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    grid_steps: int = 60
+    small_steps: int = 150
+    small_ranks: tuple[int, ...] = (1, 8, 64)
+
+
+SMOKE = Settings((0,), 2, (8, 16), (1.0, 2.0), (1e-3, 4e-3), 2, 2, (8,))
 
 
 @functools.cache
@@ -50,7 +63,7 @@ def batch(world: World, seed: int, step: int) -> Tensor:
     return world.sample(DOMAIN, ROWS, LENGTH, seed=1000 * (seed + 1) + step)
 
 
-def adapted(world: World, seed: int, r: int, scale: float, targets="all-linear", rate: float = RATE, steps: int = STEPS) -> float:
+def adapted(world: World, seed: int, r: int, scale: float, steps: int, targets="all-linear", rate: float = RATE) -> float:
     """LoRA on new text; returns nats per token above the floor on fresh text, 9 where training broke down."""
     seed_everything(seed)
     model = copy.deepcopy(pretrained())
@@ -62,19 +75,19 @@ def adapted(world: World, seed: int, r: int, scale: float, targets="all-linear",
     return round(above_floor(model, world, DOMAIN, rows=64, length=LENGTH), 4)
 
 
-def rank_sweep(world: World) -> dict:
+def rank_sweep(world: World, s: Settings) -> dict:
     """rule -> rank -> a score for each seed."""
-    run = functools.cache(lambda seed, r, scale: adapted(world, seed, r, scale))  # the rules share a point
-    return {rule: {str(r): [run(seed, r, scale(r)) for seed in SEEDS] for r in RANKS} for rule, scale in RULES.items()}
+    run = functools.cache(lambda seed, r, scale: adapted(world, seed, r, scale, s.steps))  # the rules share a point
+    return {rule: {str(r): [run(seed, r, scale(r)) for seed in s.seeds] for r in s.ranks} for rule, scale in RULES.items()}
 
 
-def alpha_and_rate(world: World) -> dict:
-    """r = 8, one seed; rows are SCALES (α/r), columns RATES."""
-    scores = [[adapted(world, 0, USUAL_RANK, scale, rate=rate, steps=GRID_STEPS) for rate in RATES] for scale in SCALES]
-    return {"scales": SCALES, "rates": RATES, "steps": GRID_STEPS, "scores": scores}
+def alpha_and_rate(world: World, s: Settings) -> dict:
+    """r = 8, one seed; rows are scales (α/r), columns rates."""
+    scores = [[adapted(world, 0, USUAL_RANK, scale, s.grid_steps, rate=rate) for rate in s.rates] for scale in s.scales]
+    return {"scales": s.scales, "rates": s.rates, "steps": s.grid_steps, "scores": scores}
 
 
-def target_sweep(world: World) -> dict:
+def target_sweep(world: World, s: Settings) -> dict:
     """targets -> for each budget: r, parameters, the rate that did better, a score for each seed."""
     found = {}
     for name, targets in TARGETS.items():
@@ -83,24 +96,24 @@ def target_sweep(world: World) -> dict:
         per_rank, found[name] = trainable_parameters(model)[0], []
         for budget in BUDGETS:
             r = round(budget / per_rank)
-            runs = {rate: [adapted(world, seed, r, SCALE, targets, rate) for seed in SEEDS] for rate in TARGET_RATES}
+            runs = {rate: [adapted(world, seed, r, SCALE, s.steps, targets, rate) for seed in s.seeds] for rate in TARGET_RATES}
             rate = min(runs, key=lambda rate, runs=runs: statistics.fmean(runs[rate]))
             found[name].append({"r": r, "parameters": r * per_rank, "rate": rate, "scores": runs[rate]})
     return found
 
 
-def small_set(world: World) -> dict:
+def small_set(world: World, s: Settings) -> dict:
     """What trains -> steps, and nats above the floor on the 16 rows that are trained on and on fresh text, a curve for each seed."""
     found = {}
-    for label, r in {**{f"LoRA, r = {r}": r for r in SMALL_RANKS}, "all weights": None}.items():
-        curves = [_by_heart(world, seed, r) for seed in SEEDS]
+    for label, r in {**{f"LoRA, r = {r}": r for r in s.small_ranks}, "all weights": None}.items():
+        curves = [_by_heart(world, seed, r, s.small_steps) for seed in s.seeds]
         found[label] = {"steps": [step for step, _ in curves[0]]} | {
             name: [[values[i] for _, values in curve] for curve in curves] for i, name in enumerate(("trained on", "fresh"))
         }
     return found
 
 
-def _by_heart(world: World, seed: int, r: int | None) -> list[tuple[int, tuple[float, float]]]:
+def _by_heart(world: World, seed: int, r: int | None, steps: int) -> list[tuple[int, tuple[float, float]]]:
     seed_everything(seed)
     model = copy.deepcopy(pretrained()).requires_grad_(True)
     if r:
@@ -111,31 +124,33 @@ def _by_heart(world: World, seed: int, r: int | None) -> list[tuple[int, tuple[f
     def both() -> tuple[float, float]:
         return round(cross_entropy(model, rows) - floor, 4), round(above_floor(model, world, DOMAIN, rows=64, length=LENGTH), 4)
 
-    return train(model, lambda step: rows, SMALL_STEPS, RATE if r else RATE / 3, evaluate=both, every=15, progress=False).evaluations
+    return train(model, lambda step: rows, steps, RATE if r else RATE / 3, evaluate=both, every=15, progress=False).evaluations
 
 
-def measure() -> dict:
+def measure(s: Settings) -> dict:
     """All four sweeps."""
     world, started = World(), time.perf_counter()
-    settings = {"domain": DOMAIN, "rows": ROWS, "length": LENGTH, "steps": STEPS, "rate": RATE, "seeds": len(SEEDS)}
+    settings = {"domain": DOMAIN, "rows": ROWS, "length": LENGTH, "steps": s.steps, "rate": RATE, "seeds": len(s.seeds)}
     result = {"settings": settings, "unit": "nats per token above the floor"}
     for sweep in (rank_sweep, alpha_and_rate, target_sweep, small_set):
-        result[sweep.__name__] = sweep(world)
+        result[sweep.__name__] = sweep(world, s)
     return result | {"seconds": round(time.perf_counter() - started), "threads": torch.get_num_threads()}
 
 
 def main() -> None:
-    result, mean = measure(), statistics.fmean
+    given = options("lora_sweeps", __doc__, gpu=False)
+    s, mean = SMOKE if given.smoke else Settings(), statistics.fmean
+    result = measure(s)
     for rule, ranks in result["rank_sweep"].items():
         print(f"{rule:30}", "  ".join(f"r={r}: {mean(scores):.3f}" for r, scores in ranks.items()))
-    for scale, scores in zip(SCALES, result["alpha_and_rate"]["scores"], strict=True):
-        print(f"α/r = {scale:<24}", "  ".join(f"{rate:g}: {score:.3f}" for rate, score in zip(RATES, scores, strict=True)))
+    for scale, scores in zip(s.scales, result["alpha_and_rate"]["scores"], strict=True):
+        print(f"α/r = {scale:<24}", "  ".join(f"{rate:g}: {score:.3f}" for rate, score in zip(s.rates, scores, strict=True)))
     for name, rows in result["target_sweep"].items():
         print(f"{name:30}", "  ".join(f"{row['parameters']:,} (r={row['r']}): {mean(row['scores']):.3f}" for row in rows))
     for label, curves in result["small_set"].items():
         last = {name: mean(curve[-1] for curve in curves[name]) for name in ("trained on", "fresh")}
         print(f"{label:30} trained on {last['trained on']:.3f}, fresh {last['fresh']:.3f}")
-    print(recorded.save("lora_sweeps", result), f"{result['seconds']} s")
+    print("saved to", recorded.save("lora_sweeps", result, given.out), f"{result['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Peak memory of real training steps against ``reference.memory``'s prediction, configuration by configuration.
 
-    python benchmarks/memory_peaks.py            all of them, on a CUDA device; saves the recorded result "memory_peaks"
-    python benchmarks/memory_peaks.py lora 7b    those whose name holds every word
+    python -m benchmarks.memory_peaks                   # all of them, on a CUDA device; saves the recorded result "memory_peaks"
+    python -m benchmarks.memory_peaks --only lora 7b    # those whose name holds every word
+    python -m benchmarks.memory_peaks --smoke           # a small shape on the CPU, in seconds, bytes of tensors counted
 
 Models have the shape of Llama-3.2-1B and Llama-2-7B and random weights: memory does not depend on the values. Each configuration starts
 from an emptied allocator and takes three steps; the last one counts (Adam's moments exist by then). "Measured" is the highest number of
@@ -9,15 +10,15 @@ bytes that the allocator had handed out (``torch.cuda.max_memory_allocated``), l
 measured first: they belong to the process, not to the recipe.
 """
 
-import gc
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.cases import CHECKPOINTING, llama, pack_with_bitsandbytes
+from benchmarks.cli import message, options
+from benchmarks.meters import Meter, take_step
 from course.lab import recorded
 from reference.lora import inject_lora
 from reference.memory import Breakdown, Recipe, training_memory
@@ -74,6 +75,9 @@ CONFIGURATIONS = [
     Configuration(LLAMA_2_7B, QLORA, 1, 2048),
     Configuration(LLAMA_2_7B, QLORA, 4, 2048, checkpointing=True),
 ]
+_SMALL = ModelShape("smoke", 128, 3, 4, 2, 32, 320, 300)
+SMOKE = [Configuration(_SMALL, recipe, 2, 32, rank=4) for recipe in (FULL_FP32, FULL_MIXED, FULL_BF16, ADAM_8BIT, LORA, LORA_PEFT, QLORA)]
+SMOKE += [Configuration(_SMALL, QLORA, 2, 32, checkpointing=True, rank=4)]
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -105,34 +109,12 @@ class MasterAdamW(torch.optim.Optimizer):
                 del gradient, denominator  # before the next tensor's are made
 
 
-def config_of(shape: ModelShape, kind: type = LlamaConfig, **settings):
-    """The library's configuration of ``shape``; ``settings`` are those that a shape leaves open."""
-    return kind(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.mlp,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        use_cache=False,
-        **settings,
-    )
-
-
 def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model with random weights, made on ``device``, and its optimizer."""
     shape, recipe = configuration.shape, configuration.recipe
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if recipe.weight_bytes == 4 else torch.bfloat16)
-    try:
-        with device:
-            model = LlamaForCausalLM(config_of(shape))
-    finally:
-        torch.set_default_dtype(default)
+    model = llama(shape, torch.float32 if recipe.weight_bytes == 4 else torch.bfloat16, device)
     if recipe.quantized:
-        quantize(model)
+        pack_with_bitsandbytes(model, lambda name: model.get_parameter(name).data, device)
     if recipe.input_copies:
         import peft
 
@@ -141,32 +123,9 @@ def build(configuration: Configuration, device: torch.device) -> tuple[nn.Module
     elif not recipe.trains_base:
         inject_lora(model, configuration.rank, 32, configuration.targets)
     if configuration.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(**CHECKPOINTING)
     model.train()
     return model, optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
-
-
-def quantize(model: nn.Module) -> None:
-    """Every linear of the decoder layers as bitsandbytes' NF4 with double quantization; one by one, so that copies don't pile up."""
-    import bitsandbytes as bnb
-
-    for decoder_layer in model.model.layers:
-        for parent in (decoder_layer.self_attn, decoder_layer.mlp):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear):
-                    packed = bnb.nn.Linear4bit(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=False,
-                        compute_dtype=linear.weight.dtype,
-                        quant_type="nf4",
-                        compress_statistics=True,
-                        device="meta",
-                    )
-                    packed.weight = bnb.nn.Params4bit(
-                        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-                    ).to(linear.weight.device)  # quantizes
-                    setattr(parent, name, packed)
 
 
 def optimizer(recipe: Recipe, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -187,14 +146,7 @@ def steps(configuration: Configuration, device: torch.device, note=lambda moment
     note("built")
     for _ in range(count):
         note("held")
-        loss = model(input_ids=ids, labels=ids).loss
-        note("forward")
-        loss.backward()
-        del loss
-        note("backward")
-        adam.step()
-        note("step")
-        adam.zero_grad(set_to_none=True)
+        take_step(model, adam, ids, note)
 
 
 def predict(configuration: Configuration) -> Breakdown:
@@ -210,17 +162,17 @@ def predict(configuration: Configuration) -> Breakdown:
     )
 
 
-def measure_one(configuration: Configuration, workspaces: int) -> dict:
-    """One row of the result, in bytes; ``workspaces`` is what the process holds without any model."""
+def measure_one(configuration: Configuration, meter: Meter, device: torch.device) -> dict:
+    """One row of the result, in bytes."""
     seen = {}
 
     def note(moment: str) -> None:
-        torch.cuda.synchronize()
-        seen[moment] = {"now": torch.cuda.memory_allocated() - workspaces, "peak": torch.cuda.max_memory_allocated() - workspaces}
-        torch.cuda.reset_peak_memory_stats()
+        seen[moment] = {"now": meter.now, "peak": meter.peak}
+        meter.reset()
 
+    meter.start()
     began = time.perf_counter()
-    steps(configuration, torch.device("cuda"), note)
+    steps(configuration, device, note)
     expected = predict(configuration)
     measured = max(seen[moment]["peak"] for moment in ("forward", "backward", "step"))
     by_token = ("activations", "recomputed layer", "log-probabilities", "loss gradients", "temporaries")
@@ -246,67 +198,44 @@ def measure_one(configuration: Configuration, workspaces: int) -> dict:
     }
 
 
-def held_by_libraries() -> int:
-    """Bytes that matrix products leave allocated, forward and backward thread, in both dtypes."""
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2, 64, 256, device="cuda", dtype=dtype, requires_grad=True)
-        weight = torch.randn(128, 256, device="cuda", dtype=dtype, requires_grad=True)
-        nn.functional.linear(x, weight).float().sum().backward()
-    x = weight = None
-    free()
-    return torch.cuda.memory_allocated()
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def measure(words: tuple[str, ...] = ()) -> dict:
-    """Every configuration whose name holds all ``words``; one that fails is reported and does not stop the others."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("peaks are measured on a CUDA device, and this machine has none; see benchmarks/recorded")
+def measure(configurations: list[Configuration] = CONFIGURATIONS, where: str = "cuda") -> dict:
+    """A row for each; one that fails is reported and does not stop the others."""
     torch.manual_seed(0)
-    workspaces, rows, failed = held_by_libraries(), [], []
+    meter, rows, failed = Meter(device := torch.device(where)), [], []
     print(
         f"{'configuration':58s} {'predicted':>10s} {'measured':>10s} {'ratio':>7s}   held, after forward, peak in forward, backward, step"
     )
-    for configuration in CONFIGURATIONS:
-        if not all(word.lower() in configuration.name.lower() for word in words):
-            continue
+    for configuration in configurations:
         try:
-            row = measure_one(configuration, workspaces)
+            with meter:
+                row = measure_one(configuration, meter, device)
         except Exception as error:
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            failed.append({"name": configuration.name, "error": message})
-            print(f"{configuration.name:58s} FAILED {message}")
+            failed.append({"name": configuration.name, "error": message(error)})
+            print(f"{configuration.name:58s} FAILED {message(error)}")
         else:
             rows.append(row)
             gigabytes = [row["measured_held"], row["measured_after_forward"], *row["measured_peaks"].values()]
             print(
                 f"{row['name']:58s} {row['predicted'] / 1e9:10.3f} {row['measured'] / 1e9:10.3f} {row['ratio']:7.3f}   "
                 + " ".join(f"{count / 1e9:.3f}" for count in gigabytes)
-                + f"   {row['predicted_moment']}, {row['seconds']:.1f} s"
+                + f"   {row['predicted_moment']}, {row['seconds']:.1f} s",
+                flush=True,
             )
-        free()
-        if (left := torch.cuda.memory_allocated() - workspaces) > 1e6:
-            print(f"  note: {left / 1e6:.1f} MB stayed allocated after {configuration.name}")
-            workspaces += left
-    return {"workspaces": workspaces, "rows": rows, "failed": failed}
+    return {"workspaces": meter.libraries, "rows": rows, "failed": failed}
 
 
 def main() -> None:
-    words = tuple(sys.argv[1:])
-    result = measure(words)
+    only = {"nargs": "+", "metavar": "WORD", "help": "configurations whose names hold every word"}
+    given = options("memory_peaks", __doc__, only=only)
+    words = [word.lower() for word in given.only or ()]
+    chosen = [each for each in (SMOKE if given.smoke else CONFIGURATIONS) if all(word in each.name.lower() for word in words)]
+    result = measure(chosen, given.device.type)
     if result["rows"]:
         ratios = [row["ratio"] for row in result["rows"]]
         quiet = [row["ratio"] for row in result["rows"] if row["activation_share"] < 0.5]
         print(f"{len(ratios)} configurations, {len(result['failed'])} failed; ratio {min(ratios):.3f} to {max(ratios):.3f}", end="")
         print(f", where activations are under half: {min(quiet):.3f} to {max(quiet):.3f}" if quiet else "")
-    if result["rows"] and not words:
-        print(f"saved to {recorded.save('memory_peaks', result).name}")
+    print("saved to", recorded.save("memory_peaks", result, given.out, given.device))
 
 
 if __name__ == "__main__":

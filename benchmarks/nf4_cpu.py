@@ -1,6 +1,6 @@
 """NF4 on a CPU: quantize and dequantize a 4096×4096 tensor, ours against bitsandbytes', with one thread and with two.
 
-    python benchmarks/nf4_cpu.py           # about a minute; saves the recorded result "nf4_cpu"
+    python -m benchmarks.nf4_cpu           # about a minute; saves the recorded result "nf4_cpu"
 
 bitsandbytes' quantization is a torch program, as ours is; its dequantization is native code (AVX-512 where the CPU has it). Both give the
 same bytes, scales and values, which every run checks first. The two take turns, and the ratio is the median of the ratios of neighbours in
@@ -8,7 +8,6 @@ time, so that other programs on the machine, which slow down both, hardly move i
 libraries read it when they are loaded, and the two sides don't share one. Output goes to fresh memory, as in use.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -21,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cli import options
 from course import ENVIRONMENT, ROOT
 from course.lab import recorded
 
 SIDE, ROUNDS, THREADS, BLOCK = 4096, 15, (1, 2), 64
+SMOKE = {"side": 256, "rounds": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,11 +70,11 @@ def measure_here(side: int = SIDE, rounds: int = ROUNDS) -> dict:
     return result
 
 
-def measure_with(threads: int) -> dict:
+def measure_with(threads: int, smoke: bool) -> dict:
     """:func:`measure_here` in a process that has ``threads`` threads."""
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--here"]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "benchmarks.nf4_cpu", "--here", *(["--smoke"] if smoke else [])]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -86,12 +87,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def measure() -> dict:
+def measure(smoke: bool = False) -> dict:
     import bitsandbytes
 
-    settings = {"side": SIDE, "block_size": BLOCK, "rounds": ROUNDS}
+    settings = {"side": SIDE, "block_size": BLOCK, "rounds": ROUNDS} | (SMOKE if smoke else {})
     host = {"cpu": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability(), "bitsandbytes": bitsandbytes.__version__}
-    return host | settings | {"threads": {str(threads): measure_with(threads) for threads in THREADS}}
+    return host | settings | {"threads": {str(threads): measure_with(threads, smoke) for threads in THREADS}}
 
 
 def show(result: dict) -> None:
@@ -105,15 +106,14 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")
-    if parser.parse_args().here:
-        print(json.dumps(measure_here()))
+    given = options("nf4_cpu", __doc__, gpu=False, here={"action": "store_true", "help": "measure in this process and print JSON"})
+    if given.here:
+        print(json.dumps(measure_here(**SMOKE if given.smoke else {})))
         return
-    result = measure()
+    result = measure(given.smoke)
     show(result)
     torch.set_num_threads(max(THREADS))  # part of the device's name
-    print("saved to", recorded.save("nf4_cpu", result, where=torch.device("cpu")).relative_to(ROOT))
+    print("saved to", recorded.save("nf4_cpu", result, given.out, torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the compiler makes of the NF4 linear kernels for an H100: instructions a weight in the loop over the weight.
 
-    python benchmarks/nf4_instructions.py         # no GPU, Triton on Linux; seconds; saves the recorded result "nf4_instructions"
+    python -m benchmarks.nf4_instructions         # no GPU, Triton on Linux; seconds; saves the recorded result "nf4_instructions"
 
 A scheduler starts one instruction of a warp in each clock, and an SM has four of them. So the count gives a time that no schedule can beat,
 as the bytes over the memory's rate give another; which of the two is longer says what a faster kernel would have to save.
@@ -12,9 +12,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from course.lab import recorded
+from benchmarks.cli import record
 
 SIDE, BLOCK, LANES = 8192, 64, 32
 SMS, SCHEDULERS, CLOCK = 132, 4, 1.98e9  # of an H100 SXM, at its highest clock
@@ -97,13 +95,17 @@ def measure() -> dict:
     return found
 
 
-def main() -> None:
-    result = measure()
+def table(result: dict) -> str:
+    lines = []
     for name, row in result.items():
         if isinstance(row, dict):
             kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in row["kinds"].items())
-            print(f"{name:30}{row['instructions']:5.2f} instructions a weight, {row['milliseconds']:.4f} ms to start them: {kinds}")
-    print(recorded.save("nf4_instructions", result, where=torch.device("cpu")).name)
+            lines.append(f"{name:30}{row['instructions']:5.2f} instructions a weight, {row['milliseconds']:.4f} ms to start them: {kinds}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    record("nf4_instructions", __doc__, measure, table, small={}, where="cpu")  # it takes seconds anyway
 
 
 if __name__ == "__main__":

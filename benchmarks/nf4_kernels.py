@@ -1,6 +1,6 @@
 """The NF4 kernels beside bitsandbytes, plain torch, torch.compile and the time in which their bytes cross the memory bus.
 
-    python benchmarks/nf4_kernels.py              # a CUDA device, about half a minute; saves the recorded result "nf4_kernels"
+    python -m benchmarks.nf4_kernels              # a CUDA device, about half a minute; saves the recorded result "nf4_kernels"
 
 One run, one card: a weight of 8192 × 8192 in bfloat16, blocks of 64. Each call takes the next of sixteen weights, so that none waits in
 the cache. (Of four weights in four bits, a part would still be there: more of it if a kernel asks the cache to forget its weight first.)
@@ -10,19 +10,22 @@ products at the rate that bf16 weights reach with the most rows. "Reading" is a 
 weight, adds them up and does nothing else, in the fastest of a few ways to share them out.
 """
 
-import argparse
-import itertools
+import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 from torch.nn.functional import linear
 
-from course.lab import recorded
-from course.lab.meters import milliseconds
+from benchmarks.cli import record
+from benchmarks.meters import cold_milliseconds
+from course.lab.devices import device
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
+import triton
+import triton.language as tl
+
 from reference import nf4 as plain
 from reference.double_quant import double_quantize
 from reference.kernels import nf4 as kernels
@@ -30,12 +33,6 @@ from reference.nf4 import NF4Tensor
 
 SIDE, BLOCK, COPIES = 8192, 64, 16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
-
-
-def time(work: Callable, *columns: list, repeats: int = 24) -> float:
-    """Median milliseconds of ``work`` over the rows of ``columns`` in turn."""
-    rows = itertools.cycle(list(zip(*columns, strict=True)))
-    return milliseconds(lambda: work(*next(rows)), repeats=repeats, warmup=2 * COPIES, queued=True)
 
 
 @triton.jit
@@ -69,21 +66,23 @@ def read(q: NF4Tensor, parts: int, rows: int = 64, blocks: int = 4) -> tuple[tor
     return tuple(sums)
 
 
-def measure() -> dict:
+def measure(side: int = SIDE, counts: tuple[int, ...] = ROWS, copies: int = COPIES, repeats: int = 24) -> dict:
     import bitsandbytes
     import bitsandbytes.functional as bnb
 
+    where, time = device(), partial(cold_milliseconds, repeats=repeats)
     torch.manual_seed(0)
-    weights = [torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(COPIES)]
+    weights = [torch.randn(side, side, device=where, dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
     target = torch.empty_like(weights[0])
-    n = SIDE * SIDE
+    n = side * side
     rate = 4 * n / time(target.copy_, weights)  # bytes in a millisecond, read and written
     ours = [kernels.quantize_nf4(w) for w in weights]
     nested = [double_quantize(q) for q in ours]
     single = [bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4") for w in weights]
     double = [bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4", compress_statistics=True) for w in weights]
     packed_bytes, double_bytes = n / 2 + 4 * n / BLOCK, n / 2 + n / BLOCK + 4 * n / BLOCK / 256
-    compiled = torch.compile(lambda packed, absmax: decode(packed, absmax))
+    backend = "inductor" if where.type == "cuda" else "aot_eager"  # in seconds, where nothing is timed
+    compiled = torch.compile(lambda packed, absmax: decode(packed, absmax, side), backend=backend)
 
     rows = [
         {
@@ -108,8 +107,8 @@ def measure() -> dict:
             "floor": (2 * n + double_bytes) / rate,
         },
     ]
-    for count in ROWS:
-        x = torch.randn(count, SIDE, device="cuda", dtype=torch.bfloat16)
+    for count in counts:
+        x = torch.randn(count, side, device=where, dtype=torch.bfloat16)
         rows.append(
             {
                 "work": "linear",
@@ -120,22 +119,22 @@ def measure() -> dict:
                 "bf16 weights": time(lambda w, x=x: linear(x, w), weights),
             }
         )
-    fastest = rows[-1]["bf16 weights"] / ROWS[-1]  # milliseconds for the products of a row, many at a time
+    fastest = rows[-1]["bf16 weights"] / counts[-1]  # milliseconds for the products of a row, many at a time
     for row in rows:
         if count := row.get("rows"):
-            row["floor"] = max((packed_bytes + 4 * count * SIDE) / rate, count * fastest)
+            row["floor"] = max((packed_bytes + 4 * count * side) / rate, count * fastest)
     reading = min(time(partial(read, parts=parts, blocks=blocks), ours) for parts in (2, 3, 4, 6, 8) for blocks in (2, 4))
-    found = {"side": SIDE, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "reading": reading, "rows": rows}
-    return found | {"equal": equal(ours, nested, double)}
+    found = {"side": side, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "reading": reading, "rows": rows}
+    return found | {"equal": equal(ours, nested, double, compiled)}
 
 
-def decode(packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def decode(packed: torch.Tensor, absmax: torch.Tensor, side: int) -> torch.Tensor:
     """What torch.compile is given: the same decoding as one expression."""
     codes = torch.stack([packed >> 4, packed & 15], -1).int().view(-1, BLOCK)  # (blocks, BLOCK)
-    return (plain.NF4_CODEBOOK.to(packed.device)[codes] * absmax[:, None]).bfloat16().view(SIDE, SIDE)
+    return (plain.NF4_CODEBOOK.to(packed.device)[codes] * absmax[:, None]).bfloat16().view(side, side)
 
 
-def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list) -> dict[str, bool]:
+def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list, compiled: Callable) -> dict[str, bool]:
     """Whether what was timed computes the same."""
     import bitsandbytes.functional as bnb
 
@@ -146,7 +145,7 @@ def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list) -> dict[
         "dequantized": torch.equal(kernels.dequantize_nf4(q), plain.dequantize_nf4(q)),
         "double": torch.equal(kernels.dequantize_nf4(n), plain.dequantize_nf4(n)),
         "double, bitsandbytes": torch.equal(kernels.dequantize_nf4(n), bnb.dequantize_4bit(packed, state)),
-        "compiled": torch.equal(torch.compile(decode)(q.packed, q.absmax), plain.dequantize_nf4(q)),
+        "compiled": torch.equal(compiled(q.packed, q.absmax), plain.dequantize_nf4(q)),
     }
 
 
@@ -162,20 +161,8 @@ def table(result: dict) -> str:
     return "\n".join([*lines, f"equal: {result['equal']}"])
 
 
-def record(name: str, about: str, measure: Callable[[], dict], table: Callable[[dict], str]) -> None:
-    """What a script does that measures on a GPU: read ``--out``, measure, print a table, save the result."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=recorded.FOLDER, help="folder of the result (default: benchmarks/recorded)")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise RuntimeError(f"{name} is measured on a CUDA device, and this machine has none")
-    result = measure()
-    print(table(result))
-    print(recorded.save(name, result, arguments.out).name)
-
-
 def main() -> None:
-    record("nf4_kernels", __doc__, measure, table)
+    record("nf4_kernels", __doc__, measure, table, small={"side": 256, "counts": (1, 16), "copies": 1, "repeats": 1})
 
 
 if __name__ == "__main__":

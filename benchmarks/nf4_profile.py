@@ -1,20 +1,24 @@
 """What the hardware counters say of the NF4 kernels: how busy memory and the parts of a multiprocessor are while each one runs.
 
-    python benchmarks/nf4_profile.py              # a CUDA device and Nsight Compute (ncu), a minute; saves "nf4_profile"
+    python -m benchmarks.nf4_profile              # a CUDA device and Nsight Compute (ncu), a minute; saves "nf4_profile"
+    python -m benchmarks.nf4_profile --smoke      # launches the kernels, small, without the profiler
 
-ncu runs this file again, in a process of its own, and each kernel several times over with cold caches. The clocks are left as they are.
+ncu runs this module again, in a process of its own, and each kernel several times over with cold caches. The clocks are left as they are.
 All shares are of what the part could do at most: of DRAM during the whole launch, of the others while a multiprocessor has work.
 """
 
-import argparse
 import csv
 import io
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import torch
+
+from benchmarks.cli import options
+from course import ROOT
 from course.lab import recorded
+from course.lab.devices import device
 
 SIDE = 8192
 METRICS = {
@@ -33,26 +37,29 @@ KERNELS = {"quantize": "_quantize", "dequantize": "_dequantize", "1 row": "_vect
 SCALES = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1, "us": 1, "msecond": 1e3, "ms": 1e3}  # to microseconds
 
 
-def work() -> None:
+def work(side: int = SIDE) -> None:
     """One launch of each kernel while the profiler looks, after one while it doesn't."""
-    import torch
-
-    from reference.kernels import nf4 as kernels
+    from benchmarks.nf4_kernels import kernels  # without a GPU they are interpreted
 
     torch.manual_seed(0)
-    weight = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) * 0.02
+    where = device()
+    weight = torch.randn(side, side, device=where, dtype=torch.bfloat16) * 0.02
     q = kernels.quantize_nf4(weight)
-    row, rows = (torch.randn(count, SIDE, device="cuda", dtype=torch.bfloat16) for count in (1, 16))
-    for look in (False, True):
-        torch.cuda.synchronize()
-        if look:
-            torch.cuda.profiler.start()
+    row, rows = (torch.randn(count, side, device=where, dtype=torch.bfloat16) for count in (1, 16))
+
+    def launch() -> None:
         kernels.quantize_nf4(weight, check=False)
         kernels.dequantize_nf4(q)
         kernels.linear_nf4(row, q)
         kernels.linear_nf4(rows, q)
+
+    launch()
+    if where.type == "cuda":
         torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+        torch.cuda.profiler.start()
+        launch()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
 def parse(report: str) -> dict[str, dict[str, float]]:
@@ -88,21 +95,20 @@ def measure() -> dict:
         "--metrics",
         ",".join(METRICS.values()),
     ]
-    run = subprocess.run([*look, sys.executable, __file__, "--work"], capture_output=True, text=True)
+    run = subprocess.run([*look, sys.executable, "-m", "benchmarks.nf4_profile", "--work"], capture_output=True, text=True, cwd=ROOT)
     return {"side": SIDE, "kernels": parse(run.stdout + run.stderr)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", action="store_true", help="only launch the kernels: for ncu")
-    parser.add_argument("--out", type=Path, default=recorded.FOLDER, help="folder of the result (default: benchmarks/recorded)")
-    options = parser.parse_args()
-    if options.work:
+    given = options("nf4_profile", __doc__, work={"action": "store_true", "help": "only launch the kernels: for ncu"})
+    if given.work:
         return work()
-    result = measure()
+    if given.smoke:
+        work(256)
+    result = {"side": 256, "kernels": {}} if given.smoke else measure()
     for name, row in result["kernels"].items():
         print(f"{name:12}" + "".join(f"{what} {value:,.1f}  " for what, value in row.items()))
-    print(recorded.save("nf4_profile", result, options.out).name)
+    print("saved to", recorded.save("nf4_profile", result, given.out))
 
 
 if __name__ == "__main__":

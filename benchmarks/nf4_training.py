@@ -1,17 +1,19 @@
 """The NF4 linear layer in training, forward and backward, beside bitsandbytes' and bf16 weights.
 
-    python benchmarks/nf4_training.py             # a CUDA device, seconds; saves the recorded result "nf4_training"
+    python -m benchmarks.nf4_training             # a CUDA device, seconds; saves the recorded result "nf4_training"
 
-Measured as in benchmarks/nf4_kernels.py. The weight is frozen, so the gradient of x is the only one: y = x · Ŵᵀ, then ∂L/∂y · Ŵ.
+Measured as in benchmarks.nf4_kernels. The weight is frozen, so the gradient of x is the only one: y = x · Ŵᵀ, then ∂L/∂y · Ŵ.
 """
 
 from collections.abc import Callable
 
 import torch
-from nf4_kernels import BLOCK, COPIES, SIDE, record, time
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.cli import record
+from benchmarks.meters import cold_milliseconds as time
+from benchmarks.nf4_kernels import BLOCK, COPIES, SIDE
 from reference.qlora.layer import NF4Linear
 
 ROWS = 512, 2048, 8192
@@ -63,7 +65,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    record("nf4_training", __doc__, measure, table)
+    record("nf4_training", __doc__, measure, table, small={"side": 128, "counts": (3, 70), "repeats": 2, "where": "cpu"})
 
 
 if __name__ == "__main__":

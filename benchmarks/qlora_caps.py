@@ -1,8 +1,8 @@
 """QLoRA training steps of 7B- to 70B-shaped models in a process that may use no more than so many bytes of the GPU.
 
-    python benchmarks/qlora_caps.py               # a CUDA device with 48 GB free, about two minutes; saves the recorded result "qlora_caps"
-    python benchmarks/qlora_caps.py --only 70B    # one of them
-    python benchmarks/qlora_caps.py --smoke       # small shapes on the CPU, without a cap; saves to a temporary folder
+    python -m benchmarks.qlora_caps               # a CUDA device with 48 GB free, about two minutes; saves the recorded result "qlora_caps"
+    python -m benchmarks.qlora_caps --only 70B    # one of them
+    python -m benchmarks.qlora_caps --smoke       # small shapes on the CPU, without a cap; saves to a temporary folder
 
 The QLoRA paper's headline is a 65B model on one GPU of 48 GB. Here each model has the shape of a real one and random weights: memory does
 not depend on the values, and no checkpoint of 140 GB has to exist. It is quantized while it is made, one weight at a time, r = 16 on all
@@ -11,16 +11,15 @@ linears, float32 adapters under AdamW, checkpointing. Then it takes 20 steps on 
 The cap is on the whole process: what CUDA keeps for itself is measured and taken off, and the allocator may reserve no more than the rest.
 """
 
-import argparse
 import dataclasses
 import os
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from qlora_memory import ALPHA, OURS, RANK, Case, Extra, Meter, build
 
+from benchmarks.cases import ALPHA, OURS, RANK, Case, build
+from benchmarks.cli import options
+from benchmarks.meters import Extra, Meter, take_step
 from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.memory import training_memory
@@ -63,11 +62,6 @@ def train(name: str, meter: Meter, device: torch.device) -> dict:
     meter.start()
     row |= {"context": cap_process(case.cap) if meter.cuda else 0, "reserved": 0}
 
-    def peak() -> int:
-        if meter.cuda:
-            row["reserved"] = max(row["reserved"], torch.cuda.max_memory_reserved())
-        return meter.peak
-
     began, extra = time.perf_counter(), Extra(meter)
     model = build(OURS, Case(case.shape, True, ()), device, extra)
     row |= {"built": meter.now, "building_extra": extra.bytes, "seconds_building": time.perf_counter() - began}
@@ -76,20 +70,17 @@ def train(name: str, meter: Meter, device: torch.device) -> dict:
     adam = torch.optim.AdamW(trained, lr=RATE, foreach=True)
     ids = torch.randint(case.shape.vocab, (case.batch, case.sequence), device=device)
     losses, seconds, peaks = [], [], {}
+
+    def note(phase: str) -> None:
+        if meter.cuda:
+            row["reserved"] = max(row["reserved"], torch.cuda.max_memory_reserved())
+        peaks[phase] = meter.peak
+        meter.reset()
+
+    meter.reset()
     for _ in range(STEPS):
         began = time.perf_counter()
-        meter.reset()
-        loss = model(input_ids=ids, labels=ids).loss
-        peaks["forward"] = peak()
-        meter.reset()
-        loss.backward()
-        losses.append(loss.item())
-        del loss
-        peaks["backward"] = peak()
-        meter.reset()
-        adam.step()
-        peaks["step"] = peak()
-        adam.zero_grad(set_to_none=True)
+        losses.append(take_step(model, adam, ids, note))
         seconds.append(time.perf_counter() - began)
     row |= {"losses": losses, "seconds": sorted(seconds)[STEPS // 2], "peaks": peaks, "peak": max(peaks.values()), "held": meter.now}
     expected = training_memory(case.shape, QLORA, case.batch, case.sequence, RANK, checkpointing=True)
@@ -119,24 +110,17 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/recorded; with --smoke a temporary one)")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), help="which of them")
-    parser.add_argument("--smoke", action="store_true", help="a small shape on the CPU, in seconds")
-    arguments = parser.parse_args()
-    if not (arguments.smoke or torch.cuda.is_available()):
-        raise RuntimeError("memory is capped on a CUDA device, and this machine has none: try --smoke")
+    given = options("qlora_caps", __doc__, only={"nargs": "+", "choices": list(CASES), "help": "which of them"})
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation: no memory lost in pieces
-    device = torch.device("cpu" if arguments.smoke else "cuda")
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else recorded.FOLDER)
     rows = []
-    with Meter(device) as meter:
-        for name in SMOKE if arguments.smoke else arguments.only or CASES:
-            rows.append(attempt(name, meter, device))
-            path = recorded.save("qlora_caps", {"rank": RANK, "alpha": ALPHA, "rate": RATE, "steps": STEPS, "rows": rows}, out, device)
+    with Meter(given.device) as meter:
+        for name in SMOKE if given.smoke else given.only or CASES:
+            rows.append(attempt(name, meter, given.device))
+            result = {"rank": RANK, "alpha": ALPHA, "rate": RATE, "steps": STEPS, "rows": rows}
+            path = recorded.save("qlora_caps", result, given.out, given.device)
             print(table(rows[-1:]), flush=True)
     print(table(rows))
-    print(path.name)
+    print("saved to", path)
 
 
 if __name__ == "__main__":

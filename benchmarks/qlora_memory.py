@@ -1,7 +1,7 @@
 """Memory of QLoRA: ours beside peft + bitsandbytes, 16-bit LoRA beside both, and what reference.memory predicts.
 
-    python benchmarks/qlora_memory.py               # a CUDA device, about two minutes; saves the recorded result "qlora_memory"
-    python benchmarks/qlora_memory.py --smoke       # small shapes on the CPU, bytes of tensors counted; saves to a temporary folder
+    python -m benchmarks.qlora_memory               # a CUDA device, about two minutes; saves the recorded result "qlora_memory"
+    python -m benchmarks.qlora_memory --smoke       # small shapes on the CPU, bytes of tensors counted; saves to a temporary folder
 
 Models have the shape of Llama-2-7B and of smaller ones, and random weights: memory does not depend on the values. Each model is made on the
 meta device and filled layer by layer on the GPU, so that no 16-bit copy of it ever exists: "extra" is the most that was there while one
@@ -9,7 +9,7 @@ layer was worked on, beyond the result so far. Then four steps with AdamW; the l
 linears, NF4 in blocks of 64 with double quantization, bf16 products, float32 adapters.
 
 Each way of building has a process of its own, and its peak is the allocator's ``max_memory_allocated`` less the matrix library's workspaces
-(see benchmarks/memory_peaks.py, whose parts are used here).
+(benchmarks.meters).
 
 - "QLoRA" is reference.qlora; "QLoRA, peft + bitsandbytes" is Linear4bit under peft's layer.
 - "…, prepared" passes the model through peft's prepare_model_for_kbit_training, which the usual recipe calls: it casts all that is not
@@ -17,35 +17,27 @@ Each way of building has a process of its own, and its peak is the allocator's `
 - "LoRA" and "LoRA, peft" keep the base in bf16.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from memory_peaks import config_of, free, held_by_libraries, optimizer
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
-from course.lab import models, recorded
-from course.lab.live import LiveBytes
+from benchmarks.cases import DENSE, DENSE_PEFT, LIKE_GEMMA, OURS, PEERS, PREPARED, RANK, Case, build, tiny_shape
+from benchmarks.cli import message, options
+from benchmarks.meters import Extra, Meter, take_step
+from course import ROOT
+from course.lab import recorded
 from course.lab.meters import show_bytes
-from reference.lora import inject_lora
 from reference.memory import training_memory
 from reference.memory.recipes import LORA, QLORA, Recipe
-from reference.model_shapes import GEMMA_3_270M, LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
-from reference.qlora import quantize_linears
+from reference.model_shapes import LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
 
-RANK, ALPHA, STEPS = 16, 32, 4
-OURS, PEERS, PREPARED = "QLoRA", "QLoRA, peft + bitsandbytes", "QLoRA, peft + bitsandbytes, prepared"
-DENSE, DENSE_PEFT = "LoRA", "LoRA, peft"
+STEPS = 4
 RECIPES: dict[str, Recipe | None] = {  # what reference.memory knows about; in the order of running
     OURS: QLORA,
     PEERS: dataclasses.replace(QLORA, input_copies=True),
@@ -53,20 +45,6 @@ RECIPES: dict[str, Recipe | None] = {  # what reference.memory knows about; in t
     PREPARED: None,
     DENSE_PEFT: dataclasses.replace(LORA, input_copies=True),
 }
-# With Gemma's sizes and Llama's layer: what the prediction is exact for.
-LIKE_GEMMA = dataclasses.replace(GEMMA_3_270M, name="Llama with Gemma-3-270M's sizes", norms=2, qk_norm=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    shape: ModelShape
-    checkpointing: bool
-    batches: tuple[tuple[int, int], ...]  # (rows, tokens)
-    rank: int = RANK
-
-
-def tiny_shape() -> ModelShape:
-    return ModelShape.from_config(models.load("tiny", where=torch.device("cpu"))[0].config, "the course's tiny model")
 
 
 def cases(smoke: bool) -> list[Case]:
@@ -79,144 +57,6 @@ def cases(smoke: bool) -> list[Case]:
         Case(LLAMA_3_2_1B, False, ((1, 128), (4, 512))),
         Case(LLAMA_2_7B, True, ((4, 512), (1, 2048), (1, 512), (4, 2048))),
     ]
-
-
-# Building, one layer at a time
-
-
-def random_weights(shapes: dict[str, torch.Size], device: torch.device) -> Callable[[str], Tensor]:
-    """A function from a parameter's name to new values in bf16, as a checkpoint's reader would give them one by one."""
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda name: torch.empty(shapes[name], dtype=torch.bfloat16, device=device).normal_(std=0.02, generator=generator)
-
-
-def skeleton(shape: ModelShape, device: torch.device) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """The model without values, and what gives them."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config_of(shape))
-    finally:
-        torch.set_default_dtype(default)
-    with device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # computed, not stored
-    weights = random_weights({name: p.shape for name, p in model.named_parameters()}, device)
-    return model.requires_grad_(False), weights
-
-
-def fill(model: nn.Module, weights: Callable[[str], Tensor]) -> None:
-    """Values for every parameter that has none yet."""
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            parent, _, key = name.rpartition(".")
-            setattr(model.get_submodule(parent), key, nn.Parameter(weights(name), requires_grad=False))
-    model.tie_weights()
-
-
-def pack_with_bitsandbytes(model: nn.Module, weights: Callable[[str], Tensor], device: torch.device) -> None:
-    import bitsandbytes as bnb
-
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
-        sizes = linear.in_features, linear.out_features
-        packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
-        packed.weight = bnb.nn.Params4bit(weights(f"{name}.weight"), requires_grad=False, quant_type="nf4", module=packed).to(device)
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, packed)
-    model.is_loaded_in_4bit = True  # by this peft knows which of its layers to take
-
-
-def build(how: str, case: Case, device: torch.device, extra: "Extra") -> nn.Module:
-    """The adapted model, ready to train."""
-    model, weights = skeleton(case.shape, device)
-    weights = extra.watched(weights)
-    if how == OURS:
-        quantize_linears(model, device=device, weights=weights)
-    elif how in (PEERS, PREPARED):
-        pack_with_bitsandbytes(model, weights, device)
-    fill(model, weights)
-    extra.stop()
-    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    if how == PREPARED:
-        import peft
-
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=case.checkpointing, **options)
-    elif case.checkpointing:
-        model.gradient_checkpointing_enable(**options)
-    if how in (OURS, DENSE):
-        inject_lora(model, case.rank, ALPHA)
-    else:
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules="all-linear"))
-    return model.train()
-
-
-# Measuring
-
-
-class Meter:
-    """Bytes now and their peak: the allocator's on CUDA, storages that torch's operations hand out on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.live, self.base = device.type == "cuda", LiveBytes(), 0
-        if self.cuda:
-            held_by_libraries()  # from now on they are there
-
-    def start(self) -> None:
-        """Free what nobody uses; what is left is not counted."""
-        gc.collect()
-        if self.cuda:
-            free()
-        self.base = 0
-        self.base = self.now
-        self.reset()
-
-    def reset(self) -> None:
-        self.live.peak = self.live.bytes
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def now(self) -> int:
-        return (torch.cuda.memory_allocated() if self.cuda else self.live.bytes) - self.base
-
-    @property
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.cuda else self.live.peak) - self.base
-
-    def __enter__(self) -> "Meter":
-        if not self.cuda:
-            self.live.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if not self.cuda:
-            self.live.__exit__(*error)
-
-
-class Extra:
-    """The most bytes that were there while one weight was worked on, beyond what was there before it."""
-
-    def __init__(self, meter: Meter):
-        self.meter, self.bytes = meter, 0
-        self.start()
-
-    def start(self) -> None:
-        self.meter.reset()
-        self.before = self.meter.now
-
-    def stop(self) -> None:
-        self.bytes = max(self.bytes, self.meter.peak - self.before)
-
-    def watched(self, weights: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-        def give(name: str) -> Tensor:
-            self.stop()
-            self.start()
-            return weights(name)
-
-        return give
 
 
 def measure_case(how: str, case: Case, meter: Meter, device: torch.device) -> list[dict]:
@@ -238,13 +78,14 @@ def measure_case(how: str, case: Case, meter: Meter, device: torch.device) -> li
         "embedding_16_bit": 2 * case.shape.embedding,
         "seconds_building": seconds,
     }
-    adam = optimizer(QLORA, [p for p in model.parameters() if p.requires_grad])  # AdamW as a GPU takes it by default
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=1e-4, foreach=True)  # what a GPU takes by default
     rows = []
     for batch in case.batches:
         try:
             rows.append(row | {"batch": batch[0], "sequence": batch[1], **train(how, model, adam, batch, meter, device)})
         except Exception as error:
-            rows.append(row | {"batch": batch[0], "sequence": batch[1], "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+            rows.append(row | {"batch": batch[0], "sequence": batch[1], "error": message(error)})
             adam.zero_grad(set_to_none=True)
     return rows
 
@@ -254,21 +95,15 @@ def train(how: str, model: nn.Module, adam: torch.optim.Optimizer, batch: tuple[
     ids = torch.randint(model.config.vocab_size, batch, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16) if how == PREPARED else contextlib.nullcontext()
     losses, peaks = [], {}
+
+    def note(phase: str) -> None:
+        peaks[phase] = meter.peak
+        meter.reset()
+
     for _ in range(STEPS):
         meter.reset()
         began = time.perf_counter()
-        with autocast:
-            loss = model(input_ids=ids, labels=ids).loss
-        peaks["forward"] = meter.peak
-        meter.reset()
-        loss.backward()
-        losses.append(loss.item())
-        del loss
-        peaks["backward"] = meter.peak
-        meter.reset()
-        adam.step()
-        peaks["step"] = meter.peak
-        adam.zero_grad(set_to_none=True)
+        losses.append(take_step(model, adam, ids, note, autocast))
     return {"peak": max(peaks.values()), "peaks": peaks, "held": meter.now, "seconds": time.perf_counter() - began, "losses": losses}
 
 
@@ -296,15 +131,15 @@ def run(how: str, smoke: bool) -> list[dict]:
             try:
                 rows += [predicted(row, case.shape) for row in measure_case(how, case, meter, device)]
             except Exception as error:
-                rows.append({"shape": case.shape.name, "how": how, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+                rows.append({"shape": case.shape.name, "how": how, "error": message(error)})
     return rows
 
 
 def run_apart(how: str, smoke: bool, seconds: float) -> list[dict]:
     """The same in a process of its own; one that dies or takes too long is a row with an error."""
-    command = [sys.executable, __file__, "--only", how, *(["--smoke"] if smoke else [])]
+    command = [sys.executable, "-m", "benchmarks.qlora_memory", "--only", how, *(["--smoke"] if smoke else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return [{"shape": "all", "how": how, "error": f"took more than {seconds:.0f} s"}]
     try:
@@ -338,28 +173,24 @@ def compared(rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/recorded; with --smoke a temporary one)")
-    parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, in seconds")
-    parser.add_argument("--only", choices=list(RECIPES), help="one way of building, in this process; prints its rows as JSON")
-    parser.add_argument("--seconds", type=float, default=90, help="longest time for one way of building")
-    arguments = parser.parse_args()
-    if arguments.only:
-        rows = run(arguments.only, arguments.smoke)
-        print(json.dumps(rows))
+    given = options(
+        "qlora_memory",
+        __doc__,
+        only={"choices": list(RECIPES), "help": "one way of building, in this process; prints its rows as JSON"},
+        seconds={"type": float, "default": 90, "help": "longest time for one way of building"},
+    )
+    if given.only:
+        print(json.dumps(run(given.only, given.smoke)))
         return
-    if not (arguments.smoke or torch.cuda.is_available()):
-        raise RuntimeError("memory is measured on a CUDA device, and this machine has none: try --smoke")
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else recorded.FOLDER)
     rows, began = [], time.monotonic()
     for how in RECIPES:
-        rows += run_apart(how, arguments.smoke, arguments.seconds)
+        rows += run_apart(how, given.smoke, given.seconds)
         result = {"rank": RANK, "steps": STEPS, "rows": rows, "ours_over_peers": compared(rows)}
-        path = recorded.save("qlora_memory", result, out, torch.device("cpu") if arguments.smoke else None)
+        path = recorded.save("qlora_memory", result, given.out, given.device)
         print(f"{how}: done after {time.monotonic() - began:.0f} s", flush=True)
     print(table(rows))
     print("ours over peft + bitsandbytes:", {case: round(ratio, 3) for case, ratio in compared(rows).items()})
-    print(f"saved to {path.parent.name}/{path.name}" if out == recorded.FOLDER else f"saved to {path}")
+    print("saved to", path)
 
 
 if __name__ == "__main__":

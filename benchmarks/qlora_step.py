@@ -1,8 +1,8 @@
 """Seconds and peak bytes of a QLoRA training step: ours beside peft + bitsandbytes, and what each trick brings.
 
-    python benchmarks/qlora_step.py               # a CUDA device, about two minutes; saves the recorded result "qlora_step"
-    python benchmarks/qlora_step.py --only peft "llama, compiled, graph"
-    python benchmarks/qlora_step.py --smoke       # small shapes on the CPU, in seconds; saves to a temporary folder
+    python -m benchmarks.qlora_step               # a CUDA device, about two minutes; saves the recorded result "qlora_step"
+    python -m benchmarks.qlora_step --only peft "llama, compiled, graph"
+    python -m benchmarks.qlora_step --smoke       # small shapes on the CPU, in seconds; saves to a temporary folder
 
 The model has the shape of Llama-2-7B and random weights, r = 16 on all linears, float32 adapters under AdamW, checkpointing, NF4 in blocks
 of 64 with double quantization, bf16 products; everything runs in one process, one variant after the other, with memory freed in between.
@@ -15,19 +15,18 @@ backward, optimizer. "Busy" is the share of such a step in which the GPU runs a 
 - "compiled" compiles each layer, "graph" records the step in a CUDA graph (reference.llama.step).
 """
 
-import argparse
 import gc
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from qlora_memory import ALPHA, OURS, PEERS, RANK, Case, Extra, Meter, build, fill, random_weights
 from torch import Tensor, nn
 
+from benchmarks.cases import ALPHA, OURS, PEERS, RANK, Case, build, fill, random_weights
+from benchmarks.cli import message, options
+from benchmarks.meters import Extra, Meter, timed
 from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.llama import Llama
@@ -170,17 +169,8 @@ def measure(name: str, batch: tuple[int, int], models: Models) -> dict:
     repeats = max(3, min(10, int(2 / once))) if meter.cuda else 1
     seconds = []
     for _ in range(repeats):
-        if meter.cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            loss = step()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            loss = step()
-            seconds.append(time.perf_counter() - start)
+        took, loss = timed(step, meter.cuda)
+        seconds.append(took)
     row = {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak": meter.peak, "before": weights}
     row |= {"losses": [*losses, loss.item()], "reserved": torch.cuda.memory_reserved() if meter.cuda else 0}
     if meter.cuda and (name, batch) in PROFILED:
@@ -188,7 +178,7 @@ def measure(name: str, batch: tuple[int, int], models: Models) -> dict:
             row |= busy(step)
             row["busy"] = row["kernel_seconds"] / row["seconds"]
         except Exception as error:
-            row["profile_error"] = f"{type(error).__name__}: {error}"[:200]
+            row["profile_error"] = message(error)
     return row | {"seconds_all_told": time.perf_counter() - began}
 
 
@@ -198,7 +188,7 @@ def attempt(name: str, batch: tuple[int, int], models: Models) -> dict:
     try:
         return row | measure(name, batch, models)
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
+        return row | {"error": message(error)}
     finally:
         mixed.use_tensor_cores(True)
 
@@ -234,30 +224,27 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/recorded; with --smoke a temporary one)")
-    parser.add_argument("--only", nargs="+", choices=sorted({name for name, _ in ORDER}), help="these variants")
-    parser.add_argument("--seconds", type=float, default=150, help="begin no further variant after so many seconds")
-    parser.add_argument("--smoke", action="store_true", help="a small shape on the CPU, in seconds")
-    arguments = parser.parse_args()
-    if not (arguments.smoke or torch.cuda.is_available()):
-        raise RuntimeError("steps are timed on a CUDA device, and this machine has none: try --smoke")
-    device = torch.device("cpu" if arguments.smoke else "cuda")
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else recorded.FOLDER)
-    shape, rows, began = SMOKE_SHAPE if arguments.smoke else LLAMA_2_7B, [], time.monotonic()
+    given = options(
+        "qlora_step",
+        __doc__,
+        only={"nargs": "+", "choices": sorted({name for name, _ in ORDER}), "help": "these variants"},
+        seconds={"type": float, "default": 150, "help": "begin no further variant after so many seconds"},
+    )
+    device = given.device
+    shape, rows, began = SMOKE_SHAPE if given.smoke else LLAMA_2_7B, [], time.monotonic()
     models = Models(shape, Meter(device), device)  # on a CPU the meter does not count: it would keep torch.compile away
     for name, batch in ORDER:
-        if arguments.only and name not in arguments.only:
+        if given.only and name not in given.only:
             continue
-        if time.monotonic() - began > arguments.seconds:
+        if time.monotonic() - began > given.seconds:
             rows.append({"how": name, "batch": batch[0], "sequence": batch[1], "error": "no time was left"})
         else:
-            rows.append(attempt(name, tuple(n // 16 + 1 for n in batch) if arguments.smoke else batch, models))
+            rows.append(attempt(name, tuple(n // 16 + 1 for n in batch) if given.smoke else batch, models))
         print(table(rows[-1:]).splitlines()[-1], f"({time.monotonic() - began:.0f} s)", flush=True)
         result = {"shape": shape.name, "rank": RANK, "alpha": ALPHA, "rows": rows, "compared": compared(rows)}
-        path = recorded.save("qlora_step", result, out, device)
+        path = recorded.save("qlora_step", result, given.out, device)
     print(table(rows))
-    print(path.name)
+    print("saved to", path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What each number format costs a model, and whether LoRA on top wins it back.
 
-    python benchmarks/quantization_quality.py                                        # the tiny model, CPU, about four minutes
-    python benchmarks/quantization_quality.py --model gemma-3-270m                   # Gemma 3 270M, a GPU; what fits into --minutes
-    python benchmarks/quantization_quality.py --model gemma-3-270m --resume FILE     # what a result still lacks
-    python benchmarks/quantization_quality.py --smoke [--model stand-in]             # a dry run on the CPU: every path, no meaning
+    python -m benchmarks.quantization_quality                                        # the tiny model, CPU, about four minutes
+    python -m benchmarks.quantization_quality --model gemma-3-270m                   # Gemma 3 270M, a GPU; what fits into --minutes
+    python -m benchmarks.quantization_quality --model gemma-3-270m --resume FILE     # what a result still lacks
+    python -m benchmarks.quantization_quality --smoke [--model stand-in]             # a dry run on the CPU: every path, no meaning
 
 Records "quantization_quality_tiny" and "quantization_quality_gemma". Only linear layers inside the decoder are quantized, in blocks of 64;
 embeddings, norms and the output head keep 16 bits. Quantization is simulated (course.lab.quantized): dense weights that hold the numbers a
@@ -29,18 +29,17 @@ import copy
 import dataclasses
 import json
 import statistics
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-import gemma_lora
 import torch
-from gemma_lora import Benchmark, OutOfTime, rounded
 from torch import nn
 
+from benchmarks import gemma_lora
+from benchmarks.cli import message, options, rounded
+from benchmarks.gemma_lora import Benchmark, OutOfTime
 from course.lab import models, probes, recorded, seed_everything, training
-from course.lab.devices import device
 from course.lab.evaluation import FORMATS, compare_answers, compare_losses, facts_right, recommend, sequence_divergence, sequence_losses
 from course.lab.quantized import KINDS, bits_per_weight, quantized_copy
 from course.lab.world import DOMAINS, World
@@ -220,13 +219,7 @@ class Quality(Benchmark):
         try:
             return super().run(config, lr, seed, adapt, details)
         except (RuntimeError, ValueError) as error:  # out of memory, NaN in a measure: the other runs go on
-            failed = {
-                "config": config,
-                "lr": lr,
-                "seed": seed,
-                **details,
-                "error": f"{type(error).__name__}: {error}".splitlines()[0][:200],
-            }
+            failed = {"config": config, "lr": lr, "seed": seed, **details, "error": message(error)}
             self.runs.append(failed)
             print(failed, flush=True)
             return failed
@@ -337,24 +330,24 @@ def load_gemma(name: str) -> tuple[nn.Module, object, dict | None]:
     return model, tokenizer, stored_formats(path)
 
 
-def run_gemma(arguments: argparse.Namespace, out: Path) -> None:
+def run_gemma(given: argparse.Namespace) -> None:
     began = time.monotonic()
-    resumed = json.loads(arguments.resume.read_text())["result"] if arguments.resume else None
-    settings = STAND_IN if arguments.smoke else Settings()
+    resumed = json.loads(given.resume.read_text())["result"] if given.resume else None
+    settings = STAND_IN if given.smoke else Settings()
     if resumed:
         settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in resumed["settings"].items()})
-    if arguments.smoke:
+    if given.smoke:
         (model, tokenizer), stored = gemma_lora.stand_in(), None
     else:
-        model, tokenizer, stored = load_gemma(arguments.model)
-    model = model.to(device(), torch.bfloat16).float()
-    name = "stand-in, random" if arguments.smoke else Path(arguments.model).stem
+        model, tokenizer, stored = load_gemma(given.model)
+    model = model.to(given.device, torch.bfloat16).float()
+    name = "stand-in, random" if given.smoke else Path(given.model).stem
     print(f"loaded {name} in {time.monotonic() - began:.0f} s", flush=True)
 
     def save(benchmark: Quality) -> Path:
-        return recorded.save("quantization_quality_gemma", benchmark.quality_result(name, stored), out)
+        return recorded.save("quantization_quality_gemma", benchmark.quality_result(name, stored), given.out, given.device)
 
-    benchmark = Quality(model, tokenizer, settings, arguments.minutes, resumed, save)
+    benchmark = Quality(model, tokenizer, settings, given.minutes, resumed, save)
     benchmark.execute()
     path = save(benchmark)
     print(gemma_table(benchmark.quality_result(name, stored)))
@@ -363,21 +356,21 @@ def run_gemma(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="gemma-3-270m, a .gguf file or a folder; without it, the tiny model")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/recorded; with --smoke a temporary one)")
-    parser.add_argument("--minutes", type=float, default=2.4, help="time after loading; no run starts that would end later")
-    parser.add_argument("--resume", type=Path, help="a recorded result: its settings and runs are kept, and what is missing is run")
-    parser.add_argument("--smoke", action="store_true", help="a dry run: few texts, few steps, and a random stand-in for --model")
-    arguments = parser.parse_args()
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else recorded.FOLDER)
-    if arguments.model:
-        run_gemma(arguments, out)
+    given = options(
+        "quantization_quality",
+        __doc__,
+        gpu=False,
+        model={"help": "gemma-3-270m, a .gguf file or a folder; without it, the tiny model"},
+        minutes={"type": float, "default": 2.4, "help": "time after loading; no run starts that would end later"},
+        resume={"type": Path, "help": "a recorded result: its settings and runs are kept, and what is missing is run"},
+    )
+    if given.model:
+        run_gemma(given)
         return
-    result = measure_tiny(SMOKE if arguments.smoke else TinySettings())
-    path = recorded.save("quantization_quality_tiny", result, out, torch.device("cpu"))
+    result = measure_tiny(SMOKE if given.smoke else TinySettings())
+    path = recorded.save("quantization_quality_tiny", result, given.out, torch.device("cpu"))
     print(tiny_table(result))
-    print(path.name)
+    print("saved to", path)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ Full fine-tuning of the tiny model on each downstream domain, three seeds (they 
 when every update is cut to rank r, the effective rank as training goes on under Adam and under SGD, and training in random subspaces of the
 tiny model and of small networks for scikit-learn's digits.
 
-    python benchmarks/update_rank.py
+    python -m benchmarks.update_rank            # minutes on two cores; saves the recorded result "update_rank"
+    python -m benchmarks.update_rank --smoke    # a few steps of everything; saves to a temporary folder
 """
 
 import copy
-import functools
+import dataclasses
 import statistics
 import time
 
@@ -17,28 +18,39 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course.lab import device, models, recorded, seed_everything
+from benchmarks.cases import pretrained
+from benchmarks.cli import options, rounded
+from course.lab import device, recorded, seed_everything
 from course.lab.training import above_floor, train, warmup_cosine
 from course.lab.world import World
 from reference import lowrank
 from reference.lowrank import RandomSubspace
 
-DOMAINS, SEEDS = ("clinic", "legal", "sql"), (0, 1, 2)
-ROWS, LENGTH, STEPS, LR = 16, 32, 100, 2e-3
-RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+ROWS, LENGTH, LR = 16, 32, 2e-3
+RATES = (0.1, 0.3)
 OPTIMIZERS = {
     "AdamW, lr 0.002": (torch.optim.AdamW, 2e-3),
     "AdamW, lr 0.0002": (torch.optim.AdamW, 2e-4),
     "SGD, lr 0.3": (torch.optim.SGD, 0.3),
 }
-MARKS = (1, 3, 10, 30, 100)  # steps at which the update is looked at
-DIMENSIONS, RATES = (100, 300, 600, 1000, 1500, 3000, 10000), (0.1, 0.3)
-WIDTHS, DIGIT_DIMENSIONS, DIGIT_STEPS = (16, 64, 256), (20, 40, 80, 100, 120, 140, 160, 240, 480), 200
 
 
-@functools.cache
-def _pretrained() -> nn.Module:
-    return models.load("tiny")[0]
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is done; the defaults are the benchmark's, ``SMOKE`` is a dry run."""
+
+    domains: tuple[str, ...] = ("clinic", "legal", "sql")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 100
+    ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+    marks: tuple[int, ...] = (1, 3, 10, 30, 100)  # steps at which the update is looked at
+    dimensions: tuple[int, ...] = (100, 300, 600, 1000, 1500, 3000, 10000)
+    widths: tuple[int, ...] = (16, 64, 256)
+    digit_dimensions: tuple[int, ...] = (20, 40, 80, 100, 120, 140, 160, 240, 480)
+    digit_steps: int = 200
+
+
+SMOKE = Settings(("clinic",), (0,), 2, (0, 8), (1, 2), (100,), (16,), (20,), 2)
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -54,10 +66,10 @@ def batches(world: World, domain: str, seed: int):
     return lambda step: world.sample(domain, ROWS, LENGTH, seed=1000 * (seed + 1) + step)
 
 
-def fine_tuned(world: World, domain: str, seed: int) -> nn.Module:
+def fine_tuned(world: World, domain: str, seed: int, steps: int) -> nn.Module:
     """The tiny model after full fine-tuning."""
-    model = copy.deepcopy(_pretrained())
-    train(model, batches(world, domain, seed), STEPS, LR, schedule=warmup_cosine(), progress=False)
+    model = copy.deepcopy(pretrained())
+    train(model, batches(world, domain, seed), steps, LR, schedule=warmup_cosine(), progress=False)
     return model
 
 
@@ -86,71 +98,71 @@ def decomposed(weights: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: torch.linalg.svd(weight, full_matrices=False) for name, weight in weights.items()}
 
 
-def updates_and_truncation(world: World) -> dict:
-    base = _pretrained()
+def updates_and_truncation(world: World, s: Settings) -> dict:
+    base = pretrained()
     before = matrices(base)
     result = {"updates": {}, "loss": {}, "retained": {}}
-    for domain in DOMAINS:
+    for domain in s.domains:
         result["updates"][domain], result["loss"][domain], result["retained"][domain] = [], [], []
-        for seed in SEEDS:
-            model = fine_tuned(world, domain, seed)
+        for seed in s.seeds:
+            model = fine_tuned(world, domain, seed, s.steps)
             change = {name: after - before[name] for name, after in matrices(model).items()}
             result["updates"][domain].append({name: spectrum(matrix) for name, matrix in change.items()})
             result["loss"][domain].append([score(world, base, domain), score(world, model, domain)])
             parts = decomposed(change)
-            result["retained"][domain].append([score(world, with_rank(model, parts, rank, before), domain) for rank in RANKS])
+            result["retained"][domain].append([score(world, with_rank(model, parts, rank, before), domain) for rank in s.ranks])
     parts = decomposed(before)
-    truncated = [score(world, with_rank(copy.deepcopy(base), parts, rank), "general") for rank in RANKS[1:]]
+    truncated = [score(world, with_rank(copy.deepcopy(base), parts, rank), "general") for rank in s.ranks[1:]]
     generator = torch.Generator().manual_seed(0)
     noise = {name: spectrum(torch.randn(matrix.shape, generator=generator)) for name, matrix in before.items()}
     return result | {
         "shapes": {name: list(matrix.shape) for name, matrix in before.items()},
         "weights": {name: spectrum(matrix) for name, matrix in before.items()},
         "noise": noise,
-        "ranks": RANKS,
-        "weights_truncated": {"ranks": RANKS[1:], "loss_on_general": truncated},
+        "ranks": s.ranks,
+        "weights_truncated": {"ranks": s.ranks[1:], "loss_on_general": truncated},
     }
 
 
-def along_training(world: World) -> dict:
+def along_training(world: World, s: Settings) -> dict:
     """optimizer -> for each seed, the mean share of the largest effective rank and the loss, at MARKS."""
-    before, found = matrices(_pretrained()), {}
+    before, found = matrices(pretrained()), {}
     for label, (kind, lr) in OPTIMIZERS.items():
         found[label] = {"share": [], "loss": []}
-        for seed in SEEDS:
-            model, draw, done, shares, losses = copy.deepcopy(_pretrained()), batches(world, "clinic", seed), 0, [], []
+        for seed in s.seeds:
+            model, draw, done, shares, losses = copy.deepcopy(pretrained()), batches(world, "clinic", seed), 0, [], []
             settings = {"weight_decay": 0.0} if kind is torch.optim.AdamW else {"momentum": 0.9}
             optimizer = kind(model.parameters(), lr=lr, **settings)
-            for mark in MARKS:
+            for mark in s.marks:
                 train(model, lambda step, draw=draw, done=done: draw(done + step), mark - done, lr, optimizer=optimizer, progress=False)
                 done = mark
                 shares.append(mean_share({name: after - before[name] for name, after in matrices(model).items()}))
                 losses.append(score(world, model, "clinic"))
             found[label]["share"].append(shares)
             found[label]["loss"].append(losses)
-    return {"steps": MARKS, "runs": found}
+    return {"steps": s.marks, "runs": found}
 
 
-def tiny_subspaces(world: World) -> dict:
+def tiny_subspaces(world: World, s: Settings) -> dict:
     """Share of the full fine-tuning's gain that d trained numbers reach, d -> one value a seed; the rate is chosen on seed 0."""
-    base = _pretrained()
+    base = pretrained()
     before, total = score(world, base, "clinic"), sum(p.numel() for p in base.parameters())
-    full = [score(world, fine_tuned(world, "clinic", seed), "clinic") for seed in SEEDS]
+    full = [score(world, fine_tuned(world, "clinic", seed, s.steps), "clinic") for seed in s.seeds]
 
     def run(d: int, seed: int, lr: float) -> float:
         model = RandomSubspace(copy.deepcopy(base).requires_grad_(True), d, seed=seed)
-        train(model, batches(world, "clinic", seed), STEPS, lr, schedule=warmup_cosine(), clip=0, progress=False)
+        train(model, batches(world, "clinic", seed), s.steps, lr, schedule=warmup_cosine(), clip=0, progress=False)
         return (before - score(world, model, "clinic")) / (before - full[seed])
 
     shares = {}
-    for d in DIMENSIONS:
+    for d in s.dimensions:
         first = {lr: run(d, 0, lr) for lr in RATES}
         best = max(first, key=first.get)
-        shares[str(d)] = [first[best], *(run(d, seed, best) for seed in SEEDS[1:])]
+        shares[str(d)] = [first[best], *(run(d, seed, best) for seed in s.seeds[1:])]
     return {"parameters": total, "share_of_gain": shares, "loss_before": before, "loss_after_full": full}
 
 
-def digits_accuracy(width: int, seed: int, dimension: int | None) -> float:
+def digits_accuracy(width: int, seed: int, dimension: int | None, steps: int) -> float:
     """Test accuracy of a network 64 → width → 10, all of it trained, or inside a random subspace."""
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -160,7 +172,7 @@ def digits_accuracy(width: int, seed: int, dimension: int | None) -> float:
     if dimension:
         model = RandomSubspace(model, dimension, seed=seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05 if dimension else 0.02)
-    for _ in range(DIGIT_STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x[:1297]), y[:1297]).backward()
         optimizer.step()
@@ -168,49 +180,44 @@ def digits_accuracy(width: int, seed: int, dimension: int | None) -> float:
         return (model(x[1297:]).argmax(1) == y[1297:]).double().mean().item()
 
 
-def digits() -> dict:
+def digits(s: Settings) -> dict:
     """width -> parameters, accuracy of full training and inside subspaces, one value a seed."""
     return {
         str(width): {
             "parameters": 64 * width + width + 10 * width + 10,
-            "full": [digits_accuracy(width, seed, None) for seed in SEEDS],
-            "subspace": {str(d): [digits_accuracy(width, seed, d) for seed in SEEDS] for d in DIGIT_DIMENSIONS},
+            "full": [digits_accuracy(width, seed, None, s.digit_steps) for seed in s.seeds],
+            "subspace": {str(d): [digits_accuracy(width, seed, d, s.digit_steps) for seed in s.seeds] for d in s.digit_dimensions},
         }
-        for width in WIDTHS
+        for width in s.widths
     }
 
 
-def rounded(value):
-    """Floats to six significant digits, through dictionaries and lists."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def measure() -> dict:
+def measure(s: Settings) -> dict:
     """Everything, as JSON holds it."""
     world, started = World(), time.perf_counter()
-    result = updates_and_truncation(world) | {"along_training": along_training(world), "tiny": tiny_subspaces(world), "digits": digits()}
-    result["settings"] = {"rows": ROWS, "length": LENGTH, "steps": STEPS, "lr": LR, "seeds": len(SEEDS)}
+    result = updates_and_truncation(world, s)
+    result |= {"along_training": along_training(world, s), "tiny": tiny_subspaces(world, s), "digits": digits(s)}
+    result["settings"] = {"rows": ROWS, "length": LENGTH, "steps": s.steps, "lr": LR, "seeds": len(s.seeds)}
     return rounded(result) | {"seconds": round(time.perf_counter() - started)}
 
 
 def main() -> None:
+    given = options("update_rank", __doc__, gpu=False)
+    s = SMOKE if given.smoke else Settings()
     if device().type == "cuda":
         print("the tiny model is slower on a GPU's launches than on a CPU; the recorded result is a CPU's")
-    result = measure()
+    result = measure(s)
     for domain, runs in result["retained"].items():
-        means = [statistics.fmean(run[i] for run in runs) for i in range(len(RANKS))]
-        print(f"{domain:8}", "  ".join(f"r={rank}: {mean:.3f}" for rank, mean in zip(RANKS, means, strict=True)))
+        means = [statistics.fmean(run[i] for run in runs) for i in range(len(s.ranks))]
+        print(f"{domain:8}", "  ".join(f"r={rank}: {mean:.3f}" for rank, mean in zip(s.ranks, means, strict=True)))
     for label, runs in result["along_training"]["runs"].items():
-        print(f"{label:18}", "  ".join(f"{step}: {statistics.fmean(s[i] for s in runs['share']):.2f}" for i, step in enumerate(MARKS)))
+        means = [statistics.fmean(shares) for shares in zip(*runs["share"], strict=True)]
+        print(f"{label:18}", "  ".join(f"{step}: {mean:.2f}" for step, mean in zip(s.marks, means, strict=True)))
     print("tiny model", "  ".join(f"d={d}: {statistics.fmean(shares):.2f}" for d, shares in result["tiny"]["share_of_gain"].items()))
     for width, entry in result["digits"].items():
         full = statistics.fmean(entry["full"])
         print(f"width {width:>3}", "  ".join(f"d={d}: {statistics.fmean(a) / full:.2f}" for d, a in entry["subspace"].items()))
-    print(recorded.save("update_rank", result), f"{result['seconds']} s on {torch.get_num_threads()} threads")
+    print("saved to", recorded.save("update_rank", result, given.out), f"{result['seconds']} s on {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

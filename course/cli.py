@@ -1,6 +1,5 @@
 """The ``course`` command. Everything heavy is imported inside the commands, so that ``course --help`` answers at once."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -44,7 +43,7 @@ def main() -> None:
 
 def _say(what: object) -> None:
     """One sentence to stderr."""
-    Console(stderr=True, highlight=False).print(f"[red]course:[/red] {escape(str(what))}")
+    Console(stderr=True, highlight=False).print(f"[red]course:[/red] {escape(str(what))}", soft_wrap=True)
 
 
 @app.command()
@@ -324,23 +323,14 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None,
 ) -> None:
     """Measure something side by side with other libraries, and record the result. What follows the name is passed on to it."""
-    import ast
+    from course.bench import abouts, load
 
-    folder = ROOT / "benchmarks"
-    known = {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
     if name is None:
-        for stem, path in known.items():
-            about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-            console.print(f"[bold]{stem}[/bold]  {escape(about)}")
+        for known, about in abouts(ROOT).items():
+            console.print(f"[bold]{known}[/bold]  {escape(about)}")
         return
-    if name not in known:
-        raise CourseError(f"there is no measurement {name!r}. There are: {', '.join(known) or 'none yet'}")
-    sys.path.insert(0, str(folder))  # measurements may share helpers
-    sys.argv = [str(known[name]), *context.args]  # and they read their options as if started by themselves
-    spec = importlib.util.spec_from_file_location(name, known[name])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    module = load(name, ROOT)
+    sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
     module.main()
 
 

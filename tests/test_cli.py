@@ -226,6 +226,17 @@ def test_bench_lists_and_runs(course):
     assert status == 2 and "there is no measurement 'other'. There are: counting" in printed
 
 
+def test_bench_runs_what_has_a_main_and_imports_it_from_its_own_checkout(course):
+    folder, before = course.unit.root / "benchmarks", list(sys.path)
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""Measurements."""\n')
+    (folder / "shared.py").write_text('WORD = "shared"\n')
+    (folder / "using.py").write_text('"""Uses it."""\n\nfrom benchmarks.shared import WORD\n\n\ndef main():\n    print(WORD)\n')
+    assert course("bench") == (0, "using  Uses it.\n")
+    assert course("bench", "using") == (0, "shared\n")
+    assert sys.path == before and course("bench", "shared")[0] == 2
+
+
 def test_bench_passes_on_what_follows_the_name(course, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["course", "bench", "told", "--smoke", "--only", "a"])  # and puts it back afterwards
     folder = course.unit.root / "benchmarks"

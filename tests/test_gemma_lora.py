@@ -5,10 +5,10 @@ import dataclasses
 import json
 import time
 
-import gemma_lora
 import pytest
 import torch
 
+from benchmarks import gemma_lora
 from course.lab import recorded
 from reference.lowrank import truncated_svd
 

@@ -4,11 +4,11 @@ import dataclasses
 import math
 import sys
 
-import growth as benchmark
 import pytest
-import qlora_memory
 import torch
 
+from benchmarks import growth as benchmark
+from benchmarks import qlora_memory
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.memory import training_memory

@@ -151,6 +151,14 @@ def test_benchmarks_import_no_tests(path: Path):
     assert not tops(imports(path)) & {"tests", "conftest", "pytest"}
 
 
+@pytest.mark.parametrize("path", sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]), ids=relative)
+def test_benchmarks_and_tests_leave_the_search_path_alone(path: Path):
+    attributes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)]
+    changed = [node for node in attributes if ast.unparse(node).startswith("sys.path.") or node.attr == "syspath_prepend"]
+    changed += [node for node in attributes if ast.unparse(node) == "sys.path" and not isinstance(node.ctx, ast.Load)]
+    assert not [node.lineno for node in changed], "import benchmarks in full: from benchmarks import nf4_kernels"
+
+
 @pytest.mark.parametrize("path", REFERENCE, ids=relative)
 def test_reference_modules_are_short_and_finished(path: Path):
     text = path.read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ import torch
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
-import nf4_kernels as benchmark  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import nf4_kernels as benchmark  # noqa: E402
 from reference import nf4 as plain  # noqa: E402
 from reference.blockwise import midpoints  # noqa: E402
 from reference.double_quant import QuantizedScales, double_quantize  # noqa: E402

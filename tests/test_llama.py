@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from memory_peaks import config_of
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from benchmarks.cases import config_of
 from course.lab import models
 from course.lab.live import LiveBytes
 from reference.llama import Llama

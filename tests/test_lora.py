@@ -6,7 +6,6 @@ import pickle
 import warnings
 import weakref
 
-import lora_layer
 import peft
 import pytest
 import torch
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from lora_helpers import ULP, assert_same, tiny_bert, tiny_llama
 from torch import nn
 
+from benchmarks import lora_layer
 from reference.lora import (
     LoRAConv2d,
     LoRAEmbedding,

@@ -9,7 +9,6 @@ import math
 import weakref
 from contextlib import nullcontext
 
-import memory_peaks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
+from benchmarks import cases, memory_peaks
 from course.lab import recorded
 from reference.lora import inject_lora, trainable_parameters
 from reference.memory import RECIPES, SHAPES, activations, training_memory
@@ -46,7 +46,7 @@ def config_of(shape: ModelShape):
         return GPT2Config(
             n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_positions=shape.positions, vocab_size=shape.vocab
         )
-    return memory_peaks.config_of(shape, Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig)
+    return cases.config_of(shape, Gemma3TextConfig if shape is GEMMA_3_270M else LlamaConfig)
 
 
 def model_of(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -203,7 +203,7 @@ def test_kept_bytes_are_exact_for_peft(targets, adapter_dtype):
 
 def test_kept_bytes_are_exact_over_four_bit_weights():
     model = model_of(SMALL, torch.bfloat16)
-    memory_peaks.quantize(model)
+    cases.pack_with_bitsandbytes(model, lambda name: model.get_parameter(name).data, torch.device("cpu"))
     inject_lora(model, 4, 12)
     assert kept_by_autograd(model, torch.randint(64, (2, 9))) == activations.kept(SMALL, Run(2, 9, 2, False, ALL, 4))
 
@@ -290,10 +290,10 @@ def test_adamw_needs_a_fifth_copy_unless_fused():
 def test_recorded_peaks_are_within_the_bar():
     """Every configuration of the benchmark as it was measured on a GPU, against what the code predicts today."""
     rows = {row["name"]: row for row in recorded.load("memory_peaks")["result"]["rows"]}
-    assert set(rows) == {configuration.name for configuration in memory_peaks.CONFIGURATIONS}, "run benchmarks/memory_peaks.py again"
+    assert set(rows) == {configuration.name for configuration in memory_peaks.CONFIGURATIONS}, "run benchmarks.memory_peaks again"
     for configuration in memory_peaks.CONFIGURATIONS:
         predicted, row = memory_peaks.predict(configuration), rows[configuration.name]
-        assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks/memory_peaks.py again"
+        assert row["predicted"] == predicted.peak, f"{configuration.name}: run benchmarks.memory_peaks again"
         assert predicted.peak == pytest.approx(row["measured"], rel=0.05 if row["activation_share"] < 0.5 else 0.15), configuration.name
 
 
@@ -303,9 +303,9 @@ def test_recorded_peaks_are_within_the_bar():
 @pytest.mark.parametrize("batch, sequence, checkpointing", [(1, 256, False), (4, 1024, False), (4, 1024, True)])
 def test_peak_on_a_gpu(recipe, batch, sequence, checkpointing):
     shape = ModelShape("a fifth of a billion", 1024, 8, 16, 4, 64, 4096, 64_000)
-    memory_peaks.free()
     configuration = memory_peaks.Configuration(shape, recipe, batch, sequence, checkpointing)
-    row = memory_peaks.measure_one(configuration, memory_peaks.held_by_libraries())
+    device = torch.device("cuda")
+    row = memory_peaks.measure_one(configuration, memory_peaks.Meter(device), device)
     assert row["ratio"] == pytest.approx(1, abs=0.05 if row["activation_share"] < 0.5 else 0.15), row
 
 

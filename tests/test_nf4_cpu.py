@@ -1,9 +1,9 @@
 """What benchmarks/nf4_cpu.py compares gives equal results, and what it recorded is within the bars."""
 
-import nf4_cpu as benchmark
 import pytest
 import torch
 
+from benchmarks import nf4_cpu as benchmark
 from course.lab import recorded
 
 BARS = {"quantize": 1.0, "dequantize": 3.0}  # ours / bitsandbytes'

@@ -1,8 +1,8 @@
 """The loop of a kernel is found in the listing of its instructions, and what was counted is recorded."""
 
-import nf4_instructions as benchmark
 import pytest
 
+from benchmarks import nf4_instructions as benchmark
 from course.lab import recorded
 
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")

@@ -1,8 +1,8 @@
 """What ncu prints is read by kernel and metric, and what was recorded holds together."""
 
-import nf4_profile as benchmark
 import pytest
 
+from benchmarks import nf4_profile as benchmark
 from course.lab import recorded
 
 NAMES = ["ID", "Kernel Name", *benchmark.METRICS.values()]

@@ -1,8 +1,9 @@
 """The benchmark of the layer in training: everybody computes the same gradient, and the table says who is faster."""
 
-import nf4_training as benchmark
 import pytest
 import torch
+
+from benchmarks import nf4_training as benchmark
 
 
 def test_all_compute_the_same_gradient():

@@ -102,7 +102,7 @@ def test_a_gpu_without_such_tensor_cores_writes_the_weight_out(count, monkeypatc
 
 
 SHARED = """
-import nf4_instructions as compiler
+from benchmarks import nf4_instructions as compiler
 from reference.kernels.nf4 import vector as nf4_vector
 
 for capability in (80, 90, 120):
@@ -119,7 +119,7 @@ def test_levels_stay_where_they_were_looked_up():
 
     The tables are not counted here; they leave 15 KB of the 48 that every program may have. Shuffles show in the number of instructions.
     """
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(["benchmarks", ".", *sys.path])}
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     shared, instructions = zip(*(map(float, line.split()) for line in run.stdout.splitlines()), strict=True)

@@ -1,9 +1,9 @@
 """The benchmark of capped QLoRA training on a small shape: it trains, and it measures what reference.memory counts."""
 
 import pytest
-import qlora_caps as benchmark
 import torch
 
+from benchmarks import qlora_caps as benchmark
 from course.lab import recorded
 
 

@@ -5,9 +5,9 @@ import json
 import sys
 
 import pytest
-import qlora_memory as benchmark
 import torch
 
+from benchmarks import qlora_memory as benchmark
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.model_shapes import LLAMA_2_7B

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import qlora_step as benchmark
 import torch
 
+from benchmarks import qlora_step as benchmark
 from course.lab import recorded
 from reference.lora import lora_layers
 from reference.qlora import NF4Linear

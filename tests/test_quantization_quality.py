@@ -4,11 +4,11 @@ import dataclasses
 import json
 import sys
 
-import gemma_lora
 import pytest
-import quantization_quality as benchmark
 import torch
 
+from benchmarks import gemma_lora
+from benchmarks import quantization_quality as benchmark
 from course.lab import recorded
 from course.lab.quantized import quantized_copy
 
