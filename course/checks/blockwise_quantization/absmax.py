@@ -6,7 +6,7 @@ from operator import truediv
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, unpacked
 from course.checks.blockwise_quantization.shared import TINY, comes_back, largest_is, number, off_the_borders, transposed
 
 
@@ -74,8 +74,8 @@ def harder_in_16_bits(x: Tensor, g: torch.Generator) -> Tensor:
     return flat.view(x.shape)
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     for name, shape, dtype, sign, size in (
         ("a float32 matrix, largest value negative", (7, 9), torch.float32, -1, 0.7),
         ("a float32 vector, largest value positive", (50,), torch.float32, 1, 0.7),
@@ -94,15 +94,14 @@ def observe(answer, seed: int) -> dict:
         codes, scale = unpacked(answer(x.clone()), "a pair, (codes, scale), with the codes as a tensor", Tensor, object)
         scale = number(scale)
         back = isinstance(scale, float) and comes_back(x, codes, scale, step)
-        seen[f"codes of {name}"] = codes
+        yield f"codes of {name}", codes
         # not the scale itself where values are tiny: whatever was added, one message fits
-        seen |= {f"codes · scale gives {name} back": back} if size == TINY else {f"scale of {name}": scale}
+        yield (f"codes · scale gives {name} back", back) if size == TINY else (f"scale of {name}", scale)
         if not back:
-            return seen
+            return
     codes, scale = answer(torch.zeros(4, 3))
-    seen["codes of a tensor of zeros"] = codes
-    seen["the scale of a tensor of zeros is a positive, finite number"] = bool(0 < number(scale) < math.inf)
-    return seen
+    yield "codes of a tensor of zeros", codes
+    yield "the scale of a tensor of zeros is a positive, finite number", bool(0 < number(scale) < math.inf)
 
 
 check = Check(

@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from course.checking import Check, first_difference, unpacked
+from course.checking import Check, Seen, first_difference, unpacked
 from course.checks.blockwise_quantization.shared import TINY, number, off_the_borders
 
 
@@ -39,8 +39,8 @@ def clamped_first(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, T
     return (inside / scale + zero_point).round().to(torch.uint8), scale, zero_point
 
 
-def observe(answer, seed: int) -> dict:
-    rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     sign = rng.choice([-1, 1])
     for name, dtype, kind in (
         ("a float32 tensor", torch.float32, "around zero"),
@@ -61,13 +61,12 @@ def observe(answer, seed: int) -> dict:
         given = {"around zero": (low, high), "above": (0.1 * high, high), "below": (low, 0.1 * low)}[kind]
         result = unpacked(answer(x, *given), "(codes, scale, zero_point), with the codes as a tensor", Tensor, object, object)
         codes, scale, zero_point = result[0], *map(number, result[1:])
-        seen[f"codes of {name}"] = codes
+        yield f"codes of {name}", codes
         if "about" in name:  # not the scale itself: whatever was added to it, one message fits
-            seen[f"255 scales are the range of {name}"] = first_difference(scale, (high - low) / 255, 1e-4, 0) is None
+            yield f"255 scales are the range of {name}", first_difference(scale, (high - low) / 255, 1e-4, 0) is None
         else:
-            seen[f"scale of {name}"] = scale
-        seen[f"zero_point of {name}"] = zero_point
-    return seen
+            yield f"scale of {name}", scale
+        yield f"zero_point of {name}", zero_point
 
 
 check = Check(

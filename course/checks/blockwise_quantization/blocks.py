@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, unpacked
 from course.checks.blockwise_quantization.shared import TINY, largest_is, number, transposed
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise
 
@@ -79,8 +79,8 @@ def in_no_order(count: int, g: torch.Generator) -> Tensor:
     return torch.cat([levels[:at], torch.zeros(1), levels[at:]])
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     uneven, many = in_no_order(12, g), in_no_order(256, g)
     for name, shape, block_size, codebook, dtype in (
         ("4-bit integers", (6, 32), 16, int_codebook(4), torch.float32),
@@ -98,26 +98,24 @@ def observe(answer, seed: int) -> dict:
             x = transposed(x)
         result = answer(x.clone(), codebook.clone(), block_size)
         codes, absmax = unpacked(result, "a pair of tensors, (codes, absmax)", Tensor, Tensor)
-        seen |= {
-            f"absmax, {name}": absmax,
-            f"dtype of the codes, {name}": str(codes.dtype),
-            f"shape of the codes, {name}": str(tuple(codes.shape)),
-        }
+        yield f"absmax, {name}", absmax
+        yield f"dtype of the codes, {name}", str(codes.dtype)
+        yield f"shape of the codes, {name}", str(tuple(codes.shape))
         if codes.is_floating_point() or codes.numel() != x.numel() or len(absmax) != math.ceil(x.numel() / block_size):
-            return seen
+            return
         levels = codebook[codes.long().clamp(0, len(codebook) - 1).flatten()]
-        seen[f"the levels that the codes stand for, {name}"] = levels
+        yield f"the levels that the codes stand for, {name}", levels
         right = dequantize_blockwise(quantize_blockwise(x.float(), codebook, block_size)).flatten()
         if not torch.allclose(levels * absmax.float().repeat_interleave(block_size)[: len(levels)], right, rtol=1e-4):
-            return seen
+            return
     x = torch.randn(4, 16, generator=g)
     x[1] *= TINY
     x[2] = 0
     codes, absmax = answer(off_the_midpoints(x, uneven, 16), uneven, 16)
-    seen[f"absmax of a block of values of about {TINY:.0e}"] = number(absmax[1])
-    seen[f"codes of a block of values of about {TINY:.0e}"] = codes[1]
-    seen |= {"codes of a block of zeros": codes[2], "absmax of a block of zeros": number(absmax[2])}
-    return seen
+    yield f"absmax of a block of values of about {TINY:.0e}", number(absmax[1])
+    yield f"codes of a block of values of about {TINY:.0e}", codes[1]
+    yield "codes of a block of zeros", codes[2]
+    yield "absmax of a block of zeros", number(absmax[2])
 
 
 check = Check(

@@ -4,7 +4,7 @@ import math
 import random
 from operator import floordiv, truediv
 
-from course.checking import Check
+from course.checking import Check, Seen
 
 
 def smallest_block(
@@ -46,8 +46,8 @@ def any_block(n: int, code_bits: int, scale_bits: int, budget: float) -> int | N
     return math.ceil(n / min(scales, n)) if scales > 0 else None
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     wide = rng.choice([512, 1024, 4096]) * rng.choice([3, 5, 11])
     bits, power = rng.choice([3, 4, 5]), rng.randint(4, 7)
     odd = 2**power + rng.randint(1, 3)
@@ -63,8 +63,7 @@ def observe(answer, seed: int) -> dict:
         "a scale for a million values": (3 * 2**20, bits, 32, bits + 32 / 2**20),
     }
     for label, case in cases.items():
-        seen[f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.9g}"] = answer(*case)
-    return seen
+        yield f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.9g}", answer(*case)
 
 
 check = Check(

@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, unpacked
 from course.checks.blockwise_quantization.shared import number, transposed
 from reference.blockwise import dequantize_blockwise, int_codebook, quantize_blockwise
 
@@ -61,8 +61,8 @@ def in_place(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tens
     return right
 
 
-def observe(answer, seed: int) -> dict:
-    rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     for shape, block_size, bits, k, dtype in (
         ((8, 24), 32, 4, 5, torch.float32),
         ((7, 30), 64, 3, 3, torch.bfloat16),
@@ -76,8 +76,8 @@ def observe(answer, seed: int) -> dict:
         result = answer(x, int_codebook(bits), block_size, k)
         restored, price = unpacked(result, "a pair, (restored, bits), the first a tensor", Tensor, object)
         name = f"{str(dtype).removeprefix('torch.')}{', three dimensions, transposed' * (k == 0)}, {k} values kept, blocks of {block_size}"
-        seen |= {f"restored, {name}": restored, f"bits per value, {name}": number(price)}
-    return seen
+        yield f"restored, {name}", restored
+        yield f"bits per value, {name}", number(price)
 
 
 check = Check(

@@ -7,7 +7,7 @@ from operator import truediv
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, unpacked
 from course.checks.blockwise_quantization.absmax import guarded, int8, wrapped
 from course.checks.blockwise_quantization.shared import TINY, comes_back, largest_is, off_the_borders
 
@@ -43,8 +43,8 @@ def steps_of(weight: Tensor, bits: int) -> Tensor:
     return weight.double().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
 
 
-def observe(answer, seed: int) -> dict:
-    rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     first = rng.choice([4, 5, 6])  # not 3: its 2^bits − 1 is the 7 of four bits, and the two mistakes would look the same
     for out, inside, dtype, bits in (
         (8, 8, torch.float32, first),
@@ -56,21 +56,22 @@ def observe(answer, seed: int) -> dict:
         weight = off_the_borders(weight, step := steps_of(weight, bits))
         codes, scales = unpacked(answer(weight.clone(), bits), "a pair of tensors, (codes, scales)", Tensor, Tensor)
         name = f"a {out} × {inside} {str(dtype).removeprefix('torch.')} weight, {bits} bits"
-        seen |= {f"scales of {name}": scales, f"codes of {name}": codes}
+        yield f"scales of {name}", scales
+        yield f"codes of {name}", codes
         if scales.shape != (out, 1) or not comes_back(weight, codes, scales, step):
-            return seen
+            return
     weight = torch.randn(6, 9, generator=g)
     weight[2] = 0
     weight[4] *= TINY
     weight = off_the_borders(weight, step := steps_of(weight, bits))
     codes, scales = answer(weight.clone(), bits)
     back = comes_back(weight[4], codes[4], scales[4], step[4])
-    seen |= {f"codes of a row of values of about {TINY:.0e}": codes[4], f"codes · scales gives a row of about {TINY:.0e} back": back}
+    yield f"codes of a row of values of about {TINY:.0e}", codes[4]
+    yield f"codes · scales gives a row of about {TINY:.0e} back", back
     if not back:
-        return seen
-    seen["codes of a row of zeros"] = codes[2]
-    seen["the scale of a row of zeros is positive and finite"] = bool(0 < scales[2] < math.inf)
-    return seen
+        return
+    yield "codes of a row of zeros", codes[2]
+    yield "the scale of a row of zeros is positive and finite", bool(0 < scales[2] < math.inf)
 
 
 check = Check(

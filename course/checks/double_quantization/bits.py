@@ -3,7 +3,7 @@
 import random
 from operator import floordiv, truediv
 
-from course.checking import Check
+from course.checking import Check, Seen
 
 
 def up(count: int, size: int) -> int:
@@ -42,8 +42,8 @@ def from_ranges(elements: int, block_size: int, second_block: int | None) -> flo
     return (packed + 8 * blocks + 32 * groups + 32) / elements
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     cases = [
         (block * rng.randint(300, 900) + 2 * rng.randint(1, 15) + 1, block, second)  # odd, with a short last block
         for second in (None, 64, 256)
@@ -55,8 +55,7 @@ def observe(answer, seed: int) -> dict:
         cases.append((rng.randrange(3, block, 2), block, second))  # less than one block
     for elements, block, second in cases:
         scales = f"in blocks of {second}" if second else "not quantized"
-        seen[f"{elements:,} weights in blocks of {block}, scales {scales}"] = answer(elements, block, second)
-    return seen
+        yield f"{elements:,} weights in blocks of {block}, scales {scales}", answer(elements, block, second)
 
 
 check = Check(

@@ -2,7 +2,7 @@
 
 import random
 
-from course.checking import Check
+from course.checking import Check, Seen
 
 BLOCKS = tuple(2**i for i in range(3, 13))  # 8 … 4096
 
@@ -31,18 +31,17 @@ def first_that_fits(budget: float, second_block: int | None) -> int | None:
     return None
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for bits in (4.0, 3.5):  # the codes alone take all of it, or more
         for words, second in (("in float32", None), ("in 8 bits", 256)):
-            seen[f"a budget of {bits:g} bits, scales {words}"] = answer(bits, second)
+            yield f"a budget of {bits:g} bits, scales {words}", answer(bits, second)
     for second in (None, 64, rng.choice([32, 128, 256, 512])):
         words = "in float32" if second is None else f"in 8 bits, in blocks of {second}"
         for block in (*rng.sample(BLOCKS[1:-1], 4), 8, 4096):  # the ends too: above the first and below the last there is nothing
             exact = 4 + (32 / block if second is None else 8 / block + 32 / (block * second))
             for budget in (exact, exact * (1 - 1e-6), 4 + 8 / block, 4 + 32 / block + rng.random() / 100, 8 + 32 / block):
-                seen[f"a budget of {budget:.6f} bits, scales {words}"] = answer(budget, second)
-    return seen
+                yield f"a budget of {budget:.6f} bits, scales {words}", answer(budget, second)
 
 
 check = Check(

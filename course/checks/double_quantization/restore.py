@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.nf4 import AS_MASK, looked_up
 from reference.double_quant import dynamic_codebook, quantize_scales
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
@@ -81,8 +81,8 @@ def but_for_ties(weight: object, right: Tensor) -> object:
     return right if near.all() and (weight != right).float().mean() < 0.02 else weight
 
 
-def observe(answer, seed: int) -> dict:
-    generator, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    generator = torch.Generator().manual_seed(seed)
     usual, even = (NF4_CODEBOOK, dynamic_codebook()), (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 256))
     for shape, dtype, block_size, second_block, (levels, dynamic) in (
         ((11, 37), torch.float32, 16, 8, usual),
@@ -100,10 +100,9 @@ def observe(answer, seed: int) -> dict:
         weight = looked_up(answer, stored)
         size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} weights on one axis"
         where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own and scales below zero' * own}"
-        seen[f"weight, {where}"] = weight if dtype == torch.float32 else but_for_ties(weight, dequantize(stored))
+        yield f"weight, {where}", weight if dtype == torch.float32 else but_for_ties(weight, dequantize(stored))
         if weight is AS_MASK:
-            return seen
-    return seen
+            return
 
 
 check = Check(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, unpacked
 from course.checks.double_quantization.dynamic import dynamic_map
 from reference.blockwise import midpoints
 
@@ -67,8 +67,8 @@ def drawn(generator: torch.Generator, count: int, block_size: int, levels: Tenso
             return absmax
 
 
-def observe(answer, seed: int) -> dict:
-    generator, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    generator = torch.Generator().manual_seed(seed)
     small = 2.0**-20  # about 1e-6: an epsilon of 1e-8 moves many codes, one of 1e-12 none
     cases = ((dynamic_map(5), 150, 64, 1.0), (torch.linspace(-1, 1, 31), 83, 16, 1.0), (dynamic_map(7), 96, 32, small))
     for levels, count, block_size, size in cases:
@@ -78,9 +78,11 @@ def observe(answer, seed: int) -> dict:
         where = f"{count} {'scales' if size == 1 else 'scales of about 1e-6'} in blocks of {block_size}, {len(levels)} levels"
         count_of_offsets = offset.numel() if isinstance(offset, Tensor) else len(offset) if isinstance(offset, (list, tuple)) else 1
         if count_of_offsets == -(-count // block_size):
-            return seen | {f"offset, {where}": "one for each block"}  # of any shape, with whatever codes
-        seen |= {f"offset, {where}": offset, f"scales of scales, {where}": largest, f"codes, {where}": codes}
-    return seen
+            yield f"offset, {where}", "one for each block"  # of any shape, with whatever codes
+            return
+        yield f"offset, {where}", offset
+        yield f"scales of scales, {where}", largest
+        yield f"codes, {where}", codes
 
 
 check = Check(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 
 
 def conv_delta(
@@ -24,23 +24,21 @@ def centre_alone(update: Tensor) -> Tensor:
     return centre
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
 
     def update(out: int, r: int, inn: int, h: int, w: int, scaling: float, dtype: torch.dtype = torch.float32) -> Tensor:
         lora_A = torch.randn(r, inn, h, w, generator=g, dtype=dtype)
         return answer(lora_A, torch.randn(out, r, 1, 1, generator=g, dtype=dtype), scaling)
 
-    seen = {
-        "the update of a 3×3 convolution with 4 input and 5 output channels": update(5, 3, 4, 3, 3, 2.6),
-        "the update of a 3×5 convolution with 4 input and 4 output channels": update(4, 2, 4, 3, 5, 2.6, torch.float64),
-        "the update of a 1×1 convolution": update(5, 2, 4, 1, 1, 1.4),
-    }
-    label = "the update of rank 1 of a 3×2 convolution"
+    yield "the update of a 3×3 convolution with 4 input and 5 output channels", update(5, 3, 4, 3, 3, 2.6)
+    yield "the update of a 3×5 convolution with 4 input and 4 output channels", update(4, 2, 4, 3, 5, 2.6, torch.float64)
+    yield "the update of a 1×1 convolution", update(5, 2, 4, 1, 1, 1.4)
     try:
-        return seen | {label: update(5, 1, 4, 3, 2, 0.7)}
+        squeezed = update(5, 1, 4, 3, 2, 0.7)
     except (RuntimeError, IndexError):
-        return seen | {label: "an error"}
+        squeezed = "an error"
+    yield "the update of rank 1 of a 3×2 convolution", squeezed
 
 
 check = Check(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.lora.shared import fill
 from reference import lora
 
@@ -64,39 +64,40 @@ DROPOUT = 0.25  # of 0.5 nobody can tell p from 1 − p
 ONE_DRAW = "all rows the same, and other at each call"
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     base, x = linear(), torch.randn(2, 4, IN, generator=g)
     before = base.weight.detach().clone()
     layer = answer(base, R, ALPHA)
     factors = {name: getattr(layer, name, None) for name in ("lora_A", "lora_B")}
-    seen = {f"layer.{name} is a": type(factor).__name__ for name, factor in factors.items()}
-    seen |= {f"the shape of {name}": tuple(getattr(factor, "shape", ())) for name, factor in factors.items()}
-    if (seen["the shape of lora_A"], seen["the shape of lora_B"]) != ((R, IN), (OUT, R)):
-        return seen
+    shapes = {f"the shape of {name}": tuple(getattr(factor, "shape", ())) for name, factor in factors.items()}
+    yield from [(f"layer.{name} is a", type(factor).__name__) for name, factor in factors.items()]
+    yield from shapes.items()
+    if [*shapes.values()] != [(R, IN), (OUT, R)]:
+        return
     start = order_of_start(answer(nn.Linear(1024, 16), 16, ALPHA))
-    seen |= before_training(layer, base, x, other=answer(linear(), R, ALPHA))
-    seen["before training lora_A's entries beside 1/√in_features, for 1,024 inputs, 16 outputs and rank 16"] = start
+    yield from before_training(layer, base, x, other=answer(linear(), R, ALPHA)).items()
+    yield "before training lora_A's entries beside 1/√in_features, for 1,024 inputs, 16 outputs and rank 16", start
     fill(layer, g)
     y = layer(x.requires_grad_(True))
-    seen["the output with non-zero factors"] = y
+    yield "the output with non-zero factors", y
     if not y.requires_grad:
-        return seen
+        return
     named = {name: p for name, p in {"the input": x, **factors}.items() if p.requires_grad}
     total = (y * torch.randn(y.shape, generator=g)).sum()
     gradients = torch.autograd.grad(total, list(named.values()), materialize_grads=True)
-    seen |= {f"the gradient of {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
-    seen["the base weight after all this"] = base.weight.detach().clone()
-    seen["the base weight is untouched"] = torch.equal(base.weight, before)
+    yield from [(f"the gradient of {name}", gradient) for name, gradient in zip(named, gradients, strict=True)]
+    yield "the base weight after all this", base.weight.detach().clone()
+    yield "the base weight is untouched", torch.equal(base.weight, before)
     for dtype, rounding in ((torch.bfloat16, 2**-6), (torch.float64, 2**-20)):
-        seen |= in_another_dtype(answer, dtype, rounding, g)
+        yield from in_another_dtype(answer, dtype, rounding, g)
     base = linear()
-    seen |= (dropped := with_dropout(answer(base, R, ALPHA, DROPOUT), base, g))
+    dropped = dict(with_dropout(answer(base, R, ALPHA, DROPOUT), base, g))
+    yield from dropped.items()
     if ONE_DRAW not in dropped.values():  # else what more is seen depends on the draw
         base = linear()
         learned = learns(answer(base, R, ALPHA), base, g) if start == "of that order" else f"not tried: lora_A starts {start}"
-        seen["it learns: 60 steps of gradient descent halve the error"] = learned
-    return seen
+        yield "it learns: 60 steps of gradient descent halve the error", learned
 
 
 def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -126,23 +127,25 @@ def order_of_start(layer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def in_another_dtype(answer, dtype: torch.dtype, rounding: float, g: torch.Generator) -> dict:
+def in_another_dtype(answer, dtype: torch.dtype, rounding: float, g: torch.Generator) -> Seen:
     """A base of that dtype, and without a bias."""
-    base, seen, label = linear(dtype, bias=False), {}, f"with a {dtype} base the output is"
+    base, label = linear(dtype, bias=False), f"with a {dtype} base the output is"
     x = torch.randn(2, IN, generator=g).to(dtype)
     try:
         layer = answer(base, R, ALPHA)
-        seen[f"a {dtype} base is afterwards"] = str(base.weight.dtype)
+        yield f"a {dtype} base is afterwards", str(base.weight.dtype)
         if base.weight.dtype != dtype:
-            return seen
+            return
         fill(layer, g, dtype=torch.bfloat16)  # numbers that factors in float32 hold too
         y = layer(x)
     except (RuntimeError, TypeError) as error:
-        return seen | {label: f"a {type(error).__name__}"}
+        yield label, f"a {type(error).__name__}"
+        return
     wide = [each.double() for each in (x, base.weight, layer.lora_A, layer.lora_B)]
     size = output(*map(torch.abs, wide))  # of the products: sums may cancel
     right = (y.double() - output(*wide)).abs() <= rounding * size
-    return seen | {label: str(y.dtype), f"{label} right to within rounding": bool(right.all())}
+    yield label, str(y.dtype)
+    yield f"{label} right to within rounding", bool(right.all())
 
 
 def output(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def output(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def with_dropout(layer: nn.Module, base: nn.Linear, g: torch.Generator) -> dict:
+def with_dropout(layer: nn.Module, base: nn.Linear, g: torch.Generator) -> Seen:
     fill(layer, g)
     layer.lora_B.abs_().add_(0.5)
     one_input = torch.eye(IN)[2].repeat(256, 1)
@@ -160,22 +163,20 @@ def with_dropout(layer: nn.Module, base: nn.Linear, g: torch.Generator) -> dict:
     def got(x: Tensor) -> Tensor:
         return layer(x.clone()) - base(x)
 
-    seen, training = {}, f"in training, with dropout {DROPOUT}"
+    training = f"in training, with dropout {DROPOUT}"
     for label in (f"in eval mode, with dropout {DROPOUT}", training):
         layer.train(label == training)
         share = shares_of_update(got, one_input, update)
-        seen[f"{label}, in rows with one input that is not zero, the update is the right one times"] = share
+        yield f"{label}, in rows with one input that is not zero, the update is the right one times", share
     if share == ONE_DRAW:
-        return seen
+        return
     layer(given := one_input.clone())
     batch = got(torch.ones(12, 15, IN))  # of 12 samples, 15 positions
-    return seen | {
-        f"{training}, the layer's input is afterwards": "as it was" if torch.equal(given, one_input) else "changed",
-        f"{training}, most rows get an update": bool(got(one_input).any(1).float().mean() > 0.5),
-        f"{training} and two inputs that are not zero, kinds of updates": min(kinds(got(two_inputs)), 9),
-        f"{training}, all samples of a batch get the same": kinds(batch.flatten(1)) == 1,
-        f"{training}, all positions of a sample get the same": kinds(batch.transpose(0, 1).flatten(1)) == 1,
-    }
+    yield f"{training}, the layer's input is afterwards", "as it was" if torch.equal(given, one_input) else "changed"
+    yield f"{training}, most rows get an update", bool(got(one_input).any(1).float().mean() > 0.5)
+    yield f"{training} and two inputs that are not zero, kinds of updates", min(kinds(got(two_inputs)), 9)
+    yield f"{training}, all samples of a batch get the same", kinds(batch.flatten(1)) == 1
+    yield f"{training}, all positions of a sample get the same", kinds(batch.transpose(0, 1).flatten(1)) == 1
 
 
 def shares_of_update(got, x: Tensor, update: Tensor) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from course.checking import Check, raised
+from course.checking import Check, Seen, raised
 from course.checks.lora.shared import MATCHED_TOO_MUCH, after_dot, is_target, last_word, nothing, trainable
 from reference.lora import LoRALinear, inject_lora
 
@@ -78,11 +78,10 @@ class ToyModel(nn.Module):
         return self.lm_head(self.xlm_head(x) * torch.tanh(self.lm_head_gate(x)))
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 9, (2, 5), generator=g)
     r, lora_alpha = (int(torch.randint(*ends, (), generator=g)) for ends in ((2, 5), (5, 9)))
-    seen = {}
     cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], ["q_proj", "attn.q_proj"], "all-linear")
     for targets in cases:
         torch.manual_seed(seed)  # the same model, however much randomness the answer took before
@@ -91,35 +90,31 @@ def observe(answer, seed: int) -> dict:
         try:
             names = answer(model, targets, r, lora_alpha)
         except ValueError:
-            seen[f"targets {targets}"] = "refused with a ValueError"
+            yield f"targets {targets}", "refused with a ValueError"
             continue
-        seen[f"targets {targets}"] = "accepted"
-        seen |= {f"targets {targets}: {label}": value for label, value in after_injecting(model, ids, before, names).items()}
+        yield f"targets {targets}", "accepted"
+        yield from [(f"targets {targets}: {label}", value) for label, value in after_injecting(model, ids, before, names)]
     for targets in (["no_such_layer"], ["attn"]):  # the second is a block, not a linear layer
         model = ToyModel()
         before = trainable(model)
-        seen[f"targets {targets}"] = raised(answer, model, targets, r, lora_alpha)
-        seen["what trains after that error"] = "as before" if trainable(model) == before else "changed"
-    return seen
+        yield f"targets {targets}", raised(answer, model, targets, r, lora_alpha)
+        yield f"what trains after the error of targets {targets}", "as before" if trainable(model) == before else "changed"
 
 
-def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> dict:
+def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> Seen:
     holders = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
-    seen = {
-        "layers that are wrapped": ", ".join(sorted(holders)),
-        "what trains": trainable(model),
-        "the model's output before training": model(ids).detach() - before,
-        "names returned": sorted(names) if isinstance(names, (list, tuple, set)) else names,
-    }
+    yield "layers that are wrapped", ", ".join(sorted(holders))
+    yield "what trains", trainable(model)
+    yield "the model's output before training", model(ids).detach() - before
+    yield "names returned", sorted(names) if isinstance(names, (list, tuple, set)) else names
     factors = {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     down = [p for name, p in factors.items() if name.endswith("A")]
-    seen["ranks"] = sorted({len(p) for p in down})
-    seen["lora_A is random"] = all(p.any().item() for p in down)
+    yield "ranks", sorted({len(p) for p in down})
+    yield "lora_A is random", all(p.any().item() for p in down)
     with torch.no_grad():
         for p in factors.values():
             p.fill_(0.1)
-        seen["the update of the output when all factors are 0.1"] = model(ids) - before
-    return seen
+        yield "the update of the output when all factors are 0.1", model(ids) - before
 
 
 check = Check(

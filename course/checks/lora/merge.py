@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from course.checking import Check, raised
+from course.checking import Check, Seen, raised
 from course.checks.lora.forward import LoRALinear
 from course.checks.lora.shared import fill, nothing, trainable
 from course.checks.svd import nearest
@@ -69,53 +69,52 @@ class BySwapping(Mergeable):
         self.base.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     r, alpha, n = 3, 7, 12  # square, so that a transposed update has the right shape too
 
     def weight() -> Tensor:
         return layer.base.weight.detach().clone()
 
-    def state(when: str) -> dict:
-        return {f"the base weight {when}": weight(), f"layer.merged {when}": layer.merged, f"the output {when}": layer(x)}
+    def state(when: str) -> Seen:
+        return (f"the base weight {when}", weight()), (f"layer.merged {when}", layer.merged), (f"the output {when}", layer(x))
 
     layer = answer(nn.Linear(n, n), r, alpha)
     fill(layer, g, 1 / 4)
     x, kept, factor = torch.randn(4, n, generator=g), weight(), layer.lora_B.detach().clone()
-    seen = {"the output before merging": layer(x)}
+    yield "the output before merging", layer(x)
     layer.merge()
-    seen |= state("after merge()")
-    seen["a second merge()"] = raised(layer.merge)
-    seen |= state("after the second merge()")
-    seen["lora_B after merge()"] = layer.lora_B.detach().clone()
-    seen["what trains while merged, besides lora_A and lora_B"] = trainable(layer, besides=("lora_A", "lora_B"))
-    seen["unmerge() of a merged layer"] = raised(layer.unmerge)
-    seen |= state("after unmerge()")
-    seen["a second unmerge()"] = raised(layer.unmerge)
-    seen |= state("after the second unmerge()")
-    seen["lora_B after unmerge()"] = torch.equal(layer.lora_B, factor)
-    seen["what trains after unmerge()"] = trainable(layer)
+    yield from state("after merge()")
+    yield "a second merge()", raised(layer.merge)
+    yield from state("after the second merge()")
+    yield "lora_B after merge()", layer.lora_B.detach().clone()
+    yield "what trains while merged, besides lora_A and lora_B", trainable(layer, besides=("lora_A", "lora_B"))
+    yield "unmerge() of a merged layer", raised(layer.unmerge)
+    yield from state("after unmerge()")
+    yield "a second unmerge()", raised(layer.unmerge)
+    yield from state("after the second unmerge()")
+    yield "lora_B after unmerge()", torch.equal(layer.lora_B, factor)
+    yield "what trains after unmerge()", trainable(layer)
     layer.lora_B.data.mul_(1.5)  # trained on
-    seen["merging again after unmerge() and more training"] = raised(layer.merge)
-    seen["the base weight after merging again"] = weight()
-    seen["float32 gives exactly the old weight back"] = raised(layer.unmerge) is None and torch.equal(weight(), kept)
+    yield "merging again after unmerge() and more training", raised(layer.merge)
+    yield "the base weight after merging again", weight()
+    yield "float32 gives exactly the old weight back", raised(layer.unmerge) is None and torch.equal(weight(), kept)
     layer.base.weight.data.add_(0.5)  # another checkpoint
     kept = weight()
-    seen["merging into other base weights"] = raised(layer.merge)
-    seen["other base weights after merging"] = weight()
-    seen["other base weights come back exactly"] = raised(layer.unmerge) is None and torch.equal(weight(), kept)
+    yield "merging into other base weights", raised(layer.merge)
+    yield "other base weights after merging", weight()
+    yield "other base weights come back exactly", raised(layer.unmerge) is None and torch.equal(weight(), kept)
 
     layer = answer(nn.Linear(48, 48).to(torch.bfloat16), r, alpha)
     fill(layer, g, 1 / 4)
     kept = weight()
     exact = kept.double() + alpha / r * (layer.lora_B.detach().double() @ layer.lora_A.detach().double())
     layer.merge()
-    seen["the bfloat16 weight's dtype after merge()"] = str(weight().dtype)
-    seen["merged in bfloat16: every weight is the bfloat16 number nearest to W + s·B·A"] = nearest(weight(), exact)
+    yield "the bfloat16 weight's dtype after merge()", str(weight().dtype)
+    yield "merged in bfloat16: every weight is the bfloat16 number nearest to W + s·B·A", nearest(weight(), exact)
     if layer.merged:
         layer.unmerge()
-    seen["unmerged in bfloat16: every weight is exactly what it was"] = torch.equal(weight(), kept)
-    return seen
+    yield "unmerged in bfloat16: every weight is exactly what it was", torch.equal(weight(), kept)
 
 
 def refuse_too_late(layer: Mergeable) -> None:

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterable
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.memory_budget.shared import Sizes, all_heads_have_keys, draw_sizes, linears
 
 
@@ -41,12 +41,11 @@ def with_frozen(trained: int, sizes: Sizes, targets: Iterable[str]) -> int:
     return trained + sizes.layers * sum(math.prod(linears(sizes)[name]) for name in targets)
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for others in (["k_proj", "down_proj"], ["v_proj"], ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]):
         sizes, rank = draw_sizes(rng, tied=False), rng.randint(2, 64)
-        seen[f"rank {rank} on q_proj, {', '.join(others)}, {sizes}"] = answer(sizes, rank, ["q_proj", *others])
-    return seen
+        yield f"rank {rank} on q_proj, {', '.join(others)}, {sizes}", answer(sizes, rank, ["q_proj", *others])
 
 
 check = Check(

@@ -4,7 +4,7 @@ import operator
 import random
 from itertools import combinations
 
-from course.checking import Check
+from course.checking import Check, Seen
 
 
 def mlp_kept_bytes(
@@ -40,14 +40,13 @@ def by_list(tokens: int, hidden: int, mlp: int, number_bytes: int, trained: bool
     return sum(tokens * width * number_bytes for width in kept)
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     frozen = [(False, names) for count in range(4) for names in combinations(("gate_proj", "up_proj", "down_proj"), count)]
     for i, (trained, names) in enumerate([(True, ()), *frozen]):
         label = "trained in full" if trained else f"frozen, LoRA on {' and '.join(names) or 'none of its linears'}"
         tokens, hidden, mlp, number_bytes = rng.randint(5, 5000), rng.randint(50, 99), rng.randint(150, 400), (2, 4)[(seed + i) % 2]
-        seen[label] = answer(tokens, hidden, mlp, number_bytes, trained, set(names))
-    return seen
+        yield label, answer(tokens, hidden, mlp, number_bytes, trained, set(names))
 
 
 check = Check(

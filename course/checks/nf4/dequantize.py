@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.blockwise_quantization import TINY
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
 
@@ -47,9 +47,8 @@ def looked_up(answer, *arguments) -> object:
         return AS_MASK
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for shape, block_size, dtype, size in (
         ((4, 32), 64, torch.float32, 1.0),
         ((7, 15), 32, torch.float32, 1.0),
@@ -61,10 +60,10 @@ def observe(answer, seed: int) -> dict:
         q = quantize_nf4(x, block_size)
         label = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)} in blocks of {block_size}"
         label += f", values of about {TINY:.0e}" * (size == TINY)
-        seen[label] = looked_up(answer, q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
-        if seen[label] is AS_MASK:
-            return seen
-    return seen
+        found = looked_up(answer, q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
+        yield label, found
+        if found is AS_MASK:
+            return
 
 
 check = Check(

@@ -5,7 +5,7 @@ from scipy.special import ndtri
 from scipy.stats import norm
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from reference.nf4 import NF4_CODEBOOK, OFFSET
 
 
@@ -43,20 +43,19 @@ def on_one_grid(negative: int, positive: int, offset: float) -> Tensor:
     return torch.tensor(levels / levels.max(), dtype=torch.float32)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     nf4 = answer(7, 8, OFFSET)
-    seen = {"7 levels below zero, 8 above, δ = 0.9677083": nf4}
+    yield "7 levels below zero, 8 above, δ = 0.9677083", nf4
     for _ in range(2):
         negative = int(torch.randint(2, 6, (1,), generator=g))
         positive = negative + int(torch.randint(1, 5, (1,), generator=g))
         offset = 0.9 + 0.09 * torch.rand(1, generator=g).item()
         for below, above in ((negative, positive), (positive, negative)):
-            seen[f"{below} levels below zero, {above} above, δ = {offset:.4f}"] = answer(below, above, offset)
+            yield f"{below} levels below zero, {above} above, δ = {offset:.4f}", answer(below, above, offset)
     if isinstance(nf4, Tensor) and nf4.dtype == torch.float32 and nf4.shape == NF4_CODEBOOK.shape:
         near = torch.allclose(nf4, NF4_CODEBOOK, rtol=0, atol=1e-6)  # equality takes −0 for 0
-        seen["NF4's levels"] = "bit for bit" if torch.equal(nf4, NF4_CODEBOOK) else "right to six digits" if near else "others"
-    return seen
+        yield "NF4's levels", "bit for bit" if torch.equal(nf4, NF4_CODEBOOK) else "right to six digits" if near else "others"
 
 
 check = Check(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.nf4.shared import near_a_midpoint
 from reference.blockwise import midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
@@ -53,9 +53,8 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     return values[(mass >= mass[-1] / 2).nonzero()[0].item()]
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for label, levels, kept in (
         ("NF4's levels", NF4_CODEBOOK, ()),
         ("NF4's levels, with −1, 0 and 1 kept", NF4_CODEBOOK, (0, 7, 15)),
@@ -65,12 +64,11 @@ def observe(answer, seed: int) -> dict:
         blocks = torch.randn(60, 64, generator=g) * (0.3 + 2 * torch.rand(60, 1, generator=g))
         absmax = blocks.abs().amax(1)
         scaled, weight = (blocks / absmax[:, None]).flatten(), absmax.square().repeat_interleave(64)
-        seen[label] = answer(torch.where(near_a_midpoint(scaled, levels), 0, scaled), weight, levels.clone(), kept)
+        yield label, answer(torch.where(near_a_midpoint(scaled, levels), 0, scaled), weight, levels.clone(), kept)
     scaled, weight = 0.3 * torch.rand(200, generator=g) + 0.1, 0.5 + torch.rand(200, generator=g)
     scaled = torch.where(near_a_midpoint(scaled, NF4_CODEBOOK), 0.25, scaled)
-    seen["values that leave some levels unused"] = answer(scaled, weight, NF4_CODEBOOK.clone(), ())
-    seen["weights of about 1e-20"] = answer(scaled, 1e-20 * weight, NF4_CODEBOOK.clone(), ())
-    return seen
+    yield "values that leave some levels unused", answer(scaled, weight, NF4_CODEBOOK.clone(), ())
+    yield "weights of about 1e-20", answer(scaled, 1e-20 * weight, NF4_CODEBOOK.clone(), ())
 
 
 check = Check(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.blockwise_quantization import transposed
 from course.checks.nf4.shared import near_a_midpoint
 from reference.blockwise import midpoints
@@ -30,20 +30,18 @@ def as_if_even(scaled: Tensor, levels: Tensor) -> Tensor:
     return ((scaled + 1) / 2 * (len(levels) - 1)).round().clamp(0, len(levels) - 1).to(torch.uint8)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for count, shape, largest, layout in ((16, (40, 7), 1, ""), (5, (90,), 3, ""), (256, (3, 4, 50), 1, ", transposed")):
         inner = (torch.randperm(9999, generator=g)[: count - 2] - 4999) / 5000  # no two are equal: either code would be right
         levels = largest * torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
         scaled = 0.6 * largest * torch.randn(shape, generator=g)  # some beyond the outermost levels
         scaled = torch.where(near_a_midpoint(scaled, levels), levels[0], scaled)
         label = f"codes of {count} levels from −{largest} to {largest}, values of shape {tuple(shape)}{layout}"
-        seen[label] = answer(transposed(scaled) if layout else scaled, levels)
+        yield label, answer(transposed(scaled) if layout else scaled, levels)
     levels = (torch.randperm(63, generator=g)[:16].sort().values - 31) / 32  # multiples of 1/32: midpoints are exact
-    seen["codes of values on a midpoint (the lower of the two)"] = answer(midpoints(levels), levels)
-    seen["codes of the levels themselves"] = answer(levels.clone(), levels)
-    return seen
+    yield "codes of values on a midpoint (the lower of the two)", answer(midpoints(levels), levels)
+    yield "codes of the levels themselves", answer(levels.clone(), levels)
 
 
 check = Check(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.blockwise_quantization import TINY, transposed
 from course.checks.nf4.shared import near_a_midpoint
 from reference.blockwise import int_codebook, midpoints
@@ -72,9 +72,8 @@ def off_the_midpoints(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return flat.view(x.shape)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     sizes = torch.tensor([0.2, 3.0, 1.0])  # blocks of different scale, so that one scale for all shows
     for label, levels, shape, block_size, dtype in (
         ("NF4's bins, blocks of 64, a short last block", NF4_CODEBOOK, (64 * 60 + 37,), 64, torch.float32),
@@ -86,20 +85,19 @@ def observe(answer, seed: int) -> dict:
         x *= sizes[torch.arange(n) // block_size % 3]
         x[-(n % block_size or block_size) :] += 1.5  # the last block is not like the others
         x = off_the_midpoints(x.to(dtype), levels, block_size).view(shape)
-        seen[label] = answer(transposed(x) if len(shape) > 1 else x, levels.clone(), block_size)
+        yield label, answer(transposed(x) if len(shape) > 1 else x, levels.clone(), block_size)
 
-    def see(label: str, x: Tensor, levels: Tensor, block_size: int = 64) -> None:
-        seen[label] = answer(off_the_midpoints(x, levels, block_size), levels.clone(), block_size)
+    def shares(x: Tensor, levels: Tensor, block_size: int = 64) -> object:
+        return answer(off_the_midpoints(x, levels, block_size), levels.clone(), block_size)
 
     x = torch.randn(64, 40, generator=g)  # rows end inside of a block
     x.view(-1)[7 * 64 : 8 * 64] = 0
-    see("a matrix with a block of zeros", x, NF4_CODEBOOK)
+    yield "a matrix with a block of zeros", shares(x, NF4_CODEBOOK)
     few, many = 0.2 + 0.7 * torch.rand(2, generator=g), 0.2 + 0.7 * torch.rand(7, generator=g)
     levels = torch.cat([torch.tensor([-1.0, 0.07, 1.0]), -few, many]).sort().values  # none is 0, and code 3 is the nearest to it
-    see("a block of zeros, levels without a zero", off_the_midpoints(x, NF4_CODEBOOK, 64), levels)
-    see(f"values of about {TINY:.0e}", TINY * torch.randn(20 * 64, generator=g), NF4_CODEBOOK)
-    see("values that leave the upper bins empty", -1 - torch.rand(300, generator=g), int_codebook(4), 32)
-    return seen
+    yield "a block of zeros, levels without a zero", shares(off_the_midpoints(x, NF4_CODEBOOK, 64), levels)
+    yield f"values of about {TINY:.0e}", shares(TINY * torch.randn(20 * 64, generator=g), NF4_CODEBOOK)
+    yield "values that leave the upper bins empty", shares(-1 - torch.rand(300, generator=g), int_codebook(4), 32)
 
 
 check = Check(

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import nn
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.qlora.shared import BITS, entries
 from reference.qlora import NF4Linear, quantize_linears
 
@@ -76,8 +76,8 @@ def a_model(rng: random.Random, tied: bool, full: bool = False) -> nn.Module:
     return model.to(torch.bfloat16)
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for name, model, skip in (
         ("an untied head", a_model(rng, False), ("lm_head",)),
         ("a tied head", a_model(rng, True), ("lm_head",)),
@@ -85,8 +85,7 @@ def observe(answer, seed: int) -> dict:
         ("nothing skipped", a_model(rng, False), ()),
         ("all blocks full, skip=('blocks', 'lm_head')", a_model(rng, False, full=True), ("blocks", "lm_head")),
     ):
-        seen[name] = entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
-    return seen
+        yield name, entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
 
 
 check = Check(

@@ -4,7 +4,7 @@ import math
 import random
 from statistics import fmean
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.qlora.shared import BITS, entries
 
 
@@ -60,8 +60,8 @@ def rounds_down(linears: list[tuple[int, int]]) -> bool:
     return round(even) < even
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for name, least, most, share in (
         ("many layers", 20, 40, 0.05),
         ("a small model with a large vocabulary", 4, 8, 1.7),
@@ -71,8 +71,7 @@ def observe(answer, seed: int) -> dict:
         while name == "many layers" and rounds_down(linears):  # a single layer's does: round() is then neither floor nor ceil
             linears = sizes_of(rng, rng.randint(least, most))
         others = int(share * sum(out * into for out, into in linears)) + linears[0][1]
-        seen[name] = entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
-    return seen
+        yield name, entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
 
 
 check = Check(

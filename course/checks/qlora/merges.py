@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.qlora.shared import entries
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -76,8 +76,8 @@ def on_levels(weight: Tensor, block_size: int) -> str:
     return "a level times its block's scale" if far < 1e-5 else "near a level times its block's scale" if far < 0.02 else "no such product"
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     for what, dtype, block_size, n, r, alpha, size, taken in (
         ("", torch.bfloat16, 32, 48, 2, 5, 1, 0),
         (", where the update takes most of the weight away", torch.float16, 128, 32, 4, 6, 1 / 16, 0.9),  # it matters which norm is taken
@@ -90,15 +90,15 @@ def observe(answer, seed: int) -> dict:
         found = entries(whole, "weights", "errors")
         where = f"what your function returns for a {str(dtype).removeprefix('torch.')} weight{what}"
         if isinstance(found, Mapping) and not found and (flat := entries(whole, *WAYS)):
-            return seen | {where: f"a dictionary with the keys {', '.join(map(repr, flat))}"}
+            yield where, f"a dictionary with the keys {', '.join(map(repr, flat))}"
+            return
         if isinstance(found, Mapping):
             found = {part: entries(inner, *WAYS) for part, inner in found.items()}
-        seen[where] = found
+        yield where, found
         kept = found.get("weights") if isinstance(found, Mapping) else None
         kept = kept.get("requantized") if isinstance(kept, Mapping) else None
         if isinstance(kept, Tensor) and kept.shape == original.shape:
-            seen[where.replace("what", "each number of 'requantized' that", 1)] = on_levels(kept.float(), block_size)
-    return seen
+            yield where.replace("what", "each number of 'requantized' that", 1), on_levels(kept.float(), block_size)
 
 
 check = Check(

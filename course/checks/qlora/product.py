@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course.checking import Check, NotYet
+from course.checking import Check, NotYet, Seen
 from course.lab.live import LiveBytes
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -137,7 +137,7 @@ def in_16_bits(answer, x: Tensor, arguments: tuple, direction: Tensor) -> tuple[
     return str(y.dtype), "right" if all(near) else "wrong"
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
 
     def make(out_features: int, in_features: int, dtype: torch.dtype = torch.float32, block_size: int = 64) -> tuple:
@@ -152,49 +152,49 @@ def observe(answer, seed: int) -> dict:
     arguments = make(n, n)
     # Neither x nor the gradient is contiguous: in a model they come out of transposes.
     bias, x, direction = arguments[2], draw(3, 2, n).transpose(0, 1).requires_grad_(), draw(3, 2, n).transpose(0, 1)
-    seen = {}
     y = answer(x, *arguments)
-    seen["the output of a (2, 3, 24) input"] = y
+    yield "the output of a (2, 3, 24) input", y
     if not isinstance(y, Tensor):
-        return seen
-    seen["the output without a bias"] = plain = answer(x, *arguments[:2], None, *arguments[3:])
-    seen["the output requires a gradient where the input does"] = y.requires_grad
+        return
+    plain = answer(x, *arguments[:2], None, *arguments[3:])
+    yield "the output without a bias", plain
+    yield "the output requires a gradient where the input does", y.requires_grad
     if not y.requires_grad or y.shape != direction.shape:
-        return seen
+        return
     with Products(n * n) as products:
         of_x, of_bias = gradients(y, (x, bias), direction)
-    seen["the gradient of the input"], seen["the gradient of the bias"] = of_x, of_bias
+    yield "the gradient of the input", of_x
+    yield "the gradient of the bias", of_bias
     if isinstance(plain, Tensor) and plain.shape == direction.shape:
         try:
             found, how = gradients(plain, (x,), direction)[0], "runs"
         except RuntimeError:
             found, how = of_x, "raises a RuntimeError"
-        seen["the backward without a bias"], seen["the gradient of the input without a bias"] = how, found
+        yield "the backward without a bias", how
+        yield "the gradient of the input without a bias", found
     wide, x_wide = make(40, 24, block_size=32), draw(7, 24).requires_grad_()  # input, output and packed weight differ in size
     try:
         y = answer(x_wide, *wide)
-        seen["the output of a (40, 24) weight"] = y.detach()
-        seen["the gradient through a (40, 24) weight"] = gradients(y, (x_wide,), y.detach())[0]
-        seen["bytes kept for the backward, beside the packed weight"] = kept_bytes(answer, x_wide, wide)
+        yield "the output of a (40, 24) weight", y.detach()
+        yield "the gradient through a (40, 24) weight", gradients(y, (x_wide,), y.detach())[0]
+        yield "bytes kept for the backward, beside the packed weight", kept_bytes(answer, x_wide, wide)
     except RuntimeError:
-        seen["the output of a (40, 24) weight"] = "a RuntimeError"
-    seen["the backward computes a gradient of the weight"] = products.found
+        yield "the output of a (40, 24) weight", "a RuntimeError"
+    yield "the backward computes a gradient of the weight", products.found
     one = draw(n).requires_grad_()
     try:
         y = answer(one, *arguments)
         of_one = gradients(y, (one, bias), direction[0, 0])
     except (RuntimeError, IndexError, ValueError) as error:
         raise NotYet(f"for an x without leading axes, (in,), your code raised {type(error).__name__}: {error}") from error
-    seen["the output of a vector"] = y
-    seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = of_one
+    yield "the output of a vector", y
+    yield from zip(("the gradient of a vector", "the gradient of the bias beside a vector"), of_one, strict=True)
     frozen = answer(x, arguments[0], arguments[1], bias.detach(), *arguments[3:])
-    seen["the gradient of the input when the bias is frozen"] = gradients(frozen, (x,), direction)[0]
+    yield "the gradient of the input when the bias is frozen", gradients(frozen, (x,), direction)[0]
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        seen[f"with {name} the output is"], seen[f"with {name} the gradients are"] = in_16_bits(
-            answer, draw(3, n, dtype=dtype), make(n, n, dtype), draw(3, n, dtype=dtype)
-        )
-    return seen
+        found = in_16_bits(answer, draw(3, n, dtype=dtype), make(n, n, dtype), draw(3, n, dtype=dtype))
+        yield from zip((f"with {name} the output is", f"with {name} the gradients are"), found, strict=True)
 
 
 check = Check(

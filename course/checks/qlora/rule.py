@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.qlora.shared import entries
 
 
@@ -56,8 +56,8 @@ def of_two_samples(lost: Tensor, *samples: Tensor) -> Tensor:
     return torch.sqrt(sum(losses.mean(1).var() / len(losses) for losses in samples))
 
 
-def observe(answer, seed: int) -> dict:
-    g, rng, seen = torch.Generator().manual_seed(seed), random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     # In units of the tolerance: how much is lost, and how much that varies between sequences; exactly, so that the verdict is sure.
     cases = (
         ("12 sequences lose about 0.8 times the tolerance", 0.8, 0.1, 12),
@@ -68,9 +68,9 @@ def observe(answer, seed: int) -> dict:
         ("10 sequences lose nearly the tolerance in nats, and more than the tolerance as a share", 0.995, 0.001, 10),
     )
 
-    def see(name: str, baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> None:
+    def see(name: str, baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> tuple[str, object]:
         found = answer(baseline.float(), candidate.float(), tolerance, confidence)
-        seen[f"{name} (tolerance {tolerance:g}, confidence {confidence:g})"] = entries(found, "estimate", "low", "high", "verdict")
+        return f"{name} (tolerance {tolerance:g}, confidence {confidence:g})", entries(found, "estimate", "low", "high", "verdict")
 
     for tolerance, confidence in ((0.02, rng.choice([0.9, 0.98])), (0.05, 0.95)):
         for name, shift, noise, rows in cases:
@@ -80,12 +80,11 @@ def observe(answer, seed: int) -> dict:
             hard = torch.linspace(1, 3, rows, dtype=torch.float64)[torch.randperm(rows, generator=g)][:, None]
             baseline = hard + torch.rand(rows, 25, generator=g, dtype=torch.float64)
             candidate = baseline + lost + 0.3 * (words - words.mean(1, keepdim=True))
-            see(name, baseline, candidate, tolerance, confidence)
+            yield see(name, baseline, candidate, tolerance, confidence)
     # Both ends at the tolerance: at zero, the one place where no order of sums and no exp rounds. (1 + 1e-18)/2 is ½, whose quantile is 0.
     lost = torch.tensor([1, -1, 2, -2, 3, -3, 4, -4])[torch.randperm(8, generator=g)][:, None]
     baseline = torch.randint(64, 256, (8, 32), generator=g)
-    see("8 sequences lose nothing on average, and the interval has no width", baseline / 64, (baseline + lost) / 64, 0.0, 1e-18)
-    return seen
+    yield see("8 sequences lose nothing on average, and the interval has no width", baseline / 64, (baseline + lost) / 64, 0.0, 1e-18)
 
 
 check = Check(

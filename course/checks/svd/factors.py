@@ -7,7 +7,7 @@ entries.
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, unpacked
 from course.checks.svd.shared import as_given, or_torchs_refusal
 
 
@@ -44,9 +44,8 @@ def from_eigenvectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (full @ v / s.sqrt()).to(weight.dtype), (s.sqrt()[:, None] * v.T).to(weight.dtype)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for name, (out, inside, rank), dtype in (
         ("a wide float32 matrix", (5, 9, 2), torch.float32),
         ("a tall float32 matrix", (11, 6, 3), torch.float32),
@@ -57,28 +56,23 @@ def observe(answer, seed: int) -> dict:
     ):
         weight = torch.randn(out, inside, generator=g).to(dtype)
         result, refusal = or_torchs_refusal(answer, weight, rank)
-        seen[f"an error of torch for {name}"] = refusal
+        yield f"an error of torch for {name}", refusal
         if refusal:
-            return seen
-        pair = isinstance(result, (tuple, list)) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)
-        seen["the answer is a pair of tensors, (B, A)"] = pair
-        if not pair:
-            return seen
-        b, a = result
-        seen[f"the shape of B, for {name}, {out} × {inside}, and rank {rank}"] = str(tuple(b.shape))
-        seen[f"the shape of A, for {name}, {out} × {inside}, and rank {rank}"] = str(tuple(a.shape))
+            return
+        b, a = unpacked(result, "a pair of tensors, (B, A)", Tensor, Tensor)
+        yield f"the shape of B, for {name}, {out} × {inside}, and rank {rank}", str(tuple(b.shape))
+        yield f"the shape of A, for {name}, {out} × {inside}, and rank {rank}", str(tuple(a.shape))
         if b.shape != (out, rank) or a.shape != (rank, inside):
-            return seen
-        seen[f"the dtypes of B and A, for {name}"] = f"{b.dtype}, {a.dtype}"
+            return
+        yield f"the dtypes of B and A, for {name}", f"{b.dtype}, {a.dtype}"
         if weight.itemsize >= 4:  # in 16 bits two right answers differ by a rounding: shapes and dtypes are enough there
-            seen[f"B @ A, for {name}"] = b @ a
-            seen[f"the sizes of B's entries, for {name}"] = b.abs()
-            seen[f"the sizes of A's entries, for {name}"] = a.abs()
+            yield f"B @ A, for {name}", b @ a
+            yield f"the sizes of B's entries, for {name}", b.abs()
+            yield f"the sizes of A's entries, for {name}", a.abs()
         else:
             error = torch.linalg.matrix_norm(weight.double() - b.double() @ a.double())
             least = torch.linalg.svdvals(weight.double())[rank:].norm()
-            seen[f"B @ A is as close to {name} as rank {rank} allows"] = bool(error < 1.01 * least)
-    return seen
+            yield f"B @ A is as close to {name} as rank {rank} allows", bool(error < 1.01 * least)
 
 
 check = Check(

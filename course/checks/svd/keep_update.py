@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check, mistaken
+from course.checking import Check, Seen, mistaken
 from course.checks.svd.factors import truncated_svd
 from course.checks.svd.shared import as_given, nearest, or_torchs_refusal
 
@@ -40,9 +40,8 @@ def change_with_few_large(out: int, inside: int, rank: int, g: torch.Generator) 
     return (u * s) @ v.T
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for name, (out, inside, rank), dtype in (
         ("a wide float32 layer", (6, 10, 2), torch.float32),
         ("a tall float32 layer", (12, 5, 3), torch.float32),
@@ -52,17 +51,16 @@ def observe(answer, seed: int) -> dict:
         after = (before.float() + change_with_few_large(out, inside, rank, g)).to(dtype)
         exact = keep_update(before, after, rank, wide=Tensor.double, narrow=as_given)
         result, refusal = or_torchs_refusal(answer, before, after, rank)
-        seen[f"an error of torch for {name}"] = refusal
+        yield f"an error of torch for {name}", refusal
         if refusal:
-            return seen
+            return
         if dtype is torch.float32:
-            seen[f"the weight of {name}"] = result
+            yield f"the weight of {name}", result
         else:
             like = isinstance(result, Tensor) and result.shape == exact.shape and result.dtype == dtype
-            seen[f"the dtype of {name}"] = str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
-            seen[f"the weight of {name} is right to within 1 %"] = like and torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-2)
-            seen[f"every number of {name} is the {dtype} number nearest to the exact one"] = like and nearest(result, exact, slack=1e-5)
-    return seen
+            yield f"the dtype of {name}", str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
+            yield f"the weight of {name} is right to within 1 %", like and torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-2)
+            yield f"every number of {name} is the {dtype} number nearest to the exact one", like and nearest(result, exact, slack=1e-5)
 
 
 check = Check(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen
 from course.checks.svd.shared import as_given
 
 
@@ -31,18 +31,17 @@ def spectrum_away_from(shares: tuple[float, ...], n: int, g: torch.Generator) ->
             return s
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     # A share that is reached exactly, not passed: its squares, sums and the norms of both are powers of two, exact in any order.
-    seen = {"sixteen equal singular values, share 0.25": answer(torch.ones(16), 0.25)}
-    seen["one singular value, share 0.9"] = answer(torch.tensor([2.0]), 0.9)
+    yield "sixteen equal singular values, share 0.25", answer(torch.ones(16), 0.25)
+    yield "one singular value, share 0.9", answer(torch.tensor([2.0]), 0.9)
     shares = (0.5, 0.9, 0.99)
     for n in (12, 30, 48):
         s = spectrum_away_from(shares, n, g)
         for share in shares:
-            seen[f"{n} decaying singular values, share {share}"] = answer(s, share)
-    seen["the singular values 3, 2, 1, 1, 1, share 1"] = answer(torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]), 1.0)  # 9 + 4 + 3 = 16
-    return seen
+            yield f"{n} decaying singular values, share {share}", answer(s, share)
+    yield "the singular values 3, 2, 1, 1, 1, share 1", answer(torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]), 1.0)  # 9 + 4 + 3 = 16
 
 
 check = Check(
