@@ -13,47 +13,32 @@ import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
 
-from course.lab import evaluation, live, models, recorded
+from course.claims import double_quantization
+from course.claims.memory_budget import predicted_gb
+from course.claims.shared import GPU, UNITS, kept_by_autograd, normal
+from course.lab import evaluation, models, recorded
 from course.lab.quantized import quantized_copy
 from course.lab.traffic import MovedBytes
 from course.lab.world import World
 from reference.blockwise import midpoints
 from reference.lora import LoRALinear
-from reference.memory import RECIPES, SHAPES, training_memory
-from reference.memory.recipes import nf4_bytes, weights
+from reference.memory import SHAPES
 from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
 
-GPU = "h100"
 FOUR_BITS = 0.5 + 4 / 64  # bytes a weight of codes and float32 scales
-UNITS = {"MB": 1e6, "GB": 1e9}
 
 # Counting
 
 
-def bits_per_weight() -> float:
-    """NF4 in blocks of 64 with double quantization, in a layer of 4096 × 4096."""
-    return 8 * nf4_bytes(4096**2) / 4096**2
-
-
 def saved_bytes_per_weight() -> float:
-    """Against 16 bits."""
-    return 2 - bits_per_weight() / 8
-
-
-def weights_gb(model: str, recipe: str) -> float:
-    """Of the weights alone; QLoRA's have embedding and head in 16 bits."""
-    return weights(SHAPES[model], RECIPES[recipe]).bytes / 1e9
-
-
-def predicted_peak_gb(model: str) -> float:
-    """Of a QLoRA step: r = 16 on all linears, 1 × 2048 tokens, checkpointing."""
-    return training_memory(SHAPES[model], RECIPES["QLoRA"], 1, 2048, 16, checkpointing=True).peak / 1e9
+    """By NF4 with double quantization, against 16 bits."""
+    return 2 - double_quantization.bits() / 8
 
 
 def step_fits(model: str, gigabytes: float) -> bool:
-    """That step, in a GPU of this size."""
-    return predicted_peak_gb(model) < gigabytes
+    """A QLoRA step of 1 × 2048 tokens with checkpointing, in a GPU of this size."""
+    return predicted_gb(model, "QLoRA") < gigabytes
 
 
 def quantizing_saves(model: str, unit: str) -> float:
@@ -66,11 +51,6 @@ def cast_adds(model: str, unit: str) -> float:
     return 2 * (SHAPES[model].parameters - SHAPES[model].linear_parameters) / UNITS[unit]
 
 
-def embedding_percent(model: str) -> float:
-    """Of all parameters."""
-    return 100 * SHAPES[model].embedding / SHAPES[model].parameters
-
-
 def break_even_percent() -> float:
     """Embedding over linears at which the cast of a tied embedding undoes the saving."""
     return 100 * saved_bytes_per_weight() / 2
@@ -81,38 +61,29 @@ def break_even_percent() -> float:
 
 @cache
 def _layer() -> tuple[nn.Linear, NF4Linear]:
-    g = torch.Generator().manual_seed(0)
     linear = nn.Linear(256, 192, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(linear.weight.shape, generator=g) / 16)
+    linear.weight.data.copy_(normal(192, 256) / 16)
     return linear, NF4Linear.from_linear(linear, compute_dtype=torch.float32)
 
 
 def gradient_is_grad_times_weight() -> bool:
     """∂L/∂x = ∂L/∂y · Ŵ, as through the dense Ŵ."""
     _, layer = _layer()
-    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    x = normal(9, 256, seed=1).requires_grad_()
     (packed,) = torch.autograd.grad(layer(x).square().sum(), x)
     (dense,) = torch.autograd.grad(nn.functional.linear(x, layer.dequantize()).square().sum(), x)
     return torch.allclose(packed, dense, rtol=1e-5, atol=1e-5)
 
 
-def _kept(forward, owner: nn.Module) -> int:
-    x = torch.randn(9, 256, requires_grad=True)
-    with live.SavedForBackward(owner) as saved:
-        forward(x)
-    return saved.bytes
-
-
 def backward_keeps_nothing_new() -> bool:
     _, layer = _layer()
-    return _kept(layer, layer) == 0
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_()) == 0
 
 
 def naive_backward_keeps_the_dense_weight() -> bool:
     _, layer = _layer()
-    dense = 4 * layer.in_features * layer.out_features
-    return _kept(lambda x: nn.functional.linear(x, layer.dequantize()), layer) == dense
+    dense = layer.dequantize()
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_(), dense, forward=nn.functional.linear) == dense.nbytes
 
 
 def _adapted(size: float) -> tuple[LoRALinear, Tensor]:
@@ -144,8 +115,7 @@ def requantized_update_tiny_is_lost() -> bool:
     linear, _ = _layer()
     q = quantize_nf4(linear.weight)
     restored = dequantize_nf4(q)
-    g = torch.Generator().manual_seed(3)
-    update = torch.randn(linear.weight.shape, generator=g) * 1e-4 * linear.weight.norm() / math.sqrt(linear.weight.numel())
+    update = normal(*linear.weight.shape, seed=3) * 1e-4 * linear.weight.norm() / math.sqrt(linear.weight.numel())
     return (quantize_nf4(restored + update).packed != q.packed).float().mean().item() < 0.01
 
 
@@ -298,7 +268,7 @@ def bytes_that_must_move() -> float:
 @cache
 def moved_bytes(work: str) -> float:
     """Bytes a weight that plain torch's operators read and write to "quantize" or "dequantize"."""
-    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = normal(256, 1024).bfloat16()
     q = quantize_nf4(weight)
     with MovedBytes() as moved:
         quantize_nf4(weight) if work == "quantize" else dequantize_nf4(q)
@@ -406,28 +376,24 @@ def fused_beats_both_at_64() -> bool:
 FASTEST = "llama, compiled, graph"
 
 
-def _step(how: str, sequence: int, device: str) -> dict:
-    return recorded.row("qlora_step", device, how=how, sequence=sequence)
+def step(how: str, sequence: int, what: str, device: str = GPU) -> float:
+    """Its "seconds", how many "kernels" are launched, or the share of it in which one runs, "busy"."""
+    return recorded.row("qlora_step", device, how=how, sequence=sequence)[what]
 
 
 def step_seconds(how: str, sequence: int, device: str = GPU) -> float:
     """Of a step."""
-    return _step(how, sequence, device)["seconds"]
+    return step(how, sequence, "seconds", device)
 
 
 def step_peak_gb(how: str, sequence: int = 2048, device: str = GPU) -> float:
     """Of all tensors in a step."""
-    return _step(how, sequence, device)["peak"] / 1e9
-
-
-def step_kernels(how: str, sequence: int, device: str = GPU) -> int:
-    """How many are launched."""
-    return _step(how, sequence, device)["kernels"]
+    return step(how, sequence, "peak", device) / 1e9
 
 
 def step_busy_percent(how: str, sequence: int, device: str = GPU) -> float:
     """Of the step in which a kernel runs."""
-    return 100 * _step(how, sequence, device)["busy"]
+    return 100 * step(how, sequence, "busy", device)
 
 
 def step_times_peft(sequence: int, device: str = GPU) -> float:

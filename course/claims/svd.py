@@ -11,10 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from course.claims.shared import CPU, GPU, normal
 from course.lab import recorded
 from reference import lowrank
-
-GPU, CPU = "h100", "cpu"
 
 # Small matrices
 
@@ -60,7 +59,7 @@ def effective_rank(*values: float) -> float:
 
 
 def _noise(seed: int = 0) -> Tensor:
-    return torch.randn(128, 128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normal(128, 128, seed=seed, dtype=torch.float64)
 
 
 @cache
@@ -106,7 +105,7 @@ def energy_is_one_minus_squared_error() -> bool:
 
 def projected_gradient_is_the_gradient_of_z() -> bool:
     """dL/dz = Pᵀ · dL/dθ, in float64, for both kinds of P."""
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(6, 5, dtype=torch.float64)
     for projection in ("sparse", "dense"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
