@@ -187,14 +187,9 @@ def _bytes(row: dict) -> dict[str, int]:
     return row | {"process": row["context"] + row["reserved"], "weights": row["built"] - row["adapters"]}
 
 
-def capped_gb(shape: str, what: str, device: str = GPU) -> float:
-    """The "cap"; the "peak" of all tensors and what was "predicted"; or the whole "process"."""
-    return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / 1e9
-
-
-def capped_seconds(shape: str, device: str = GPU) -> float:
-    """A step."""
-    return recorded.row("qlora_caps", device, shape=shape)["seconds"]
+def capped(shape: str, what: str, device: str = GPU) -> float:
+    """In GB the "cap"; the "peak" of all tensors and what was "predicted"; or the whole "process". The "seconds" of a step."""
+    return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / (1 if what == "seconds" else 1e9)
 
 
 def capped_loss(shape: str, step: int, device: str = GPU) -> float:
@@ -235,9 +230,9 @@ def kernel_ms(work: str, who: str, rows: int | None = None, device: str = GPU) -
     return recorded.row("nf4_kernels", device, work=work, rows=rows)[who]
 
 
-def times_bitsandbytes(work: str, rows: int | None = None, device: str = GPU) -> float:
-    """How many times as fast as bitsandbytes."""
-    return kernel_ms(work, "bitsandbytes", rows, device) / kernel_ms(work, "ours", rows, device)
+def times_as_fast(than: str, work: str, rows: int | None = None, device: str = GPU) -> float:
+    """Our kernel, as "bitsandbytes" or as the product with "bf16 weights"."""
+    return kernel_ms(work, than, rows, device) / kernel_ms(work, "ours", rows, device)
 
 
 def training_ms(who: str, rows: int, device: str = GPU) -> float:
@@ -302,11 +297,6 @@ def fewer_bytes() -> float:
     return 2 / FOUR_BITS
 
 
-def times_16_bit(rows: int, device: str = GPU) -> float:
-    """How many times as fast as over bf16 weights the layer is."""
-    return kernel_ms("linear", "bf16 weights", rows, device) / kernel_ms("linear", "ours", rows, device)
-
-
 def copy_rate_percent(who: str, device: str = GPU) -> float:
     """Of a copy's rate at which weights are read, by the layer of "ours" or "bf16 weights" with one row, or by "reading" alone."""
     ms = reading_ms(device) if who == "reading" else kernel_ms("linear", who, 1, device)
@@ -323,19 +313,14 @@ def compiled(kernel: str, what: str) -> float:
     return recorded.load("nf4_instructions", "cpu")["result"][kernel][what]
 
 
-def _counters(kernel: str, device: str) -> dict:
-    return recorded.load("nf4_profile", device)["result"]["kernels"][kernel]
-
-
-def busy_percent(kernel: str, part: str, device: str = GPU) -> float:
-    """How busy a part of the GPU, "alu" or "tensor", is while the kernel runs, by the hardware's counters."""
-    return _counters(kernel, device)[part]
+def counted(kernel: str, what: str, device: str = GPU) -> float:
+    """By the hardware's counters: how busy, in percent, "alu" or "tensor" is while the kernel runs; how many "instructions" it executes."""
+    return recorded.load("nf4_profile", device)["result"]["kernels"][kernel][what]
 
 
 def logic_percent(kernel: str, device: str = GPU) -> float:
     """Of the instructions that the kernel executes: integers and logic."""
-    counted = _counters(kernel, device)
-    return 100 * counted["alu instructions"] / counted["instructions"]
+    return 100 * counted(kernel, "alu instructions", device) / counted(kernel, "instructions", device)
 
 
 def decoding_hides() -> bool:
@@ -354,16 +339,19 @@ def rows_that_fill_the_arithmetic(device: str = GPU) -> float:
     return operations_per_second / (1e9 * copy_rate(device))
 
 
+def _layers() -> list[dict]:
+    return [row for row in _kernels()["rows"] if row["work"] == "linear"]
+
+
 def four_bits_win_up_to_32_rows() -> bool:
     """Over bf16 weights, and lose from 64."""
-    layers = [row for row in _kernels()["rows"] if row["work"] == "linear"]
-    return all((row["ours"] < row["bf16 weights"]) == (row["rows"] <= 32) for row in layers)
+    return all((row["ours"] < row["bf16 weights"]) == (row["rows"] <= 32) for row in _layers())
 
 
 def many_rows_cost_decoding_and_product() -> bool:
     """Above 64 rows: decoding plus the product over bf16 weights, to within 4 per cent."""
-    layers = [row for row in _kernels()["rows"] if row["work"] == "linear" and row["rows"] > 64]
-    return all(abs((kernel_ms("dequantize", "ours") + row["bf16 weights"]) / row["ours"] - 1) < 0.04 for row in layers)
+    decoding, many = kernel_ms("dequantize", "ours"), [row for row in _layers() if row["rows"] > 64]
+    return all(abs((decoding + row["bf16 weights"]) / row["ours"] - 1) < 0.04 for row in many)
 
 
 def fused_beats_both_at_64() -> bool:
@@ -372,8 +360,6 @@ def fused_beats_both_at_64() -> bool:
 
 
 # Measured: whole training steps, with 1 × 512 or 4 × 2048 tokens
-
-FASTEST = "llama, compiled, graph"
 
 
 def step(how: str, sequence: int, what: str, device: str = GPU) -> float:
@@ -396,14 +382,9 @@ def step_busy_percent(how: str, sequence: int, device: str = GPU) -> float:
     return 100 * step(how, sequence, "busy", device)
 
 
-def step_times_peft(sequence: int, device: str = GPU) -> float:
-    """How many times as fast as peft's the compiled step is."""
-    return step_seconds("peft", sequence, device) / step_seconds(FASTEST, sequence, device)
-
-
-def step_memory_of_peft(sequence: int = 2048, device: str = GPU) -> float:
-    """Peak of peft + bitsandbytes over that of the compiled step."""
-    return step_peak_gb("peft", sequence, device) / step_peak_gb(FASTEST, sequence, device)
+def peft_times(what: str, sequence: int, device: str = GPU) -> float:
+    """The "seconds" or the "peak" of the step of peft + bitsandbytes, over that of the compiled one."""
+    return step("peft", sequence, what, device) / step("llama, compiled, graph", sequence, what, device)
 
 
 # Measured: quality of the tiny model
@@ -420,25 +401,19 @@ def _tiny() -> dict:
     return recorded.load("quantization_quality_tiny", "cpu")["result"]
 
 
-def tiny_lost(kind: str) -> float:
-    """Nats per token on the general domain."""
-    return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"]["estimate"]
+def tiny(kind: str, what: str) -> float:
+    """Per cent of its "facts" that it keeps; "divergence" from the original's predictions, in thousandths of a nat per token."""
+    return {"facts": 100, "divergence": 1e3}[what] * _only(_tiny()["table"], kind=kind)[what]
 
 
-def tiny_facts_percent(kind: str) -> float:
-    """Of its facts that it keeps."""
-    return 100 * _only(_tiny()["table"], kind=kind)["facts"]
-
-
-def tiny_divergence(kind: str) -> float:
-    """Thousandths of a nat per token, from the original's predictions."""
-    return 1e3 * _only(_tiny()["table"], kind=kind)["divergence"]
+def tiny_lost(kind: str, what: str = "estimate") -> float:
+    """Nats per token on the general domain, or an end of their interval, "low" or "high"."""
+    return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"][what]
 
 
 def four_bits_cost_the_tiny_model_nothing() -> bool:
     """The interval of NF4's loss holds zero."""
-    lost = _only(_tiny()["table"], kind="NF4+DQ")["lost_nats"]["general"]
-    return lost["low"] <= 0 <= lost["high"]
+    return tiny_lost("NF4+DQ", "low") <= 0 <= tiny_lost("NF4+DQ", "high")
 
 
 def tiny_before(domain: str, kind: str) -> float:
