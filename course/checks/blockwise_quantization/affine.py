@@ -21,14 +21,15 @@ def affine_uint8(
     zero=lambda low, scale: round(-low / scale),
     code=lambda x, low, scale, zero: (x / scale).round() + zero,
     stored=lambda codes: codes.clamp(0, 255).to(torch.uint8),
-    returned=lambda scale, zero: (scale, zero),
+    given_scale=lambda scale: scale,
+    given_zero=lambda zero: zero,
 ) -> tuple[Tensor, float, int]:
     """The worked answer: the range is widened to hold zero; a code is the nearest whole number of steps, plus that of zero."""
     x = wide(x, low, high)
     low, high = ends(x, low, high)
     scale = step(high - low)
     zero_point = zero(low, scale)
-    return stored(code(x, low, scale, zero_point)), *returned(scale, zero_point)
+    return stored(code(x, low, scale, zero_point)), given_scale(scale), given_zero(zero_point)
 
 
 def clamped_first(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,9 +93,7 @@ check = Check(
             "code": lambda x, low, scale, zero: ((x - low) / scale).round()
         },
         "you divided the range by 256: 256 codes have 255 steps between them": {"step": lambda width: width / 256},
-        "the sign of zero_point is wrong: it is the code that zero gets, between 0 and 255": {
-            "returned": lambda scale, zero: (scale, -zero)
-        },
+        "the sign of zero_point is wrong: it is the code that zero gets, between 0 and 255": {"given_zero": lambda zero: -zero},
         "zero_point lost its fraction: int() and // cut it off, which is one code too low half of the time; use round()": {
             "zero": lambda low, scale: math.floor(-low / scale)
         },
@@ -102,9 +101,7 @@ check = Check(
         "you clamped x to low and high as they were given: widen the range first, or clamp the codes to 0 … 255 instead": {
             "wide": lambda x, low, high: x.float().clamp(low, high)
         },
-        "your scale is the inverse of the right one: it multiplies codes − zero_point to give x back": {
-            "returned": lambda scale, zero: (1 / scale, zero)
-        },
+        "your scale is the inverse of the right one: it multiplies codes − zero_point to give x back": {"given_scale": lambda s: 1 / s},
         "zero_point is in the unit of x: it is a code, so divide −low by the scale and round": {
             "zero": lambda low, scale: -low,
             "code": lambda x, low, scale, zero: (x / scale).round() + round(zero / scale),
@@ -124,7 +121,7 @@ check = Check(
         },
         "codes and zero_point are 128 too low: that is the same format with signed codes; asked are 0 to 255, torch.uint8": {
             "stored": lambda codes: (codes.clamp(0, 255) - 128).to(torch.int8),
-            "returned": lambda scale, zero: (scale, zero - 128),
+            "given_zero": lambda zero: zero - 128,
         },
         "a number was added to the scale, or it has a least value: beside it a narrow range is lost; since `low` < `high`, no scale is 0": {
             "step": lambda width: width / 255 + 1e-8

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, unpacked
-from course.checks.blockwise_quantization.shared import TINY, largest_is, number, transposed
+from course.checks.blockwise_quantization.shared import TINY, largest_is, number, off_the_midpoints, transposed
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise
 
 
@@ -21,19 +21,18 @@ def quantize_blocks(
     *,
     wide=Tensor.float,
     cut=lambda x, size: x.flatten().split(size),
-    largest=lambda block, x: block.abs().max(),
+    largest=lambda block: block.abs().max(),
+    dealt=lambda absmax: absmax,
     divisor=lambda top: torch.where(top == 0, 1, top),
     code=nearest,
     stored=lambda codes, x: codes.to(torch.uint8).view(x.shape),
     returned=lambda absmax: absmax,
 ) -> tuple[Tensor, Tensor]:
     """The worked answer: block by block the largest absolute value, and of each value's share of it the nearest level."""
-    x = wide(x)
-    codes, absmax = [], []
-    for block in cut(x, block_size):
-        absmax.append(largest(block, x))
-        codes.append(code(block / divisor(absmax[-1]), codebook))
-    return stored(torch.cat(codes), x), returned(torch.stack(absmax))
+    blocks = cut(wide(x), block_size)
+    absmax = dealt(torch.stack([largest(block) for block in blocks]))
+    codes = [code(block / divisor(top), codebook) for block, top in zip(blocks, absmax, strict=True)]
+    return stored(torch.cat(codes), x), returned(absmax)
 
 
 def by_the_reference(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -57,17 +56,6 @@ def level_below(share: Tensor, codebook: Tensor) -> Tensor:
 def level_above(share: Tensor, codebook: Tensor) -> Tensor:
     levels, order = codebook.sort(stable=True)
     return order[torch.bucketize(share, levels).clamp(max=len(levels) - 1)]
-
-
-def off_the_midpoints(x: Tensor, codebook: Tensor, block_size: int) -> Tensor:
-    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
-    borders = midpoints(codebook.double().sort().values)
-    flat = x.flatten().clone()
-    for block in flat.split(block_size):
-        share = block.double() / block.double().abs().max()
-        near = (share[:, None] - borders).abs().amin(1) < 1e-5  # float32 divides a hundred times more exactly
-        block[near & (share.abs() < 1)] = 0
-    return flat.view(x.shape)
 
 
 def in_no_order(count: int, g: torch.Generator) -> Tensor:
@@ -132,13 +120,11 @@ check = Check(
             "stored": lambda codes, x: codes.to(torch.uint8),
         },
         "the short last block uses the scale of the block before it: it needs one of its own": last_block_borrows,
-        "every block has the scale of the whole tensor: take the maximum inside each block": {"largest": lambda block, x: x.abs().max()},
+        "every block has the scale of the whole tensor: take the maximum inside each block": {"dealt": lambda t: t.max().expand_as(t)},
         "you cut the tensor into block_size blocks: block_size is how many values a block holds (split, not chunk)": {
             "cut": lambda x, size: x.flatten().chunk(size)
         },
-        "the scales come from the largest signed value of a block: take the absolute value first": {
-            "largest": lambda block, x: block.max()
-        },
+        "the scales come from the largest signed value of a block: take the absolute value first": {"largest": torch.max},
         "you took the level below each value: the nearest one changes at the midpoint between two levels": {"code": level_below},
         "you took the level above each value: bucketize on the levels does that; the nearest one changes at the midpoint of two": {
             "code": level_above
@@ -154,7 +140,7 @@ check = Check(
         },
         "the values were not divided by the absmax of their block before the nearest level was looked up": {"divisor": torch.ones_like},
         "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": {
-            "largest": lambda block, x: block[block.abs().argmax()]
+            "largest": lambda block: block[block.abs().argmax()]
         },
         "absmax was taken, and the division done, in 16 bits: convert x to float32 first": {
             "wide": lambda x: x,
@@ -168,7 +154,7 @@ check = Check(
         "a block of zeros was divided by zero: NaN has no nearest level; guard the division": {"divisor": lambda top: top},
         "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": {
             "wide": lambda x: x,
-            "largest": lambda block, x: block.float().abs().max(),
+            "largest": lambda block: block.float().abs().max(),
         },
         "absmax is never below some number, or has one added, when you divide by it: beside it a block of tiny values is lost; "
         "guard against 0 alone": {"divisor": lambda top: top + 1e-8},

@@ -17,7 +17,7 @@ def quantize_scales(
     offset=lambda absmax, size: absmax.mean(),
     cut=lambda absmax, size: absmax.split(size),
     centred=lambda block, offset: block - offset,
-    largest=lambda centred, block: centred.abs().max(),
+    largest=lambda rest, block: rest.abs().max(),
     divided=lambda centred, scale: centred / scale,
     code=lambda scaled, levels: torch.bucketize(scaled, midpoints(levels)),
     returned=lambda scales: scales,
@@ -112,17 +112,15 @@ check = Check(
             "offset": lambda absmax, size: (absmax.min() + absmax.max()) / 2
         },
         "the offset is the mean, not the median": {"offset": lambda absmax, size: absmax.median()},
-        "a block's scale is its largest *absolute* value: a scale far below the mean counts too": {
-            "largest": lambda centred, block: centred.max()
-        },
+        "a block's scale is its largest *absolute* value: a scale far below the mean counts too": {"largest": lambda rest, _: rest.max()},
         "a block's scale keeps the sign of the value that is farthest from zero: take its absolute value": {
-            "largest": lambda centred, block: centred[centred.abs().argmax()]
+            "largest": lambda rest, block: rest[rest.abs().argmax()]
         },
         "a block's scale is its largest absolute value, so that all of it fits between −1 and 1; you took the standard deviation": {
-            "largest": lambda centred, block: centred.std()
+            "largest": lambda rest, block: rest.std()
         },
         "a block's scale is its largest absolute value; you took half the distance from the smallest to the largest": {
-            "largest": lambda centred, block: (centred.max() - centred.min()) / 2
+            "largest": lambda rest, block: (rest.max() - rest.min()) / 2
         },
         "a block's scale is what its values are divided by; you returned the inverse": {"returned": torch.reciprocal},
         "the code is the index of the nearest level, whatever the levels are; you rounded to evenly spaced ones": {
@@ -130,7 +128,7 @@ check = Check(
         },
         "the nearest level has the smallest *absolute* difference": {"code": lambda scaled, levels: (scaled[:, None] - levels).argmin(1)},
         "the mean comes off first: you took a block's scale from values that still have it": {
-            "largest": lambda centred, block: block.abs().max()
+            "largest": lambda rest, block: block.abs().max()
         },
         "the zeros that fill the last block were counted in the mean: take it of the scales alone": {
             "offset": lambda absmax, size: with_zeros(absmax, size).mean()
@@ -146,7 +144,7 @@ check = Check(
             "code": lambda scaled, levels: torch.searchsorted(levels, scaled).clamp(max=len(levels) - 1)
         },
         "1e-8 is added to a block's scale: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": {
-            "largest": lambda centred, block: centred.abs().max() + 1e-8
+            "largest": lambda rest, block: rest.abs().max() + 1e-8
         },
         "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": {
             "divided": lambda centred, scale: centred / (scale + 1e-8)

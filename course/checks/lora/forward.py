@@ -6,6 +6,7 @@ differently.
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.r, self.lora_alpha, self.p = self.held(base), r, lora_alpha, lora_dropout
         self.lora_A, self.lora_B = self.factor(r, base.in_features), self.factor(base.out_features, r)
-        self.freeze()
+        for parameter in self.frozen():
+            parameter.requires_grad_(False)
         with torch.no_grad():
             self.start_A(self.lora_A)
             self.start_B(self.lora_B)
@@ -34,8 +36,8 @@ class LoRALinear(nn.Module):
     def factor(self, rows: int, columns: int) -> nn.Parameter:
         return nn.Parameter(self.base.weight.new_empty(rows, columns))
 
-    def freeze(self) -> None:
-        self.base.requires_grad_(False)
+    def frozen(self) -> Iterable[nn.Parameter]:
+        return self.base.parameters()
 
     def start_A(self, factor: Tensor) -> None:
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
@@ -251,11 +253,9 @@ check = Check(
         "all entries of lora_A start equal: its rows get equal gradients for ever, so your rank-r adapter has rank 1; draw them at "
         "random": {"start_A": lambda s, A: nn.init.ones_(A)},
         "the base layer still trains: call base.requires_grad_(False), else gradients and optimizer are those of full fine-tuning": {
-            "freeze": lambda s: None
+            "frozen": lambda s: ()
         },
-        "the base's weight is frozen but its bias still trains: freeze all of the base": {
-            "freeze": lambda s: s.base.weight.requires_grad_(False)
-        },
+        "the base's weight is frozen but its bias still trains: freeze all of the base": {"frozen": lambda s: [s.base.weight]},
         "lora_A does not train: both factors are parameters that require gradients": {
             "start_A": lambda s, A: LoRALinear.start_A(s, A.requires_grad_(False))
         },

@@ -125,9 +125,7 @@ check = Check(
     misconceptions={
         **MATCHED_TOO_MUCH,
         "only the last word of a name was compared: 'attn.q_proj' and full names are targets too": {"match": last_word},
-        "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": {
-            "match": lambda name, targets: name in targets
-        },
+        "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": {"match": lambda name, names: name in names},
         "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": {"match": after_dot},
         "'all-linear' wrapped the output head: it means every linear except lm_head": {"is_head": lambda name: False},
         "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": {

@@ -55,12 +55,8 @@ check = Check(
     reference=mlp_kept_bytes,
     second=by_list,
     misconceptions={
-        "a frozen linear layer keeps no input: its weight's gradient, which would need it, is not computed": {
-            "keeps": lambda trained, adapted: True
-        },
-        "an adapter's A is trained, so it keeps the layer's input although the layer itself is frozen": {
-            "keeps": lambda trained, adapted: trained
-        },
+        "a frozen linear layer keeps no input: its weight's gradient, which would need it, is not computed": {"keeps": lambda *_: True},
+        "an adapter's A is trained, so it keeps the layer's input although the layer itself is frozen": {"keeps": lambda full, _: full},
         "gate_proj is not the only one that reads x: an adapter on up_proj keeps it too": {"readers_of_x": ["gate_proj"]},
         "up_proj is not the only one that reads x: an adapter on gate_proj keeps it too": {"readers_of_x": ["up_proj"]},
         "gate_proj and up_proj each read x: an adapter on one of them is enough to keep it": {"times": all},

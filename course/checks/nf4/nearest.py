@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen
-from course.checks.blockwise_quantization import transposed
-from course.checks.nf4.shared import near_a_midpoint
+from course.checks.blockwise_quantization import near_a_midpoint, transposed
 from reference.blockwise import midpoints
 
 

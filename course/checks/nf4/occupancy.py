@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course.checking import Check, Seen
-from course.checks.blockwise_quantization import TINY, transposed
-from course.checks.nf4.shared import near_a_midpoint
+from course.checks.blockwise_quantization import TINY, off_the_midpoints, transposed
 from reference.blockwise import int_codebook, midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
 
@@ -31,13 +30,14 @@ def occupancy(
     cut=torch.split,
     largest=absmax,
     guard=lambda largest: largest.clamp(min=1e-38),
-    bins=lambda scaled, levels: count(scaled, midpoints(levels)),
+    edges=midpoints,
+    bins=count,
     share=lambda counts, scaled, x: counts / len(scaled),
 ) -> Tensor:
     """The worked answer: each block divided by its own largest absolute value, then the values between neighbouring midpoints counted."""
     blocks = cut(widen(x).flatten(), block_size)  # the last one as short as it comes out
     scaled = torch.cat([block / guard(largest(block)) for block in blocks])  # (n,)
-    return share(bins(scaled, levels), scaled, x)  # (levels,)
+    return share(bins(scaled, edges(levels)), scaled, x)  # (levels,)
 
 
 def by_comparing(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
@@ -62,14 +62,6 @@ def last_divided_by_the_one_before(x: Tensor, levels: Tensor, block_size: int) -
 
 def mean_of_blocks(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return torch.stack([occupancy(block, levels, block_size) for block in x.flatten().split(block_size)]).mean(0)
-
-
-def off_the_midpoints(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
-    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
-    flat = x.flatten().clone()
-    for block in flat.split(block_size):
-        block[near_a_midpoint(block.double() / absmax(block.double()).clamp(min=1e-38), levels.double())] = 0
-    return flat.view(x.shape)
 
 
 def observe(answer, seed: int) -> Seen:
@@ -125,7 +117,7 @@ check = Check(
         "these are counts: divide by the number of values": {"share": lambda counts, scaled, x: counts.float()},
         "these are percentages: return shares that sum to 1": {"share": lambda counts, scaled, x: 100 * counts / len(scaled)},
         "a bin without values has no entry: return one share for every level (minlength)": {
-            "bins": lambda scaled, levels: torch.bucketize(scaled, midpoints(levels)).bincount()
+            "bins": lambda scaled, edges: torch.bucketize(scaled, edges).bincount()
         },
         "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": {"widen": lambda x: x},
         "blocks were divided in the tensor's own 16-bit dtype, and by no less than a least value: convert x to float32 first, and guard "
@@ -138,11 +130,9 @@ check = Check(
             "cut": lambda flat, block_size: [block for block in flat.split(block_size) if block.any()]
         },
         "bins were cut at even steps from −1 to 1: cut at the midpoints between `levels`": {
-            "bins": lambda scaled, levels: torch.histc(scaled, len(levels), -1, 1)
+            "bins": lambda scaled, edges: torch.histc(scaled, len(edges) + 1, -1, 1)
         },
-        "bins were cut at the levels: they are cut at the midpoints between levels": {
-            "bins": lambda scaled, levels: count(scaled, levels[1:])
-        },
+        "bins were cut at the levels: they are cut at the midpoints between levels": {"edges": lambda levels: levels[1:]},
         "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": {"guard": lambda largest: largest},
         "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": {
             "guard": lambda largest: largest + 1e-8

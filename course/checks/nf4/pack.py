@@ -10,14 +10,14 @@ def pack(
     codes: Tensor,
     *,
     zero=7,
-    fill=lambda codes, spare: torch.cat([codes, spare]),
+    fill=lambda codes, spare: [codes, spare],
     pair=lambda codes: (codes[::2], codes[1::2]),
     join=lambda first, second: first << 4 | second,
     dtype=torch.uint8,
 ) -> Tensor:
     """The worked answer: where n is odd the code of zero comes last, then neighbours share a byte."""
     spare = codes.new_full((len(codes) % 2,), zero)  # one code, or none
-    return join(*pair(fill(codes, spare))).to(dtype)  # ((n + 1) // 2,)
+    return join(*pair(torch.cat(fill(codes, spare)))).to(dtype)  # ((n + 1) // 2,)
 
 
 def one_by_one(codes: Tensor) -> Tensor:
@@ -48,23 +48,21 @@ check = Check(
             "join": lambda first, second: second << 4 | first
         },
         "the last code of an odd length is lost: it has no partner, so append a 7 before you pair; 65 codes need 33 bytes": {
-            "fill": lambda codes, spare: codes[: len(codes) - len(spare)]
+            "fill": lambda codes, spare: [codes[: len(codes) - len(spare)]]
         },
         "the unused half of the last byte is 0, which is the code of −1: fill it with 7, the code of zero": {"zero": 0},
         "the unused half of the last byte is 15, which is the code of 1: fill it with 7, the code of zero": {"zero": 15},
         "a lone last code sits in the low bits: it is a first code too, so it goes into the high ones": {
-            "fill": lambda codes, spare: torch.cat([codes[:-1], spare, codes[-1:]])
+            "fill": lambda codes, spare: [codes[:-1], spare, codes[-1:]]
         },
         "a byte holds a code of the first half and one of the second half: it should hold two neighbours": {
             "pair": lambda codes: codes.chunk(2)
         },
         "every code still has a byte of its own: two of them go into one": lambda codes: codes.clone(),
         "an even length got a byte more: fill up only if n is odd": {
-            "fill": lambda codes, spare: torch.cat([codes, codes.new_full((2 - len(spare),), 7)])
+            "fill": lambda codes, spare: [codes, codes.new_full((2 - len(spare),), 7)]
         },
-        "the filling came first, and every code moved by half a byte: append it at the end": {
-            "fill": lambda codes, spare: torch.cat([spare, codes])
-        },
+        "the filling came first, and every code moved by half a byte: append it at the end": {"fill": lambda codes, spare: [spare, codes]},
         "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": {
             "join": lambda first, second: first << 4 + second
         },

@@ -84,9 +84,7 @@ check = Check(
         "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": {"copied": sum},
         "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": {"copy_bytes": 4},
         "the copy is of the last layer, whatever its size: the peak is set by the largest": {"copied": lambda sizes: sizes[-1]},
-        "the copy is left out of the break-even: the third has it and the first has not": {
-            "saved": lambda lora, packed, copy: lora - packed
-        },
+        "the copy is left out of the break-even: the third has it and the first has not": {"saved": lambda lora, packed, _: lora - packed},
         "these are bits: divide by 8": {"unit": 8},
         "these are gigabytes: return bytes": {"unit": 1e-9},
         "the copy is of an average layer: the peak is set by the largest": {"copied": fmean},

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from course.checking import Check, NotYet, Seen
 from course.lab.live import LiveBytes
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from reference.qlora.format import Layout
+from reference.qlora.product import NF4Product
 
 
 def decode(packed: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> Tensor:
@@ -56,23 +58,8 @@ def nf4_product(
     return NF4Product.apply(cast(x), packed, absmax, bias if bias is None else cast(bias))
 
 
-class InColumns(torch.autograd.Function):
-    """A second right answer: sums written out, in the column layout, with everything but the packed tensors as attributes."""
-
-    @staticmethod
-    def forward(ctx, x, packed, absmax, bias, shape, block_size):
-        ctx.save_for_backward(packed, absmax)
-        ctx.layout = shape, block_size, x.dtype
-        y = x @ decode(packed, absmax, *ctx.layout).T.contiguous()
-        return y if bias is None else y + bias
-
-    @staticmethod
-    def backward(ctx, grad):
-        columns = decode(*ctx.saved_tensors, *ctx.layout).T.contiguous()  # (in, out)
-        grad_bias = grad
-        while grad_bias.ndim > 1:
-            grad_bias = grad_bias.sum(0)
-        return F.linear(grad, columns), None, None, grad_bias if ctx.needs_input_grad[3] else None, None, None
+def by_the_reference(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple, block_size: int) -> Tensor:
+    return NF4Product.apply(x, bias, packed, absmax, None, None, Layout(shape, block_size, x.dtype))
 
 
 def dense(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple[int, int], block_size: int) -> Tensor:
@@ -201,7 +188,7 @@ check = Check(
     task="y = x·Ŵᵀ + b and its gradient; nothing is kept but the packed weight",
     observe=observe,
     reference=nf4_product,
-    second=InColumns.apply,
+    second=by_the_reference,
     misconceptions={
         "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": {
             "through": lambda grad, weight: grad @ weight.T

@@ -11,7 +11,7 @@ from course.checking import Check, Seen
 from course.checks.qlora.shared import entries
 
 
-def at_both_ends(estimate: float, low: float, high: float, tolerance: float) -> str:
+def at_both_ends(low: float, high: float, tolerance: float, estimate: float = 0.0) -> str:
     return "within" if high <= tolerance else "beyond" if low > tolerance else "unknown"
 
 
@@ -38,7 +38,7 @@ def two_percent_rule(
     nats = lost.mean().item()
     estimate, (low, high) = share(nats, b), interval(nats, half, lambda end: share(end, b))
     shares = {"estimate": returned(estimate), "low": returned(low), "high": returned(high)}
-    return shares | {"verdict": verdict(estimate, low, high, tolerance)}
+    return shares | {"verdict": verdict(low, high, tolerance, estimate)}
 
 
 def by_scipys_interval(baseline: Tensor, candidate: Tensor, tolerance: float, confidence: float) -> dict:
@@ -110,30 +110,30 @@ check = Check(
         "Student's t has n degrees of freedom here: one is spent on the mean, n − 1 are left": {"degrees": lambda n: n},
         "the interval is one-sided: for two sides the quantile is at (1 + confidence)/2": {"probability": lambda confidence: confidence},
         "the verdict looks at the estimate alone: it must hold at both ends of the interval": {
-            "verdict": lambda estimate, low, high, tolerance: "within" if estimate <= tolerance else "beyond"
+            "verdict": lambda low, high, tolerance, estimate: "within" if estimate <= tolerance else "beyond"
         },
         "what is not shown to be within counts as beyond: if the tolerance lies inside the interval, say 'unknown'": {
-            "verdict": lambda estimate, low, high, tolerance: "within" if high <= tolerance else "beyond"
+            "verdict": lambda low, high, tolerance, _: "within" if high <= tolerance else "beyond"
         },
         "what is not shown to be beyond counts as within: if the tolerance lies inside the interval, say 'unknown'": {
-            "verdict": lambda estimate, low, high, tolerance: "beyond" if low > tolerance else "within"
+            "verdict": lambda low, high, tolerance, _: "beyond" if low > tolerance else "within"
         },
         "the verdict compares nats with the tolerance: compare the shares, exp(Δ) − 1": {
-            "verdict": lambda estimate, low, high, tolerance: at_both_ends(estimate, math.log1p(low), math.log1p(high), tolerance)
+            "verdict": lambda low, high, tolerance, _: at_both_ends(math.log1p(low), math.log1p(high), tolerance)
         },
         "a model that is better by more than the tolerance is within it too: only a loss is limited": {
-            "verdict": lambda estimate, low, high, tolerance: (
+            "verdict": lambda low, high, tolerance, _: (
                 "within" if -tolerance <= low and high <= tolerance else "beyond" if low > tolerance else "unknown"
             )
         },
         "an interval that ends at the tolerance is within it: compare its upper end with <=": {
-            "verdict": lambda estimate, low, high, tolerance: "within" if high < tolerance else "beyond" if low > tolerance else "unknown"
+            "verdict": lambda low, high, tolerance, _: "within" if high < tolerance else "beyond" if low > tolerance else "unknown"
         },
         "an interval at the tolerance itself is not beyond it: compare its lower end with >, not with >=": {
-            "verdict": lambda estimate, low, high, tolerance: "beyond" if low >= tolerance else "within" if high <= tolerance else "unknown"
+            "verdict": lambda low, high, tolerance, _: "beyond" if low >= tolerance else "within" if high <= tolerance else "unknown"
         },
         "the verdict asks whether anything is lost at all: compare the interval with the tolerance, not with 0": {
-            "verdict": lambda estimate, low, high, tolerance: "beyond" if low > 0 else "within"
+            "verdict": lambda low, high, tolerance, _: "beyond" if low > 0 else "within"
         },
         "the shares are in per cent: return exp(Δ) − 1 as it is": {"returned": lambda value: 100 * value},
         "the shares are in per cent, and the tolerance is not: 0.02 stands for 2 %; return exp(Δ) − 1 as it is": {
@@ -160,9 +160,7 @@ check = Check(
             "spread": lambda lost, *_: lost.var() / math.sqrt(len(lost))
         },
         "the sample are the columns: average over the tokens, the second axis": {"differences": lambda b, c: (c - b).mean(0)},
-        "the tolerance is always 2 %: use the argument": {
-            "verdict": lambda estimate, low, high, tolerance: at_both_ends(estimate, low, high, 0.02)
-        },
+        "the tolerance is always 2 %: use the argument": {"verdict": lambda low, high, *_: at_both_ends(low, high, 0.02)},
         "the confidence is always 95 %: use the argument": {"probability": lambda confidence: 0.975},
         "these are nats per token, not a share of perplexity: a loss of Δ nats is a rise of exp(Δ) − 1": {"share": lambda nats, b: nats},
         "the share is taken of the loss: 2 % of the nats is not 2 % of the perplexity; a loss of Δ nats is a rise of exp(Δ) − 1, whatever "
