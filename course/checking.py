@@ -241,6 +241,11 @@ def mistaken(answer: Any, **parts: Any) -> Any:
     return wrong
 
 
+def but(**parts: Any) -> dict[str, Any]:
+    """What a known mistake is: the worked answer, but with these parts, as :func:`mistaken` takes them."""
+    return parts
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -257,8 +262,8 @@ class Check:
             early where nothing more can be said. It must not depend on anything but its arguments.
         reference: the worked answer.
         second: a right answer written differently; the test of the checks runs it.
-        misconceptions: what the learner is told -> the wrong answer that behaves so: the parts of the worked answer that it has
-            otherwise, as :func:`mistaken` takes them, or a whole answer where no part of the worked one is to blame. Four or more.
+        misconceptions: what the learner is told -> the wrong answer that behaves so: the worked answer :func:`but` for some parts,
+            or a whole answer where no part of the worked one is to blame. Four or more.
         rtol, atol: how far two right answers may differ, from the order of their sums and the dtype.
         rounds: how many seeds.
     """

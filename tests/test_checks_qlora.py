@@ -320,11 +320,15 @@ def test_more_in_the_dictionary_than_was_asked_for_is_no_mistake():
     check.merges(with_truth(lambda trained, rounded: trained))
 
 
-def mean_error(q, original, *rest):
-    """An error by elements."""
-    found = check.merges.reference(q, original, *rest)
-    trained = found["weights"]["dequantized"].float()
-    return {**found, "errors": {k: ((w.float() - trained).abs().mean() / trained.abs().mean()).item() for k, w in found["weights"].items()}}
+def with_error(error):
+    """An error by elements: of a merged weight against what was trained."""
+
+    def answer(q, original, lora_A, lora_B, lora_alpha):
+        weights = check.merges.reference(q, original, lora_A, lora_B, lora_alpha)["weights"]
+        trained = dequantize_nf4(q, torch.float32) + lora_alpha / len(lora_A) * lora_B @ lora_A
+        return {"weights": weights, "errors": {way: error(weight.float(), trained).item() for way, weight in weights.items()}}
+
+    return answer
 
 
 def all_in_float32(q, original, *rest):
@@ -338,7 +342,8 @@ def all_in_float32(q, original, *rest):
     [
         (only("weights"), "missing: errors"),
         (only("errors"), "missing: weights"),
-        (mean_error, "errors: dequantized"),
+        (with_error(lambda merged, true: (merged - true).abs().mean() / true.abs().mean()), "errors: dequantized"),
+        (with_error(lambda merged, true: ((merged - true) / true).abs().mean()), "errors: dequantized"),
         (all_in_float32, "bfloat16, got"),
         (lambda *arguments: check.merges.reference(*arguments)["weights"], "the three ways stand at the top"),
         (lambda *arguments: check.merges.reference(*arguments)["errors"], "the three ways stand at the top"),
@@ -350,12 +355,8 @@ def all_in_float32(q, original, *rest):
         (lambda *arguments: list(check.merges.reference(*arguments)), "expected a dictionary, got list"),
         (mistaken(three_merges, scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
         (mistaken(three_merges, scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
-        (
-            mistaken(three_merges, judge=lambda way, stored, exact: exact if way == "dequantized" else stored),
-            "the error of 'dequantized' is zero",
-        ),
-        (mistaken(three_merges, requantize=lambda base, delta, q: base), "weights: requantized"),
-        (mistaken(three_merges, error=lambda merged, true, delta: ((merged - true) / true).abs().mean()), "errors: dequantized"),
+        (mistaken(three_merges, unrounded=("dequantized",)), "the error of 'dequantized' is zero"),
+        (mistaken(three_merges, requantize=lambda total, q, delta: total - delta), "weights: requantized"),
     ],
 )
 def test_sly_merges_are_refused(answer, words):
@@ -459,7 +460,7 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
         (mistaken(two_percent_rule, share=lambda nats, b: math.exp(nats)), "estimate"),
         (
             mistaken(
-                two_percent_rule, verdict=lambda e, low, high, t: "unknown" if low <= t <= high else "within" if high < t else "beyond"
+                two_percent_rule, verdict=lambda low, high, t, _: "unknown" if low <= t <= high else "within" if high < t else "beyond"
             ),
             "<=",
         ),

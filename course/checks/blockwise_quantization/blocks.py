@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen, unpacked
+from course.checking import Check, Seen, but, unpacked
 from course.checks.blockwise_quantization.shared import TINY, largest_is, number, off_the_midpoints, transposed
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise
 
@@ -112,55 +112,51 @@ check = Check(
     reference=quantize_blocks,
     second=by_the_reference,
     misconceptions={
-        "your blocks start anew in every row: they run over the flattened tensor, also past the end of a row": {
-            "cut": lambda x, size: [block for row in x for block in row.split(size)]
-        },
-        "the values after the last whole block are missing: the last block is as short as it comes out, with a scale of its own": {
-            "cut": lambda x, size: x.flatten()[: x.numel() // size * size].split(size),
-            "stored": lambda codes, x: codes.to(torch.uint8),
-        },
+        "your blocks start anew in every row: they run over the flattened tensor, also past the end of a row": but(
+            cut=lambda x, size: [block for row in x for block in row.split(size)]
+        ),
+        "the values after the last whole block are missing: the last block is as short as it comes out, with a scale of its own": but(
+            cut=lambda x, size: x.flatten()[: x.numel() // size * size].split(size), stored=lambda codes, x: codes.to(torch.uint8)
+        ),
         "the short last block uses the scale of the block before it: it needs one of its own": last_block_borrows,
-        "every block has the scale of the whole tensor: take the maximum inside each block": {"dealt": lambda t: t.max().expand_as(t)},
-        "you cut the tensor into block_size blocks: block_size is how many values a block holds (split, not chunk)": {
-            "cut": lambda x, size: x.flatten().chunk(size)
-        },
-        "the scales come from the largest signed value of a block: take the absolute value first": {"largest": torch.max},
-        "you took the level below each value: the nearest one changes at the midpoint between two levels": {"code": level_below},
-        "you took the level above each value: bucketize on the levels does that; the nearest one changes at the midpoint of two": {
-            "code": level_above
-        },
-        "your codes count in the sorted codebook: a code is an index into the codebook as it was given": {
-            "code": lambda share, codebook: torch.bucketize(share, midpoints(codebook.sort().values))
-        },
-        "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate back": {
-            "code": lambda share, codebook: torch.bucketize(share, midpoints(codebook))
-        },
-        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": {
-            "code": lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
-        },
-        "the values were not divided by the absmax of their block before the nearest level was looked up": {"divisor": torch.ones_like},
-        "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": {
-            "largest": lambda block: block[block.abs().argmax()]
-        },
-        "absmax was taken, and the division done, in 16 bits: convert x to float32 first": {
-            "wide": lambda x: x,
-            "code": lambda share, codebook: nearest(share, codebook.to(share.dtype)),
-        },
-        "the codes are int64, eight bytes for each: convert them to torch.uint8": {"stored": lambda codes, x: codes.view(x.shape)},
-        "the codes are flat: give them the shape of x": {"stored": lambda codes, x: codes.to(torch.uint8)},
-        "you returned steps (absmax over the number of levels): with a codebook from −1 to 1 the scale is absmax itself": {
-            "returned": lambda absmax: absmax / 7
-        },
-        "a block of zeros was divided by zero: NaN has no nearest level; guard the division": {"divisor": lambda top: top},
-        "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": {
-            "wide": lambda x: x,
-            "largest": lambda block: block.float().abs().max(),
-        },
+        "every block has the scale of the whole tensor: take the maximum inside each block": but(dealt=lambda t: t.max().expand_as(t)),
+        "you cut the tensor into block_size blocks: block_size is how many values a block holds (split, not chunk)": but(
+            cut=lambda x, size: x.flatten().chunk(size)
+        ),
+        "the scales come from the largest signed value of a block: take the absolute value first": but(largest=torch.max),
+        "you took the level below each value: the nearest one changes at the midpoint between two levels": but(code=level_below),
+        "you took the level above each value: bucketize on the levels does that; the nearest one changes at the midpoint of two": but(
+            code=level_above
+        ),
+        "your codes count in the sorted codebook: a code is an index into the codebook as it was given": but(
+            code=lambda share, codebook: torch.bucketize(share, midpoints(codebook.sort().values))
+        ),
+        "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate "
+        "back": but(code=lambda share, codebook: torch.bucketize(share, midpoints(codebook))),
+        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": but(
+            code=lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
+        ),
+        "the values were not divided by the absmax of their block before the nearest level was looked up": but(divisor=torch.ones_like),
+        "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": but(
+            largest=lambda block: block[block.abs().argmax()]
+        ),
+        "absmax was taken, and the division done, in 16 bits: convert x to float32 first": but(
+            wide=lambda x: x, code=lambda share, codebook: nearest(share, codebook.to(share.dtype))
+        ),
+        "the codes are int64, eight bytes for each: convert them to torch.uint8": but(stored=lambda codes, x: codes.view(x.shape)),
+        "the codes are flat: give them the shape of x": but(stored=lambda codes, x: codes.to(torch.uint8)),
+        "you returned steps (absmax over the number of levels): with a codebook from −1 to 1 the scale is absmax itself": but(
+            returned=lambda absmax: absmax / 7
+        ),
+        "a block of zeros was divided by zero: NaN has no nearest level; guard the division": but(divisor=lambda top: top),
+        "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": but(
+            wide=lambda x: x, largest=lambda block: block.float().abs().max()
+        ),
         "absmax is never below some number, or has one added, when you divide by it: beside it a block of tiny values is lost; "
-        "guard against 0 alone": {"divisor": lambda top: top + 1e-8},
-        "the absmax of a block of zeros is 0: replace it where you divide, not in what you return": {
-            "returned": lambda absmax: torch.where(absmax == 0, 1, absmax)
-        },
+        "guard against 0 alone": but(divisor=lambda top: top + 1e-8),
+        "the absmax of a block of zeros is 0: replace it where you divide, not in what you return": but(
+            returned=lambda absmax: torch.where(absmax == 0, 1, absmax)
+        ),
     },
     atol=1e-30,  # an absmax may be tiny; what keeps a divisor from being zero, 1e-38, may stay in it
 )

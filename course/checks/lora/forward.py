@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 from course.checks.lora.shared import fill
 from reference import lora
 
@@ -231,84 +231,83 @@ check = Check(
     reference=LoRALinear,
     second=lora.LoRALinear,
     misconceptions={
-        "your update is the right one times r: the scale is α/r, you used α": {"scale": lambda s: s.lora_alpha},
-        "your update has no scale: multiply B·A·x by α/r (a test with α = r would not have noticed)": {"scale": lambda s: 1.0},
-        "the scale is upside down: it is α/r, you used r/α": {"scale": lambda s: s.r / s.lora_alpha},
-        "the scale is α/√r: that is rsLoRA; plain LoRA, asked for here, divides by r": {"scale": lambda s: s.lora_alpha / math.sqrt(s.r)},
-        "the scale was cut to a whole number: α/r wants /, not //": {"scale": lambda s: s.lora_alpha // s.r},
-        "the scale is there twice (in both factors, or in a factor and in the sum): the update is s·B·A with s = α/r, once": {
-            "scale": lambda s: (s.lora_alpha / s.r) ** 2
-        },
-        "lora_B starts random: the output jumps before the first step, so training starts from a damaged model; set lora_B to zero": {
-            "start_B": lambda s, B: nn.init.normal_(B, std=0.5)
-        },
+        "your update is the right one times r: the scale is α/r, you used α": but(scale=lambda s: s.lora_alpha),
+        "your update has no scale: multiply B·A·x by α/r (a test with α = r would not have noticed)": but(scale=lambda s: 1.0),
+        "the scale is upside down: it is α/r, you used r/α": but(scale=lambda s: s.r / s.lora_alpha),
+        "the scale is α/√r: that is rsLoRA; plain LoRA, asked for here, divides by r": but(scale=lambda s: s.lora_alpha / math.sqrt(s.r)),
+        "the scale was cut to a whole number: α/r wants /, not //": but(scale=lambda s: s.lora_alpha // s.r),
+        "the scale is there twice (in both factors, or in a factor and in the sum): the update is s·B·A with s = α/r, once": but(
+            scale=lambda s: (s.lora_alpha / s.r) ** 2
+        ),
+        "lora_B starts random: the output jumps before the first step, so training starts from a damaged model; set lora_B to zero": but(
+            start_B=lambda s, B: nn.init.normal_(B, std=0.5)
+        ),
         "lora_A and lora_B are both zero: the gradient of each is a product with the other, so both stay zero for ever and this layer can "
-        "never learn; draw lora_A at random": {"start_A": lambda s, A: nn.init.zeros_(A)},
+        "never learn; draw lora_A at random": but(start_A=lambda s, A: nn.init.zeros_(A)),
         "lora_A is zero and lora_B random: that learns too, but here, as in PEFT, it is lora_A that is drawn at random and lora_B that is "
-        "zero": {"start_A": lambda s, A: nn.init.zeros_(A), "start_B": lambda s, B: nn.init.normal_(B, std=0.5)},
+        "zero": but(start_A=lambda s, A: nn.init.zeros_(A), start_B=lambda s, B: nn.init.normal_(B, std=0.5)),
         "lora_A starts far too large: its entries are to be of the order of 1/√in_features (torch.randn alone gives 1, at 4,096 inputs 64 "
-        "times too much); else the first steps are too long": {"start_A": lambda s, A: nn.init.normal_(A)},
+        "times too much); else the first steps are too long": but(start_A=lambda s, A: nn.init.normal_(A)),
         "lora_A starts too large: its entries are of the order of 1/√out_features or 1/√r; what A sums over are the inputs, so divide by "
-        "√in_features": {"start_A": lambda s, A: nn.init.normal_(A, std=s.r**-0.5)},
+        "√in_features": but(start_A=lambda s, A: nn.init.normal_(A, std=s.r**-0.5)),
         "all entries of lora_A start equal: its rows get equal gradients for ever, so your rank-r adapter has rank 1; draw them at "
-        "random": {"start_A": lambda s, A: nn.init.ones_(A)},
-        "the base layer still trains: call base.requires_grad_(False), else gradients and optimizer are those of full fine-tuning": {
-            "frozen": lambda s: ()
-        },
-        "the base's weight is frozen but its bias still trains: freeze all of the base": {"frozen": lambda s: [s.base.weight]},
-        "lora_A does not train: both factors are parameters that require gradients": {
-            "start_A": lambda s, A: LoRALinear.start_A(s, A.requires_grad_(False))
-        },
-        "the bias is added twice: base(x) has added it already": {
-            "forward": lambda s, x: LoRALinear.forward(s, x) + (0 if s.base.bias is None else s.base.bias)
-        },
-        "the base's bias is lost: call base(x) instead of multiplying by its weight": {
-            "forward": lambda s, x: F.linear(x, s.base.weight) + s.update(x)
-        },
-        "the base path is missing: the layer gives base(x) plus the update, not the update alone": {"forward": lambda s, x: s.update(x)},
-        "dropout acts on the update, after B: it belongs on the input of A, so that inputs are dropped, not outputs": {
-            "update": lambda s, x: s.scale() * s.drop(s.path(x))
-        },
-        "dropout acts between A and B: it belongs on the input of A": {
-            "update": lambda s, x: s.scale() * F.linear(s.drop(F.linear(x, s.lora_A)), s.lora_B)
-        },
-        "dropout acts on the base path too: the frozen layer must see the whole input; only the adapter's input is dropped": {
-            "forward": lambda s, x: s.base(dropped := s.drop(x)) + s.scale() * s.path(dropped)
-        },
-        "dropout still acts in eval mode: it must depend on self.training (nn.Dropout does)": {"drop": lambda s, x: F.dropout(x, s.p)},
-        "lora_dropout has no effect: drop the adapter's input in training mode": {"drop": lambda s, x: x},
-        "what dropout keeps is not scaled up: divide by 1 − p in training, so that the mean stays (nn.Dropout does)": {
-            "drop": lambda s, x: x * (torch.rand_like(x) > s.p) if s.training else x
-        },
-        "what dropout keeps is divided by p: divide by 1 − p, so that the mean stays (nn.Dropout does)": {
-            "drop": lambda s, x: x * (torch.rand_like(x) > s.p) / s.p if s.training and s.p else x
-        },
-        "dropout changes the layer's input in place: the base, or the residual stream, still needs it; leave inplace=True out": {
-            "drop": lambda s, x: F.dropout(x, s.p, s.training, inplace=s.p > 0)
-        },
-        "whole rows are dropped, or kept: dropout decides for each number of the input on its own (nn.Dropout does)": {
-            "drop": one_mask(lambda x: x[..., :1])
-        },
-        "dropout draws once for all rows: it decides for each number of each row on its own; call it on x, not on a weight": {
-            "drop": one_mask(lambda x: x.flatten(0, -2)[0])
-        },
-        "dropout draws once for all samples of a batch: it decides for each number of each sample on its own; call it on x itself": {
-            "drop": one_mask(lambda x: x[:1] if x.ndim == 3 else x)
-        },
-        "dropout draws once for all positions of a sample: it decides for each number of each position on its own; call it on x itself": {
-            "drop": one_mask(lambda x: x[:, :1] if x.ndim == 3 else x)
-        },
-        "the base was cast to float32: it stays as it was given, in its own dtype; only the factors may be float32": {
-            "held": lambda s, base: base.float()
-        },
-        "the factors are transposed: as in nn.Linear, lora_A is (r, in_features) and lora_B is (out_features, r)": {
-            "factor": lambda s, rows, columns: LoRALinear.factor(s, columns, rows)
-        },
-        "a base that is not float32 fails: make the factors in its dtype, or cast x to theirs and the result back": {
-            "factor": lambda s, rows, columns: nn.Parameter(torch.empty(rows, columns))
-        },
-        "the layer holds a copy of the base's weight: that doubles the memory; keep the base layer itself": {
-            "held": lambda s, base: copy.deepcopy(base)
-        },
+        "random": but(start_A=lambda s, A: nn.init.ones_(A)),
+        "the base layer still trains: call base.requires_grad_(False), else gradients and optimizer are those of full fine-tuning": but(
+            frozen=lambda s: ()
+        ),
+        "the base's weight is frozen but its bias still trains: freeze all of the base": but(frozen=lambda s: [s.base.weight]),
+        "lora_A does not train: both factors are parameters that require gradients": but(
+            start_A=lambda s, A: LoRALinear.start_A(s, A.requires_grad_(False))
+        ),
+        "the bias is added twice: base(x) has added it already": but(
+            forward=lambda s, x: LoRALinear.forward(s, x) + (0 if s.base.bias is None else s.base.bias)
+        ),
+        "the base's bias is lost: call base(x) instead of multiplying by its weight": but(
+            forward=lambda s, x: F.linear(x, s.base.weight) + s.update(x)
+        ),
+        "the base path is missing: the layer gives base(x) plus the update, not the update alone": but(forward=lambda s, x: s.update(x)),
+        "dropout acts on the update, after B: it belongs on the input of A, so that inputs are dropped, not outputs": but(
+            update=lambda s, x: s.scale() * s.drop(s.path(x))
+        ),
+        "dropout acts between A and B: it belongs on the input of A": but(
+            update=lambda s, x: s.scale() * F.linear(s.drop(F.linear(x, s.lora_A)), s.lora_B)
+        ),
+        "dropout acts on the base path too: the frozen layer must see the whole input; only the adapter's input is dropped": but(
+            forward=lambda s, x: s.base(dropped := s.drop(x)) + s.scale() * s.path(dropped)
+        ),
+        "dropout still acts in eval mode: it must depend on self.training (nn.Dropout does)": but(drop=lambda s, x: F.dropout(x, s.p)),
+        "lora_dropout has no effect: drop the adapter's input in training mode": but(drop=lambda s, x: x),
+        "what dropout keeps is not scaled up: divide by 1 − p in training, so that the mean stays (nn.Dropout does)": but(
+            drop=lambda s, x: x * (torch.rand_like(x) > s.p) if s.training else x
+        ),
+        "what dropout keeps is divided by p: divide by 1 − p, so that the mean stays (nn.Dropout does)": but(
+            drop=lambda s, x: x * (torch.rand_like(x) > s.p) / s.p if s.training and s.p else x
+        ),
+        "dropout changes the layer's input in place: the base, or the residual stream, still needs it; leave inplace=True out": but(
+            drop=lambda s, x: F.dropout(x, s.p, s.training, inplace=s.p > 0)
+        ),
+        "whole rows are dropped, or kept: dropout decides for each number of the input on its own (nn.Dropout does)": but(
+            drop=one_mask(lambda x: x[..., :1])
+        ),
+        "dropout draws once for all rows: it decides for each number of each row on its own; call it on x, not on a weight": but(
+            drop=one_mask(lambda x: x.flatten(0, -2)[0])
+        ),
+        "dropout draws once for all samples of a batch: it decides for each number of each sample on its own; call it on x itself": but(
+            drop=one_mask(lambda x: x[:1] if x.ndim == 3 else x)
+        ),
+        "dropout draws once for all positions of a sample: it decides for each number of each position on its own; call it on x "
+        "itself": but(drop=one_mask(lambda x: x[:, :1] if x.ndim == 3 else x)),
+        "the base was cast to float32: it stays as it was given, in its own dtype; only the factors may be float32": but(
+            held=lambda s, base: base.float()
+        ),
+        "the factors are transposed: as in nn.Linear, lora_A is (r, in_features) and lora_B is (out_features, r)": but(
+            factor=lambda s, rows, columns: LoRALinear.factor(s, columns, rows)
+        ),
+        "a base that is not float32 fails: make the factors in its dtype, or cast x to theirs and the result back": but(
+            factor=lambda s, rows, columns: nn.Parameter(torch.empty(rows, columns))
+        ),
+        "the layer holds a copy of the base's weight: that doubles the memory; keep the base layer itself": but(
+            held=lambda s, base: copy.deepcopy(base)
+        ),
     },
 )

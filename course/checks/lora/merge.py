@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from course.checking import Check, Seen, raised
+from course.checking import Check, Seen, but, raised
 from course.checks.lora.forward import LoRALinear
 from course.checks.lora.shared import fill, nothing, trainable
 from course.checks.svd import nearest
@@ -146,51 +146,47 @@ check = Check(
     reference=Mergeable,
     second=BySwapping,
     misconceptions={
-        "merged without the scale: the update is (α/r)·B·A": {"delta": lambda s: Mergeable.delta(s) / s.scale()},
-        "the merged update is transposed: a weight is (out, in), so the update is lora_B @ lora_A": {
-            "delta": lambda s: Mergeable.delta(s).T
-        },
-        "merging replaced the weight by the update: add it to the weight": {"total": lambda s: s.delta()},
-        "a second merge() added the update again: raise a ValueError when the layer is already merged": {
-            "refuse_merged": nothing,
-            "backup": lambda s: s.original if s.merged else Mergeable.backup(s),
-        },
-        "a second merge() was silently ignored: raise a ValueError, since a caller who merges twice has lost count": {
-            "merge": lambda s: None if s.merged else Mergeable.merge(s)
-        },
-        "a second merge() changed the weight before it was refused: check first, then change": {"refuse_merged": refuse_too_late},
-        "merge() does not set the flag: the layer goes on adding the update to a weight that holds it already": {
-            "mark": nothing,
-            "refuse_unmerged": nothing,
-        },
-        "the merged layer still adds the adapter's output: forward must give base(x) alone while merged": {"forward": LoRALinear.forward},
-        "unmerge() forgets to clear the flag: the layer has lost its update": {"mark": lambda s, merged: setattr(s, "merged", True)},
-        "unmerge() of a layer that is not merged took the update out anyway: raise a ValueError": {
-            "refuse_unmerged": nothing,
-            "undo": lambda s: Mergeable.undo(s) if s.merged else subtract(s),
-        },
-        "unmerge() of a layer that is not merged was silently ignored: raise a ValueError": {
-            "unmerge": lambda s: Mergeable.unmerge(s) if s.merged else None
-        },
-        "unmerge() takes out the update without its scale: the weight does not come back": {"undo": lambda s: subtract(s, 1 / s.scale())},
-        "unmerge() adds the update once more instead of taking it out": {"undo": lambda s: subtract(s, -1)},
+        "merged without the scale: the update is (α/r)·B·A": but(delta=lambda s: Mergeable.delta(s) / s.scale()),
+        "the merged update is transposed: a weight is (out, in), so the update is lora_B @ lora_A": but(
+            delta=lambda s: Mergeable.delta(s).T
+        ),
+        "merging replaced the weight by the update: add it to the weight": but(total=lambda s: s.delta()),
+        "a second merge() added the update again: raise a ValueError when the layer is already merged": but(
+            refuse_merged=nothing, backup=lambda s: s.original if s.merged else Mergeable.backup(s)
+        ),
+        "a second merge() was silently ignored: raise a ValueError, since a caller who merges twice has lost count": but(
+            merge=lambda s: None if s.merged else Mergeable.merge(s)
+        ),
+        "a second merge() changed the weight before it was refused: check first, then change": but(refuse_merged=refuse_too_late),
+        "merge() does not set the flag: the layer goes on adding the update to a weight that holds it already": but(
+            mark=nothing, refuse_unmerged=nothing
+        ),
+        "the merged layer still adds the adapter's output: forward must give base(x) alone while merged": but(forward=LoRALinear.forward),
+        "unmerge() forgets to clear the flag: the layer has lost its update": but(mark=lambda s, merged: setattr(s, "merged", True)),
+        "unmerge() of a layer that is not merged took the update out anyway: raise a ValueError": but(
+            refuse_unmerged=nothing, undo=lambda s: Mergeable.undo(s) if s.merged else subtract(s)
+        ),
+        "unmerge() of a layer that is not merged was silently ignored: raise a ValueError": but(
+            unmerge=lambda s: Mergeable.unmerge(s) if s.merged else None
+        ),
+        "unmerge() takes out the update without its scale: the weight does not come back": but(undo=lambda s: subtract(s, 1 / s.scale())),
+        "unmerge() adds the update once more instead of taking it out": but(undo=lambda s: subtract(s, -1)),
         "unmerge() subtracts the update: rounding does not cancel (bfloat16 keeps 8 bits), so the old weight does not come back; keep it "
-        "aside in merge()": {"undo": subtract},
-        "merged in 16 bits: s·B·A was rounded to bfloat16 before it was added, and the sum once more; add in float32, round once": {
-            "total": round_twice
-        },
-        "the update is computed once and kept: after more training merge() must use the factors as they are then": {
-            "delta": functools.cache(Mergeable.delta)
-        },
-        "unmerge() put the old weight back as a new nn.Parameter, which trains: give it requires_grad=False, or copy_ into the old one": {
-            "undo": back_as_parameter
-        },
-        "the weight kept aside is no copy: it changed with the merge, so nothing is left to put back; keep a clone()": {
-            "backup": lambda s: s.base.weight.data
-        },
-        "the weight kept aside is that of the first merge(): the base may have changed since; keep it anew in every merge()": {
-            "backup": functools.cache(Mergeable.backup)
-        },
-        "merge() wiped lora_B: the factors must stay, else nothing can be unmerged or saved": {"merge": merge_and_wipe},
+        "aside in merge()": but(undo=subtract),
+        "merged in 16 bits: s·B·A was rounded to bfloat16 before it was added, and the sum once more; add in float32, round once": but(
+            total=round_twice
+        ),
+        "the update is computed once and kept: after more training merge() must use the factors as they are then": but(
+            delta=functools.cache(Mergeable.delta)
+        ),
+        "unmerge() put the old weight back as a new nn.Parameter, which trains: give it requires_grad=False, or copy_ into the old "
+        "one": but(undo=back_as_parameter),
+        "the weight kept aside is no copy: it changed with the merge, so nothing is left to put back; keep a clone()": but(
+            backup=lambda s: s.base.weight.data
+        ),
+        "the weight kept aside is that of the first merge(): the base may have changed since; keep it anew in every merge()": but(
+            backup=functools.cache(Mergeable.backup)
+        ),
+        "merge() wiped lora_B: the factors must stay, else nothing can be unmerged or saved": but(merge=merge_and_wipe),
     },
 )

@@ -4,7 +4,7 @@ import operator
 import random
 from itertools import combinations
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 
 
 def mlp_kept_bytes(
@@ -55,20 +55,20 @@ check = Check(
     reference=mlp_kept_bytes,
     second=by_list,
     misconceptions={
-        "a frozen linear layer keeps no input: its weight's gradient, which would need it, is not computed": {"keeps": lambda *_: True},
-        "an adapter's A is trained, so it keeps the layer's input although the layer itself is frozen": {"keeps": lambda full, _: full},
-        "gate_proj is not the only one that reads x: an adapter on up_proj keeps it too": {"readers_of_x": ["gate_proj"]},
-        "up_proj is not the only one that reads x: an adapter on gate_proj keeps it too": {"readers_of_x": ["up_proj"]},
-        "gate_proj and up_proj each read x: an adapter on one of them is enough to keep it": {"times": all},
-        "silu(gate) is missing: the product silu(gate)·up keeps both factors, and silu keeps its own input": {"inside": 2},
-        "this MLP is gated: gate and silu(gate) are kept as well as up": {"inside": 1},
-        "gate_proj and up_proj read the same tensor: it is kept once": {"times": sum},
-        "the output of down_proj is not kept: it is added to the residual stream, and a sum needs neither of its terms": {"output": 1},
-        "down_proj reads a tensor of width mlp, not hidden": {"product": lambda hidden, mlp: hidden},
-        "nothing is kept only where no gradient flows; through a frozen MLP it flows on to the layers before": {
-            "flows": lambda trained, adapted: trained or bool(adapted)
-        },
-        "these are numbers, not bytes: multiply by number_bytes": {"each": lambda number_bytes: 1},
+        "a frozen linear layer keeps no input: its weight's gradient, which would need it, is not computed": but(keeps=lambda *_: True),
+        "an adapter's A is trained, so it keeps the layer's input although the layer itself is frozen": but(keeps=lambda full, _: full),
+        "gate_proj is not the only one that reads x: an adapter on up_proj keeps it too": but(readers_of_x=["gate_proj"]),
+        "up_proj is not the only one that reads x: an adapter on gate_proj keeps it too": but(readers_of_x=["up_proj"]),
+        "gate_proj and up_proj each read x: an adapter on one of them is enough to keep it": but(times=all),
+        "silu(gate) is missing: the product silu(gate)·up keeps both factors, and silu keeps its own input": but(inside=2),
+        "this MLP is gated: gate and silu(gate) are kept as well as up": but(inside=1),
+        "gate_proj and up_proj read the same tensor: it is kept once": but(times=sum),
+        "the output of down_proj is not kept: it is added to the residual stream, and a sum needs neither of its terms": but(output=1),
+        "down_proj reads a tensor of width mlp, not hidden": but(product=lambda hidden, mlp: hidden),
+        "nothing is kept only where no gradient flows; through a frozen MLP it flows on to the layers before": but(
+            flows=lambda trained, adapted: trained or bool(adapted)
+        ),
+        "these are numbers, not bytes: multiply by number_bytes": but(each=lambda number_bytes: 1),
     },
     rtol=1e-9,
 )

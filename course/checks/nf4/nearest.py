@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 from course.checks.blockwise_quantization import near_a_midpoint, transposed
 from reference.blockwise import midpoints
 
@@ -49,25 +49,23 @@ check = Check(
     reference=nearest,
     second=by_distance,
     misconceptions={
-        "a value exactly between two levels gets the upper code: ties go to the lower one (count midpoints strictly below)": {"up": True},
-        "you take the level below each value: that is rounding down; the nearest changes at the midpoint between two levels": {
-            "edges": lambda levels: levels[1:],
-            "up": True,
-        },
-        "you take the level above each value: that is rounding up; the nearest changes at the midpoint between two levels": {
-            "edges": lambda levels: levels[:-1]
-        },
+        "a value exactly between two levels gets the upper code: ties go to the lower one (count midpoints strictly below)": but(up=True),
+        "you take the level below each value: that is rounding down; the nearest changes at the midpoint between two levels": but(
+            edges=lambda levels: levels[1:], up=True
+        ),
+        "you take the level above each value: that is rounding up; the nearest changes at the midpoint between two levels": but(
+            edges=lambda levels: levels[:-1]
+        ),
         "the codes are those of evenly spaced levels: use the levels that are passed in": as_if_even,
-        "you return the levels: the code is the level's index": {"result": lambda codes, levels: levels[codes]},
-        "the codes are right but not uint8: a code of at most 256 levels fits a byte": {"result": lambda codes, levels: codes},
-        "the codes are right but flattened: keep the shape of the values": {"result": lambda codes, levels: codes.byte().flatten()},
-        "the codes count from the largest level down: code 0 is the lowest level": {
-            "result": lambda codes, levels: (len(levels) - 1 - codes).byte()
-        },
-        "the sign is lost: values below zero got the code of their absolute value": {"value": torch.abs},
-        "the codes count the levels below a value, so they start at 1 and lag behind: count the midpoints": {
-            "edges": lambda levels: levels,
-            "up": True,
-        },
+        "you return the levels: the code is the level's index": but(result=lambda codes, levels: levels[codes]),
+        "the codes are right but not uint8: a code of at most 256 levels fits a byte": but(result=lambda codes, levels: codes),
+        "the codes are right but flattened: keep the shape of the values": but(result=lambda codes, levels: codes.byte().flatten()),
+        "the codes count from the largest level down: code 0 is the lowest level": but(
+            result=lambda codes, levels: (len(levels) - 1 - codes).byte()
+        ),
+        "the sign is lost: values below zero got the code of their absolute value": but(value=torch.abs),
+        "the codes count the levels below a value, so they start at 1 and lag behind: count the midpoints": but(
+            edges=lambda levels: levels, up=True
+        ),
     },
 )

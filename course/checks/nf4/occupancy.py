@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 from course.checks.blockwise_quantization import TINY, off_the_midpoints, transposed
 from reference.blockwise import int_codebook, midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
@@ -100,42 +100,41 @@ check = Check(
     rtol=0.0,
     atol=1e-4,  # one value in four thousand would be 2.5e-4
     misconceptions={
-        "every bin has the same share: that is what one reads; scale the blocks, find the codes, and count": {
-            "share": lambda counts, scaled, x: torch.full((len(counts),), 1 / len(counts))
-        },
-        "the whole tensor was divided by one number: each block has its own largest value": {"cut": lambda flat, block_size: [flat]},
-        "blocks were divided by their largest value, without abs(): values below −max then lie outside": {"largest": torch.max},
-        "blocks were divided by their standard deviation: absmax scaling divides by the largest absolute value": {"largest": torch.std},
-        "the short last block was left out: it counts like the others, with its own scale": {
-            "cut": lambda flat, block_size: [block for block in flat.split(block_size) if len(block) == block_size]
-        },
-        "the zeros that fill up the last block were counted: only the tensor's own values count": {"cut": filled_up},
-        "the zeros that fill up the last block were counted in zero's bin: cut them off again before you count": {
-            "cut": filled_up,
-            "share": lambda counts, scaled, x: counts / x.numel(),
-        },
-        "these are counts: divide by the number of values": {"share": lambda counts, scaled, x: counts.float()},
-        "these are percentages: return shares that sum to 1": {"share": lambda counts, scaled, x: 100 * counts / len(scaled)},
-        "a bin without values has no entry: return one share for every level (minlength)": {
-            "bins": lambda scaled, edges: torch.bucketize(scaled, edges).bincount()
-        },
-        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": {"widen": lambda x: x},
+        "every bin has the same share: that is what one reads; scale the blocks, find the codes, and count": but(
+            share=lambda counts, scaled, x: torch.full((len(counts),), 1 / len(counts))
+        ),
+        "the whole tensor was divided by one number: each block has its own largest value": but(cut=lambda flat, block_size: [flat]),
+        "blocks were divided by their largest value, without abs(): values below −max then lie outside": but(largest=torch.max),
+        "blocks were divided by their standard deviation: absmax scaling divides by the largest absolute value": but(largest=torch.std),
+        "the short last block was left out: it counts like the others, with its own scale": but(
+            cut=lambda flat, block_size: [block for block in flat.split(block_size) if len(block) == block_size]
+        ),
+        "the zeros that fill up the last block were counted: only the tensor's own values count": but(cut=filled_up),
+        "the zeros that fill up the last block were counted in zero's bin: cut them off again before you count": but(
+            cut=filled_up, share=lambda counts, scaled, x: counts / x.numel()
+        ),
+        "these are counts: divide by the number of values": but(share=lambda counts, scaled, x: counts.float()),
+        "these are percentages: return shares that sum to 1": but(share=lambda counts, scaled, x: 100 * counts / len(scaled)),
+        "a bin without values has no entry: return one share for every level (minlength)": but(
+            bins=lambda scaled, edges: torch.bucketize(scaled, edges).bincount()
+        ),
+        "blocks were divided in the tensor's own 16-bit dtype: convert x to float32 first": but(widen=lambda x: x),
         "blocks were divided in the tensor's own 16-bit dtype, and by no less than a least value: convert x to float32 first, and guard "
-        "against 0 alone": {"widen": lambda x: x, "guard": lambda largest: largest.clamp(min=1e-7)},
+        "against 0 alone": but(widen=lambda x: x, guard=lambda largest: largest.clamp(min=1e-7)),
         "blocks were divided in the tensor's own 16-bit dtype, and a block of zeros by zero: convert x to float32 first; zeros belong to "
-        "the code of zero": {"widen": lambda x: x, "guard": lambda largest: largest},
+        "the code of zero": but(widen=lambda x: x, guard=lambda largest: largest),
         "the short last block was divided by the largest value of the block before it: it has its own": last_divided_by_the_one_before,
         "these are the blocks' shares averaged: a short last block then counts as much as a whole one; count values": mean_of_blocks,
-        "blocks of zeros were left out: their values are zero, and they count": {
-            "cut": lambda flat, block_size: [block for block in flat.split(block_size) if block.any()]
-        },
-        "bins were cut at even steps from −1 to 1: cut at the midpoints between `levels`": {
-            "bins": lambda scaled, edges: torch.histc(scaled, len(edges) + 1, -1, 1)
-        },
-        "bins were cut at the levels: they are cut at the midpoints between levels": {"edges": lambda levels: levels[1:]},
-        "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": {"guard": lambda largest: largest},
-        "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": {
-            "guard": lambda largest: largest + 1e-8
-        },
+        "blocks of zeros were left out: their values are zero, and they count": but(
+            cut=lambda flat, block_size: [block for block in flat.split(block_size) if block.any()]
+        ),
+        "bins were cut at even steps from −1 to 1: cut at the midpoints between `levels`": but(
+            bins=lambda scaled, edges: torch.histc(scaled, len(edges) + 1, -1, 1)
+        ),
+        "bins were cut at the levels: they are cut at the midpoints between levels": but(edges=lambda levels: levels[1:]),
+        "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": but(guard=lambda largest: largest),
+        "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": but(
+            guard=lambda largest: largest + 1e-8
+        ),
     },
 )

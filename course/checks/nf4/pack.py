@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 
 
 def pack(
@@ -44,28 +44,28 @@ check = Check(
     reference=pack,
     second=one_by_one,
     misconceptions={
-        "the nibbles are swapped: the first of two codes belongs into the high four bits, so that [1, −1] is 0xF0": {
-            "join": lambda first, second: second << 4 | first
-        },
-        "the last code of an odd length is lost: it has no partner, so append a 7 before you pair; 65 codes need 33 bytes": {
-            "fill": lambda codes, spare: [codes[: len(codes) - len(spare)]]
-        },
-        "the unused half of the last byte is 0, which is the code of −1: fill it with 7, the code of zero": {"zero": 0},
-        "the unused half of the last byte is 15, which is the code of 1: fill it with 7, the code of zero": {"zero": 15},
-        "a lone last code sits in the low bits: it is a first code too, so it goes into the high ones": {
-            "fill": lambda codes, spare: [codes[:-1], spare, codes[-1:]]
-        },
-        "a byte holds a code of the first half and one of the second half: it should hold two neighbours": {
-            "pair": lambda codes: codes.chunk(2)
-        },
+        "the nibbles are swapped: the first of two codes belongs into the high four bits, so that [1, −1] is 0xF0": but(
+            join=lambda first, second: second << 4 | first
+        ),
+        "the last code of an odd length is lost: it has no partner, so append a 7 before you pair; 65 codes need 33 bytes": but(
+            fill=lambda codes, spare: [codes[: len(codes) - len(spare)]]
+        ),
+        "the unused half of the last byte is 0, which is the code of −1: fill it with 7, the code of zero": but(zero=0),
+        "the unused half of the last byte is 15, which is the code of 1: fill it with 7, the code of zero": but(zero=15),
+        "a lone last code sits in the low bits: it is a first code too, so it goes into the high ones": but(
+            fill=lambda codes, spare: [codes[:-1], spare, codes[-1:]]
+        ),
+        "a byte holds a code of the first half and one of the second half: it should hold two neighbours": but(
+            pair=lambda codes: codes.chunk(2)
+        ),
         "every code still has a byte of its own: two of them go into one": lambda codes: codes.clone(),
-        "an even length got a byte more: fill up only if n is odd": {
-            "fill": lambda codes, spare: [codes, codes.new_full((2 - len(spare),), 7)]
-        },
-        "the filling came first, and every code moved by half a byte: append it at the end": {"fill": lambda codes, spare: [spare, codes]},
-        "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": {
-            "join": lambda first, second: first << 4 + second
-        },
-        "the bytes are right but not uint8": {"dtype": torch.int64},
+        "an even length got a byte more: fill up only if n is odd": but(
+            fill=lambda codes, spare: [codes, codes.new_full((2 - len(spare),), 7)]
+        ),
+        "the filling came first, and every code moved by half a byte: append it at the end": but(fill=lambda codes, spare: [spare, codes]),
+        "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": but(
+            join=lambda first, second: first << 4 + second
+        ),
+        "the bytes are right but not uint8": but(dtype=torch.int64),
     },
 )

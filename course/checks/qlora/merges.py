@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 from course.checks.qlora.shared import entries
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -115,83 +115,83 @@ check = Check(
     reference=three_merges,
     second=in_float64,
     misconceptions={
-        "the update has no scale: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: 1.0},
-        "the update is scaled by α: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha},
-        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": {"product": lambda A, B: (B @ A).T},
-        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": {
-            "truth": its_own_sum
-        },
-        "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": {
-            "truth": lambda decoded, delta, W: W.float()
-        },
+        "the update has no scale: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: 1.0),
+        "the update is scaled by α: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha),
+        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": but(product=lambda A, B: (B @ A).T),
+        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": but(
+            truth=its_own_sum
+        ),
+        "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": but(
+            truth=lambda decoded, delta, W: W.float()
+        ),
         "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
-        "Ŵ + ΔW in float32": {"truth": lambda decoded, delta, W: rounded(decoded + delta, W)},
+        "Ŵ + ΔW in float32": but(truth=lambda decoded, delta, W: rounded(decoded + delta, W)),
         "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
-        "dequantized weight, compare with Ŵ + ΔW": {"truth": its_own_sum_as_stored},
+        "dequantized weight, compare with Ŵ + ΔW": but(truth=its_own_sum_as_stored),
         "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
-        "others": {"truth_of_original": its_own_sum},
-        "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth_of_original": its_own_sum_as_stored
-        },
-        "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth_of_original": lambda decoded, delta, W: W.float()
-        },
-        "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": {"update": rounded},
-        "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": {
-            "truth": lambda decoded, delta, W: decoded + rounded(delta, W)
-        },
+        "others": but(truth_of_original=its_own_sum),
+        "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": but(
+            truth_of_original=its_own_sum_as_stored
+        ),
+        "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": but(
+            truth_of_original=lambda decoded, delta, W: W.float()
+        ),
+        "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": but(update=rounded),
+        "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": but(
+            truth=lambda decoded, delta, W: decoded + rounded(delta, W)
+        ),
         "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
         "'original'": lambda *arguments: three_merges(*arguments)["weights"],
-        "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": {"truth": lambda decoded, *_: decoded},
-        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": {
-            "over": lambda delta, merged, true: delta
-        },
-        "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": {
-            "over": lambda delta, merged, true: merged
-        },
-        "the errors are in per cent: return ‖merged − trained‖ / ‖trained‖ as it is": {"returned": lambda error: 100 * error},
-        "the errors are of the largest element: the Frobenius norm is the root of the sum of all squares": {
-            "norm": lambda matrix: matrix.abs().max()
-        },
-        "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": {
-            "norm": lambda matrix: torch.linalg.matrix_norm(matrix, 2)
-        },
+        "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": but(truth=lambda decoded, *_: decoded),
+        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": but(
+            over=lambda delta, merged, true: delta
+        ),
+        "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": but(
+            over=lambda delta, merged, true: merged
+        ),
+        "the errors are in per cent: return ‖merged − trained‖ / ‖trained‖ as it is": but(returned=lambda error: 100 * error),
+        "the errors are of the largest element: the Frobenius norm is the root of the sum of all squares": but(
+            norm=lambda matrix: matrix.abs().max()
+        ),
+        "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": but(
+            norm=lambda matrix: torch.linalg.matrix_norm(matrix, 2)
+        ),
         "the error of 'dequantized' is zero: it was taken before the weight was rounded to 16 bits, or it was compared with itself; "
-        "compare the stored weight with Ŵ + ΔW in float32": {"unrounded": ("dequantized",)},
-        "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": {
-            "unrounded": ("dequantized", "original")
-        },
-        "the error of 'original' was taken before the weight was rounded to 16 bits: compare the weight as it is stored": {
-            "unrounded": ("original",)
-        },
-        "Ŵ was decoded to 16 bits, the default of dequantize_nf4: pass torch.float32, and round once, at the end": {
-            "decode": lambda q: dequantize_nf4(q).float()
-        },
-        "α/r was cut to a whole number: divide with / and not with //": {"scale": lambda alpha, r: alpha // r},
-        "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": {
-            "in_16_bits": ("dequantized", "original")
-        },
-        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": {"in_16_bits": ("dequantized",)},
-        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": {"in_16_bits": ("original",)},
-        "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": {
-            "requantize": lambda total, q, delta: round_trip(rounded(total, q), q.block_size)
-        },
-        "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha / math.sqrt(r)},
-        "the errors are absolute: divide by the norm of the trained weight": {"over": lambda *_: torch.ones(1)},
-        "the errors are squared: take the root, ‖merged − trained‖ / ‖trained‖": {"returned": torch.square},
-        "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": {"from_W": ("requantized", "original")},
-        "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": {
-            "requantize": lambda total, q, delta: rounded(round_trip(total, q.block_size), q)
-        },
-        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": {
-            "requantize": lambda total, *_: total
-        },
-        "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": {
-            "requantize": lambda total, q, delta: total - delta + round_trip(delta, q.block_size)
-        },
-        "requantized in blocks of 64, whatever q has: use q.block_size": {"requantize": lambda total, *_: round_trip(total, 64)},
-        "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": {"from_W": ("dequantized", "original")},
-        "'original' starts from the dequantized weight: it is W + ΔW": {"from_W": ()},
+        "compare the stored weight with Ŵ + ΔW in float32": but(unrounded=("dequantized",)),
+        "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": but(
+            unrounded=("dequantized", "original")
+        ),
+        "the error of 'original' was taken before the weight was rounded to 16 bits: compare the weight as it is stored": but(
+            unrounded=("original",)
+        ),
+        "Ŵ was decoded to 16 bits, the default of dequantize_nf4: pass torch.float32, and round once, at the end": but(
+            decode=lambda q: dequantize_nf4(q).float()
+        ),
+        "α/r was cut to a whole number: divide with / and not with //": but(scale=lambda alpha, r: alpha // r),
+        "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": but(
+            in_16_bits=("dequantized", "original")
+        ),
+        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": but(in_16_bits=("dequantized",)),
+        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": but(in_16_bits=("original",)),
+        "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": but(
+            requantize=lambda total, q, delta: round_trip(rounded(total, q), q.block_size)
+        ),
+        "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha / math.sqrt(r)),
+        "the errors are absolute: divide by the norm of the trained weight": but(over=lambda *_: torch.ones(1)),
+        "the errors are squared: take the root, ‖merged − trained‖ / ‖trained‖": but(returned=torch.square),
+        "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": but(from_W=("requantized", "original")),
+        "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": but(
+            requantize=lambda total, q, delta: rounded(round_trip(total, q.block_size), q)
+        ),
+        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": but(
+            requantize=lambda total, *_: total
+        ),
+        "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": but(
+            requantize=lambda total, q, delta: total - delta + round_trip(delta, q.block_size)
+        ),
+        "requantized in blocks of 64, whatever q has: use q.block_size": but(requantize=lambda total, *_: round_trip(total, 64)),
+        "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": but(from_W=("dequantized", "original")),
+        "'original' starts from the dequantized weight: it is W + ΔW": but(from_W=()),
     },
     rtol=1e-2,  # a float32 and a float64 sum may round to neighbours in 16 bits
     atol=1e-5,

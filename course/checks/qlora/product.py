@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course.checking import Check, NotYet, Seen
+from course.checking import Check, NotYet, Seen, but
 from course.lab.live import LiveBytes
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from reference.qlora.format import Layout
@@ -190,38 +190,38 @@ check = Check(
     reference=nf4_product,
     second=by_the_reference,
     misconceptions={
-        "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": {
-            "through": lambda grad, weight: grad @ weight.T
-        },
-        "the output is x·Ŵ: as in nn.Linear the weight is (out, in) and the product is with its transpose": {
-            "multiply": lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
-        },
-        "the bias is missing in the output: add it, or pass it to F.linear": {"multiply": lambda x, weight, bias: x @ weight.T},
-        "the bias gets no gradient: its gradient is that of the output, summed over all rows": {"bias_gradient": lambda grad: None},
-        "the gradient of the bias is a mean over the rows: it is their sum": {"bias_gradient": lambda grad: over_rows(grad) / 6},
+        "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": but(
+            through=lambda grad, weight: grad @ weight.T
+        ),
+        "the output is x·Ŵ: as in nn.Linear the weight is (out, in) and the product is with its transpose": but(
+            multiply=lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
+        ),
+        "the bias is missing in the output: add it, or pass it to F.linear": but(multiply=lambda x, weight, bias: x @ weight.T),
+        "the bias gets no gradient: its gradient is that of the output, summed over all rows": but(bias_gradient=lambda grad: None),
+        "the gradient of the bias is a mean over the rows: it is their sum": but(bias_gradient=lambda grad: over_rows(grad) / 6),
         "a dense copy of the weight is kept until the backward, by ctx or by autograd itself: 4 bytes a weight, for every layer; keep the "
         "packed weight, and decode it again": dense,
-        "the input is kept for the backward: it would be needed for the weight's gradient only, and the weight is frozen": {
-            "keep": lambda x, packed, absmax, y: x
-        },
-        "codes and scales are copied before they are saved: save the tensors themselves, the layer holds them anyway": {
-            "keep": lambda x, packed, absmax, y: (packed.clone(), absmax.clone())
-        },
+        "the input is kept for the backward: it would be needed for the weight's gradient only, and the weight is frozen": but(
+            keep=lambda x, packed, absmax, y: x
+        ),
+        "codes and scales are copied before they are saved: save the tensors themselves, the layer holds them anyway": but(
+            keep=lambda x, packed, absmax, y: (packed.clone(), absmax.clone())
+        ),
         "the incoming gradient is passed on as it is: that is the straight-through estimator, for training what is rounded; here nothing "
-        "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": {"through": lambda grad, weight: grad.clone()},
-        "the output is kept for the backward: the gradient of a product needs the weight only": {"keep": lambda x, packed, absmax, y: y},
-        "with a bfloat16 input the backward fails: decode to the dtype of the incoming gradient, not always to float32": {
-            "dtype": lambda grad: torch.float32
-        },
-        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": {"scales": torch.ones_like},
-        "the backward computes a gradient of the weight: it is frozen, return None for it": {"through": beside_the_weights},
-        "a bfloat16 input comes out as float32: dequantize to the dtype of x": {"cast": Tensor.float},
-        "a float16 input is taken for bfloat16: dequantize to the dtype of x, whatever it is": {
-            "cast": lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float16 else tensor
-        },
-        "without a bias the backward fails: torch wants None for an argument that was None; ask ctx.needs_input_grad": {
-            "bias_wants_one": lambda ctx: True
-        },
+        "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": but(through=lambda grad, weight: grad.clone()),
+        "the output is kept for the backward: the gradient of a product needs the weight only": but(keep=lambda x, packed, absmax, y: y),
+        "with a bfloat16 input the backward fails: decode to the dtype of the incoming gradient, not always to float32": but(
+            dtype=lambda grad: torch.float32
+        ),
+        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": but(scales=torch.ones_like),
+        "the backward computes a gradient of the weight: it is frozen, return None for it": but(through=beside_the_weights),
+        "a bfloat16 input comes out as float32: dequantize to the dtype of x": but(cast=Tensor.float),
+        "a float16 input is taken for bfloat16: dequantize to the dtype of x, whatever it is": but(
+            cast=lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float16 else tensor
+        ),
+        "without a bias the backward fails: torch wants None for an argument that was None; ask ctx.needs_input_grad": but(
+            bias_wants_one=lambda ctx: True
+        ),
     },
     rtol=1e-3,
     atol=1e-4,

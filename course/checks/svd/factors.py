@@ -7,7 +7,7 @@ entries.
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen, unpacked
+from course.checking import Check, Seen, but, unpacked
 from course.checks.svd.shared import as_given, or_torchs_refusal
 
 
@@ -83,20 +83,20 @@ check = Check(
     rtol=1e-3,  # singular vectors of close singular values are less exact than float32 itself
     atol=2e-4,
     misconceptions={
-        "all of S went into B: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": {"powers": (1, 0)},
-        "all of S went into A: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": {"powers": (0, 1)},
-        "S went into both factors whole, so B @ A holds σ² in place of σ: give √S to each": {"powers": (1, 1)},
-        "the singular values are missing: U and V alone say the directions, not how long each piece is": {"powers": (0, 0)},
-        "torch.linalg.svd returns Vᵀ already (it is called Vh): you transposed it again; A is its first rows": {"right": torch.t},
-        "B holds the first rows of U: the left singular vectors are its columns": {"left": torch.t},
-        "you kept the smallest singular values: svd sorts them largest first, so the best pieces are the first ones": {
-            "kept": lambda rank: slice(-rank, None)
-        },
-        "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": {"kept": lambda rank: slice(rank - 1)},
-        "A came first: return (B, A), B with shape (out, rank)": {"pair": lambda b, a: (a, b)},
-        "torch has no SVD for 16-bit types: decompose a float32 copy, and convert the factors back": {"wide": as_given},
-        "the factors of a 16-bit or float64 weight came back in float32: return them in the weight's own dtype": {
-            "narrow": lambda factor, weight: factor.float()
-        },
+        "all of S went into B: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": but(powers=(1, 0)),
+        "all of S went into A: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": but(powers=(0, 1)),
+        "S went into both factors whole, so B @ A holds σ² in place of σ: give √S to each": but(powers=(1, 1)),
+        "the singular values are missing: U and V alone say the directions, not how long each piece is": but(powers=(0, 0)),
+        "torch.linalg.svd returns Vᵀ already (it is called Vh): you transposed it again; A is its first rows": but(right=torch.t),
+        "B holds the first rows of U: the left singular vectors are its columns": but(left=torch.t),
+        "you kept the smallest singular values: svd sorts them largest first, so the best pieces are the first ones": but(
+            kept=lambda rank: slice(-rank, None)
+        ),
+        "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": but(kept=lambda rank: slice(rank - 1)),
+        "A came first: return (B, A), B with shape (out, rank)": but(pair=lambda b, a: (a, b)),
+        "torch has no SVD for 16-bit types: decompose a float32 copy, and convert the factors back": but(wide=as_given),
+        "the factors of a 16-bit or float64 weight came back in float32: return them in the weight's own dtype": but(
+            narrow=lambda factor, weight: factor.float()
+        ),
     },
 )

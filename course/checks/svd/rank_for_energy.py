@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 from course.checks.svd.shared import as_given
 
 
@@ -52,12 +52,12 @@ check = Check(
     rtol=0,
     atol=0,
     misconceptions={
-        "you added up σ: energy is the sum of σ², because ‖W‖_F² = Σ σ²": {"size": as_given},
-        "σ was squared twice: svdvals gives σ itself, so square once": {"size": lambda s: s**4},
-        "one too few: you counted the ranks that fall short; the answer is the next one": {"offset": 0},
-        "one too many: a share that is reached exactly is enough (at least, not more than)": {"too_little": torch.le},
-        "you compared the share with ‖W_r‖ / ‖W‖: energy is the square of that ratio": {"measure": torch.sqrt},
-        "you started from the smallest singular value: the largest ones keep the most": {"size": lambda s: s.flip(0).square()},
+        "you added up σ: energy is the sum of σ², because ‖W‖_F² = Σ σ²": but(size=as_given),
+        "σ was squared twice: svdvals gives σ itself, so square once": but(size=lambda s: s**4),
+        "one too few: you counted the ranks that fall short; the answer is the next one": but(offset=0),
+        "one too many: a share that is reached exactly is enough (at least, not more than)": but(too_little=torch.le),
+        "you compared the share with ‖W_r‖ / ‖W‖: energy is the square of that ratio": but(measure=torch.sqrt),
+        "you started from the smallest singular value: the largest ones keep the most": but(size=lambda s: s.flip(0).square()),
         "you compared each σ with the largest one: energy is a share of the sum over all": (
             lambda singular_values, share: int((singular_values >= (1 - share) * singular_values.max()).sum())
         ),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen
+from course.checking import Check, Seen, but
 
 Gradient = Callable[[Tensor], Tensor]  # parameters θ (D,) -> gradient of the loss there (D,)
 
@@ -65,15 +65,15 @@ check = Check(
     reference=subspace_step,
     second=by_columns,
     misconceptions={
-        "the gradient was taken at θ0: take it where the model is now, at θ0 + P·z": {"theta": lambda start, step: start},
-        "θ0 is missing: the model's parameters are θ0 + P·z, not P·z": {"theta": lambda start, step: step},
-        "you went up the slope: subtract the gradient": {"update": lambda z, slope, lr: z + lr * slope},
-        "you returned θ: only z is trained; return the new z": {"returned": lambda z, start, projection: start + projection @ z},
-        "you returned the gradient of z: take the step, z − lr · gradient": {"update": lambda z, slope, lr: slope},
-        "you divided by the squared lengths of P's columns (a least-squares fit): the chain rule asks for Pᵀ, nothing else": {
-            "back": torch.linalg.pinv
-        },
-        "the old z was not there: a step is z − lr · gradient, not −lr · gradient": {"update": lambda z, slope, lr: -lr * slope},
-        "you changed the z that was passed in: return a new tensor": {"update": lambda z, slope, lr: z.sub_(lr * slope)},
+        "the gradient was taken at θ0: take it where the model is now, at θ0 + P·z": but(theta=lambda start, step: start),
+        "θ0 is missing: the model's parameters are θ0 + P·z, not P·z": but(theta=lambda start, step: step),
+        "you went up the slope: subtract the gradient": but(update=lambda z, slope, lr: z + lr * slope),
+        "you returned θ: only z is trained; return the new z": but(returned=lambda z, start, projection: start + projection @ z),
+        "you returned the gradient of z: take the step, z − lr · gradient": but(update=lambda z, slope, lr: slope),
+        "you divided by the squared lengths of P's columns (a least-squares fit): the chain rule asks for Pᵀ, nothing else": but(
+            back=torch.linalg.pinv
+        ),
+        "the old z was not there: a step is z − lr · gradient, not −lr · gradient": but(update=lambda z, slope, lr: -lr * slope),
+        "you changed the z that was passed in: return a new tensor": but(update=lambda z, slope, lr: z.sub_(lr * slope)),
     },
 )
