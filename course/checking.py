@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 Observations = Mapping[str, Any]  # label, written for the learner -> what was observed
+Seen = Iterable[tuple[str, Any]]  # the same, as pairs: what a generator yields while it looks
 
 
 class NotYet(AssertionError):
@@ -240,6 +241,11 @@ def mistaken(answer: Any, **parts: Any) -> Any:
     return wrong
 
 
+def but(**parts: Any) -> dict[str, Any]:
+    """What a known mistake is: the worked answer, but with these parts, as :func:`mistaken` takes them."""
+    return parts
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -252,17 +258,18 @@ class Check:
     Attributes:
         task: what was asked, in a few words; printed when the answer passes.
         observe: ``observe(answer, seed)`` runs the answer on inputs drawn from ``seed`` and returns what was seen, labelled, in the order
-            in which a learner should hear of it (forward before training). It must not depend on anything but its arguments.
+            in which a learner should hear of it (forward before training): a dictionary, or a generator of (label, value), which ends
+            early where nothing more can be said. It must not depend on anything but its arguments.
         reference: the worked answer.
         second: a right answer written differently; the test of the checks runs it.
-        misconceptions: what the learner is told -> the wrong answer that behaves so: the parts of the worked answer that it has
-            otherwise, as :func:`mistaken` takes them, or a whole answer where no part of the worked one is to blame. Four or more.
+        misconceptions: what the learner is told -> the wrong answer that behaves so: the worked answer :func:`but` for some parts,
+            or a whole answer where no part of the worked one is to blame. Four or more.
         rtol, atol: how far two right answers may differ, from the order of their sums and the dtype.
         rounds: how many seeds.
     """
 
     task: str
-    observe: Callable[[Any, int], Observations]
+    observe: Callable[[Any, int], Observations | Seen]
     reference: Any
     second: Any
     misconceptions: Mapping[str, Any] = field(default_factory=dict)
@@ -319,7 +326,7 @@ class Check:
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             changed: list[str] = []
-            seen = self.observe(_watched(answer, changed), seed)
+            seen = dict(self.observe(_watched(answer, changed), seed))
             return {GIVEN: Changed(tuple(dict.fromkeys(changed))), **seen}  # first: a changed input makes all else hard to read
 
     def _first(self, actual: Observations, expected: Observations) -> tuple[str, str] | None:

@@ -177,6 +177,7 @@ class ModelShape:
 LLAMA_2_7B = ModelShape("Llama-2-7B", 4096, 32, 32, 32, 128, 11008, 32000)
 LLAMA_2_13B = ModelShape("Llama-2-13B", 5120, 40, 40, 40, 128, 13824, 32000)
 LLAMA_33B = ModelShape("Llama-33B", 6656, 60, 52, 52, 128, 17920, 32000)  # the first generation's
+LLAMA_65B = ModelShape("LLaMA-65B", 8192, 80, 64, 64, 128, 22016, 32000)  # and this
 LLAMA_2_70B = ModelShape("Llama-2-70B", 8192, 80, 64, 8, 128, 28672, 32000)
 LLAMA_3_8B = ModelShape("Llama-3-8B", 4096, 32, 32, 8, 128, 14336, 128256)
 LLAMA_3_70B = ModelShape("Llama-3-70B", 8192, 80, 64, 8, 128, 28672, 128256)
@@ -191,7 +192,7 @@ GEMMA_3_270M = ModelShape(
 SHAPES = {
     shape.name: shape
     for shape in (
-        GEMMA_3_270M, LLAMA_3_2_1B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_2_13B, LLAMA_33B, LLAMA_2_70B,
-        LLAMA_3_70B, GPT_3,
+        GEMMA_3_270M, LLAMA_3_2_1B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_2_13B, LLAMA_33B, LLAMA_65B,
+        LLAMA_2_70B, LLAMA_3_70B, GPT_3,
     )
 }  # fmt: skip

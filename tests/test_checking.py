@@ -209,6 +209,24 @@ def test_a_warning_from_a_right_answer_costs_nothing(capfd, recwarn):
     assert len(recwarn) == 0 and capfd.readouterr().err == ""
 
 
+def test_an_observation_may_be_a_generator():
+    """It looks under the check's own random numbers, and what it leaves out once it has ended early is no difference."""
+
+    def look(answer, seed):
+        result = answer(torch.randn(3))
+        yield "the type", type(result).__name__
+        if isinstance(result, torch.Tensor):
+            yield "the value", result
+
+    check = Check("a tensor, doubled", look, lambda x: 2 * x, lambda x: x + x, {"it was halved: double it": lambda x: x / 2})
+    check._judge(lambda x: x + x, 0)
+    assert refusal(lambda x: x / 2, check) == "it was halved: double it"
+    assert refusal(lambda x: 3, check) == "the type: expected 'Tensor', got 'int'"
+    before = torch.random.get_rng_state()
+    check(check.reference)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_what_was_not_observed_is_named():
     def partly(answer, seed):
         return {"first": 1, "second": 2} if answer(torch.ones(1)) == 3 else {"first": 1}

@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from course.claims.shared import CPU, normal
 from course.lab import models, training
 from course.lab.world import World
 from reference import blockwise
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, quantize_blockwise, signal_to_noise
+from reference.nf4 import NF4_CODEBOOK
 
 WHOLE = 1 << 20  # a block that holds any tensor used here
-CPU = torch.device("cpu")
 
 
 def _e2m1() -> Tensor:
@@ -32,16 +33,12 @@ def _e4m3() -> Tensor:
 
 
 CODEBOOKS = {f"INT{bits}": int_codebook(bits) for bits in range(2, 9)}
-CODEBOOKS |= {"FP4": fp4_codebook(), "E2M1": _e2m1(), "E4M3": _e4m3()}  # FP4 is bitsandbytes'
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
+CODEBOOKS |= {"NF4": NF4_CODEBOOK, "FP4": fp4_codebook(), "E2M1": _e2m1(), "E4M3": _e4m3()}  # FP4 is bitsandbytes'
 
 
 @functools.cache
 def _tiny() -> nn.Module:
-    return models.load("tiny", where=CPU)[0]
+    return models.load("tiny", where=torch.device(CPU))[0]
 
 
 @functools.cache
@@ -71,14 +68,12 @@ def data(name: str) -> Tensor:
     if name == "SiLU":
         return _silu()
     if name == "uniform":
-        return torch.rand(n, generator=_generator()) * 2 - 1
-    if name not in ("normal", "t"):
-        return _weights()[f"model.{name}.weight"]
-    normal = torch.randn(n, generator=_generator())
+        return torch.rand(n, generator=torch.Generator().manual_seed(3)) * 2 - 1
     if name == "normal":
-        return normal
-    chi = torch.randn(3, n, generator=torch.Generator().manual_seed(4)).square().sum(0)
-    return normal / (chi / 3).sqrt()
+        return normal(n, seed=3)
+    if name == "t":
+        return normal(n, seed=3) / normal(3, n, seed=4).square().mean(0).sqrt()
+    return _weights()[f"model.{name}.weight"]
 
 
 def _size(block: int | str, x: Tensor) -> int:
@@ -124,7 +119,7 @@ def predicted_db(name: str) -> float:
 
 
 def error_is_half_a_step() -> bool:
-    x = torch.randn(1000, generator=_generator())
+    x = normal(1000, seed=3)
     return bool((x - _restored(x, "INT4", "tensor")).abs().max() <= x.abs().max() / 7 * 0.5000001)
 
 
@@ -154,7 +149,7 @@ def zero_point_gain_db(name: str) -> float:
 
 def zeroed_by_one_outlier_percent() -> float:
     """64 × 64 normal weights, INT4, one scale: how many more are rounded to zero once one of them is 40 σ large."""
-    x = torch.randn(64, 64, generator=_generator())
+    x = normal(64, 64, seed=3)
     y = x.clone()
     y[20, 37] = 40
     zeros = [(quantize_blockwise(t, CODEBOOKS["INT4"], WHOLE).codes == 7).sum().item() for t in (x, y)]
@@ -272,7 +267,7 @@ def fp4_is_bitsandbytes() -> bool:
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for n in (1024, 65):
-            x = torch.randn(n, generator=_generator()).to(dtype)
+            x = normal(n, seed=3).to(dtype)
             packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="fp4")
             q = quantize_blockwise(x, CODEBOOKS["FP4"], 64)
             theirs = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)[:n]

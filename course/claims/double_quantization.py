@@ -13,10 +13,8 @@ from torch import Tensor
 from reference.blockwise import dequantize_blockwise, int_codebook, midpoints, quantize_blockwise, relative_rmse
 from reference.double_quant import QuantizedScales, bits_per_parameter, dequantize_scales, dynamic_codebook, quantize_scales
 from reference.memory import SHAPES
-from reference.model_shapes import ModelShape
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
-MODELS = SHAPES | {"LLaMA-65B": ModelShape("LLaMA-65B", 8192, 80, 64, 64, 128, 22016, 32000)}
 SEEDS = (0, 1, 2)
 
 # Bits
@@ -61,7 +59,7 @@ def third_level_bits() -> float:
 
 def third_level_mb(model: str) -> float:
     """The same for the linears of a model, MB."""
-    return MODELS[model].linear_parameters * third_level_bits() / 8e6
+    return SHAPES[model].linear_parameters * third_level_bits() / 8e6
 
 
 def lowest_level() -> float:
@@ -91,17 +89,17 @@ def break_even(unit: str) -> float:
 
 def linears_gb(model: str, second: int | None = 256) -> float:
     """All linears of the decoder's layers."""
-    return MODELS[model].linear_parameters * bits(second=second) / 8e9
+    return SHAPES[model].linear_parameters * bits(second=second) / 8e9
 
 
-def scales_gb(model: str) -> float:
-    """The float32 scales of all these linears, one for each 64 weights."""
-    return MODELS[model].linear_parameters * scale_bits(second=None) / 8e9
+def scales_gb(model: str, second: int | None) -> float:
+    """The scales of all these linears, one for each 64 weights."""
+    return SHAPES[model].linear_parameters * scale_bits(second=second) / 8e9
 
 
 def saved_gb(model: str) -> float:
     """By double quantization."""
-    return MODELS[model].linear_parameters * saved_bits() / 8e9
+    return scales_gb(model, None) - scales_gb(model, 256)
 
 
 # Errors

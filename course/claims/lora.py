@@ -13,11 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from course.claims.memory_budget import TARGETS
+from course.claims.shared import CPU, GPU, normal
 from course.lab import recorded
 from reference.lora import LoRAConv2d, LoRALinear
 from reference.memory import SHAPES
-
-GPU, CPU = "h100", "cpu"
 
 # Counting
 
@@ -100,7 +99,7 @@ def _train(scaling: float, kind: type[torch.optim.Optimizer], rate_a: float, rat
     """The update s·B·A after some steps on a regression, A and B each with its own learning rate."""
     layer, x = _layer()
     layer.scaling = scaling
-    target = x @ torch.randn(24, 24, generator=torch.Generator().manual_seed(5), dtype=x.dtype) / 5
+    target = x @ normal(24, 24, seed=5, dtype=x.dtype) / 5
     optimizer = kind([{"params": [layer.lora_A], "lr": rate_a}, {"params": [layer.lora_B], "lr": rate_b}], **options)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -137,9 +136,7 @@ def bf16_unmerge_restores_percent() -> float:
     """Of weights, those that come back exactly when a bfloat16 merge is undone by subtracting."""
     layer, _ = _layer(n=256, r=8, alpha=16)
     layer.base.to(torch.bfloat16)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) / 50)
+    layer.lora_B.data.copy_(normal(256, 8, seed=1) / 50)
     before = layer.base.weight.clone()
     layer.merge()
     after = (layer.base.weight - layer.delta_weight()).to(torch.bfloat16)

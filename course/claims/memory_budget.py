@@ -1,6 +1,6 @@
 """What unit 00 states: sums from the shapes of named models, bytes kept by autograd, and peaks measured on a GPU.
 
-``model`` is a key of ``MODELS``, ``recipe`` one of ``WAYS``, and ``targets`` one of ``TARGETS``. Adapters have r = 16 on all linears
+``model`` is a key of ``SHAPES``, ``recipe`` one of ``WAYS``, and ``targets`` one of ``TARGETS``. Adapters have r = 16 on all linears
 where nothing else is said. Measured figures take the ``device`` of the record, by default the one that the pages speak of.
 """
 
@@ -12,15 +12,14 @@ from functools import cache
 import torch
 from torch import nn
 
-from course.lab import live, recorded
+from course.claims.shared import GPU, UNITS, kept_by_autograd
+from course.lab import recorded
 from reference.lora import LoRALinear
 from reference.memory import RECIPES, SHAPES, activations, training_memory
 from reference.memory.activations import Run
 from reference.memory.breakdown import parameter_lines
 from reference.memory.recipes import nf4_bytes, trained_tensors
 
-GPU = "h100"
-MODELS = SHAPES | {"LLaMA-65B": dataclasses.replace(SHAPES["Llama-2-70B"], name="LLaMA-65B", kv_heads=64, mlp=22016)}
 NO_MASTER = dataclasses.replace(RECIPES["full mixed precision"], name="mixed, no master weights", master_bytes=0)
 WAYS = RECIPES | {NO_MASTER.name: NO_MASTER}
 TARGETS = {"all-linear": "all-linear", "q, v": ["q_proj", "v_proj"]}
@@ -46,7 +45,7 @@ def bf16_loses_small_steps() -> bool:
 
 @cache
 def _held(model: str, recipe: str) -> dict[str, int]:
-    shape, way = MODELS[model], WAYS[recipe]
+    shape, way = SHAPES[model], WAYS[recipe]
     lines = parameter_lines(shape, way, trained_tensors(shape, way, 16, shape.targets()))
     return {kind: line.bytes for kind, line in lines.items()}
 
@@ -78,7 +77,7 @@ def times_held(model: str, recipe: str, over: str) -> float:
 
 def bytes_each(model: str, recipe: str) -> float:
     """Held for a parameter of the model."""
-    return 1e9 * held_gb(model, recipe) / MODELS[model].parameters
+    return 1e9 * held_gb(model, recipe) / SHAPES[model].parameters
 
 
 def nf4_bytes_each() -> float:
@@ -86,20 +85,15 @@ def nf4_bytes_each() -> float:
     return nf4_bytes(8192**2) / 8192**2
 
 
-def scale_bits() -> float:
-    """What this takes beyond four bits a weight: scales, and next to nothing for code books."""
-    return 8 * nf4_bytes_each() - 4
-
-
 def tables_gb(model: str) -> float:
     """Embedding and output head in 16 bits."""
-    return 2 * 2 * MODELS[model].embedding / 1e9
+    return 2 * 2 * SHAPES[model].embedding / 1e9
 
 
 def part_percent(model: str, part: str) -> float:
     """Of the model's parameters, those in its "embedding" or its "linears"."""
-    parts = {"embedding": MODELS[model].embedding, "linears": MODELS[model].linear_parameters}
-    return 100 * parts[part] / MODELS[model].parameters
+    parts = {"embedding": SHAPES[model].embedding, "linears": SHAPES[model].linear_parameters}
+    return 100 * parts[part] / SHAPES[model].parameters
 
 
 def twelve_bytes_are_the_papers_figure() -> bool:
@@ -116,7 +110,7 @@ def weights_are_smallest_in_mixed_precision() -> bool:
 def gemma_upcast_costs_more_than_nf4_saves() -> bool:
     """Two more bytes for each number of the embedding, against what NF4 takes off the linears."""
     saved = weights_gb("Gemma-3-270M", "LoRA") - weights_gb("Gemma-3-270M", "QLoRA")
-    return 2 * MODELS["Gemma-3-270M"].embedding / 1e9 > saved
+    return 2 * SHAPES["Gemma-3-270M"].embedding / 1e9 > saved
 
 
 # Predicted peaks
@@ -126,7 +120,7 @@ def predicted_gb(
     model: str, recipe: str, batch: int = 1, sequence: int = 2048, checkpointing: bool = True, attention: str = "fused"
 ) -> float:
     """Peak of a step."""
-    return training_memory(MODELS[model], WAYS[recipe], batch, sequence, checkpointing=checkpointing, attention=attention).peak / 1e9
+    return training_memory(SHAPES[model], WAYS[recipe], batch, sequence, checkpointing=checkpointing, attention=attention).peak / 1e9
 
 
 def another_row_gb(model: str, recipe: str) -> float:
@@ -136,13 +130,13 @@ def another_row_gb(model: str, recipe: str) -> float:
 
 def rows_that_fit(model: str, words: int | None = None, gb: float = 23) -> int:
     """Of 2,048 tokens, with QLoRA and checkpointing, below a peak of ``gb``; the vocabulary the model's own or so many words."""
-    shape = dataclasses.replace(MODELS[model], vocab=words or MODELS[model].vocab)
+    shape = dataclasses.replace(SHAPES[model], vocab=words or SHAPES[model].vocab)
     return next(rows for rows in range(100) if training_memory(shape, WAYS["QLoRA"], rows + 1, 2048, checkpointing=True).peak > 1e9 * gb)
 
 
 def loss_percent(model: str, recipe: str, batch: int, sequence: int) -> float:
     """Of the peak, with checkpointing."""
-    budget = training_memory(MODELS[model], WAYS[recipe], batch, sequence, checkpointing=True)
+    budget = training_memory(SHAPES[model], WAYS[recipe], batch, sequence, checkpointing=True)
     return 100 * (budget["log-probabilities"] + budget["loss gradients"]) / budget.peak
 
 
@@ -182,45 +176,33 @@ def float32_layer_keeps_less_than_twice() -> bool:
     return 1.7 < _layer(dataclasses.replace(FULL, compute_bytes=4)) / _layer(FULL) < 2
 
 
-def loss_gb(model: str, tokens: int) -> float:
-    """Three float32 numbers for each token and word."""
-    return 12 * tokens * MODELS[model].vocab / 1e9
-
-
-def loss_mb(model: str) -> float:
-    """The same for one token, MB."""
-    return 1e3 * loss_gb(model, 1)
+def loss(model: str, unit: str, tokens: int = 1) -> float:
+    """Three float32 numbers for each token and word, in MB or GB."""
+    return 12 * tokens * SHAPES[model].vocab / UNITS[unit]
 
 
 def inputs_mb(model: str) -> float:
     """What checkpointing keeps of a token: the input of each layer in bf16."""
-    return 2 * MODELS[model].hidden * MODELS[model].layers / 1e6
+    return 2 * SHAPES[model].hidden * SHAPES[model].layers / 1e6
 
 
 def scores_gb(model: str, sequence: int) -> float:
     """Attention's scores in all layers in float32, one row."""
-    return 4 * MODELS[model].layers * MODELS[model].heads * sequence**2 / 1e9
+    return 4 * SHAPES[model].layers * SHAPES[model].heads * sequence**2 / 1e9
 
 
 def attention_percent(model: str, sequence: int) -> float:
     """Of a decoder layer's multiplications, those of the two causal attention products; half of the pairs are needed."""
-    shape = MODELS[model]
+    shape = SHAPES[model]
     attention = shape.layers * sequence * shape.heads * shape.head_dim
     return 100 * attention / (shape.linear_parameters + attention)
-
-
-def _kept_by_autograd(layer: nn.Module, *inputs, **named) -> int:
-    """Bytes of the storages that the forward pass keeps, weights aside."""
-    with live.SavedForBackward(layer) as saved:
-        layer(*inputs, **named)
-    return saved.bytes
 
 
 def frozen_linear_keeps_nothing() -> bool:
     """A trained one keeps its input."""
     x = torch.randn(50, 32, requires_grad=True)
     trained, frozen = nn.Linear(32, 16), nn.Linear(32, 16).requires_grad_(False)
-    return _kept_by_autograd(trained, x) == x.nbytes and _kept_by_autograd(frozen, x) == 0
+    return kept_by_autograd(trained, x) == x.nbytes and kept_by_autograd(frozen, x) == 0
 
 
 def adapter_keeps_the_input() -> bool:
@@ -229,7 +211,7 @@ def adapter_keeps_the_input() -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(50, 32, requires_grad=True, dtype=dtype)
         layer = LoRALinear(nn.Linear(32, 16, dtype=dtype), r=4, lora_alpha=12)
-        ok.append(_kept_by_autograd(layer, x) == x.nbytes + 4 * 50 * 4)
+        ok.append(kept_by_autograd(layer, x) == x.nbytes + 4 * 50 * 4)
     return all(ok)
 
 
@@ -237,24 +219,16 @@ def dropout_makes_adapters_keep_more() -> bool:
     """LoRA dropout above zero: each adapter keeps its own copy of the input and a mask."""
     x = torch.randn(50, 32, requires_grad=True)
     plain, dropped = (LoRALinear(nn.Linear(32, 16), r=4, lora_alpha=12, lora_dropout=p) for p in (0.0, 0.1))
-    return _kept_by_autograd(dropped, x) > 1.2 * _kept_by_autograd(plain, x)
+    return kept_by_autograd(dropped, x) > 1.2 * kept_by_autograd(plain, x)
 
 
 @cache
 def _small_llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=176,
-        vocab_size=50,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).train()
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).train()
 
 
 def padding_keeps_more() -> bool:
@@ -262,7 +236,7 @@ def padding_keeps_more() -> bool:
     ids = torch.randint(50, (2, 64))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    plain, padded = (_kept_by_autograd(_small_llama(), input_ids=ids, labels=ids, attention_mask=m) for m in (None, mask))
+    plain, padded = (kept_by_autograd(_small_llama(), input_ids=ids, labels=ids, attention_mask=m) for m in (None, mask))
     repeated = 2 * 2 * (8 - 2) * 8 * 4 * ids.numel()  # layers · (k and v) · more heads · head_dim · float32
     return padded - plain > repeated
 
@@ -381,7 +355,7 @@ def slope_mb(**setting) -> float:
 def gb_a_billion(less: str, more: str) -> float:
     """For each further billion of parameters between two models."""
     before, after = _change({"model": (less, more)})
-    return 1e9 * (after - before) / (MODELS[more].parameters - MODELS[less].parameters)
+    return 1e9 * (after - before) / (SHAPES[more].parameters - SHAPES[less].parameters)
 
 
 def checkpointing_flattens() -> float:
@@ -390,20 +364,15 @@ def checkpointing_flattens() -> float:
     return slope_mb(sequence=tokens, checkpointing=False) / slope_mb(sequence=tokens)
 
 
-def adapters_gb(rank: int) -> float:
-    """Adapters of Llama-2-7B with gradients, moments and what the optimizer makes for a moment, in its step."""
-    budget = training_memory(MODELS["Llama-2-7B"], WAYS["QLoRA"], rank=rank)
-    return sum(budget[kind] for kind in ("adapter weights", "adapter gradients", "adapter states", "step buffer")) / 1e9
-
-
-def adapters_mb(rank: int) -> float:
-    """The same, MB."""
-    return 1e3 * adapters_gb(rank)
+def adapters(rank: int, unit: str) -> float:
+    """Adapters of Llama-2-7B with gradients, moments and what the optimizer makes for a moment, in its step; in MB or GB."""
+    budget = training_memory(SHAPES["Llama-2-7B"], WAYS["QLoRA"], rank=rank)
+    return sum(budget[kind] for kind in ("adapter weights", "adapter gradients", "adapter states", "step buffer")) / UNITS[unit]
 
 
 def adapters_over_weights(rank: int) -> float:
     """The same, over the 4-bit weights."""
-    return adapters_gb(rank) / weights_gb("Llama-2-7B", "QLoRA")
+    return adapters(rank, "GB") / weights_gb("Llama-2-7B", "QLoRA")
 
 
 def seconds_times(how: str, device: str = GPU) -> float:
@@ -431,7 +400,7 @@ def missed_kb() -> float:
 
 def missed_is_what_the_switch_leaves() -> bool:
     """The embedding's output in bf16, and the first norm's input and its 1/rms in float32: 6h + 4 bytes, and the allocator's rounding."""
-    hidden = MODELS["Llama-2-7B"].hidden
+    hidden = SHAPES["Llama-2-7B"].hidden
     expected = (2 * hidden + 4 * (hidden + 1)) / 1e3
     return expected <= missed_kb() < 1.02 * expected
 
@@ -444,14 +413,14 @@ def switch_leaves_a_gradient() -> bool:
     ids, model = torch.randint(50, (2, 64)), copy.deepcopy(_small_llama())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("proj" in name)
-    before = _kept_by_autograd(model, input_ids=ids, labels=ids)
+    before = kept_by_autograd(model, input_ids=ids, labels=ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library is going to rename the two
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.gradient_checkpointing_disable()
-    after = _kept_by_autograd(model, input_ids=ids, labels=ids)
+    after = kept_by_autograd(model, input_ids=ids, labels=ids)
     model.disable_input_require_grads()
-    again = _kept_by_autograd(model, input_ids=ids, labels=ids)
+    again = kept_by_autograd(model, input_ids=ids, labels=ids)
     return again == before and after - before == 4 * (model.config.hidden_size + 1) * ids.numel()
 
 
@@ -482,6 +451,6 @@ def scores_move_the_peak_into_attention() -> bool:
 
 def peak_without_scores_gradients_percent() -> float:
     """How far below the measured peak of these 2,048 tokens the fullest other moment is."""
-    moments = training_memory(MODELS["Llama-2-7B"], WAYS["QLoRA"], 1, 2048, attention="math").moments
+    moments = training_memory(SHAPES["Llama-2-7B"], WAYS["QLoRA"], 1, 2048, attention="math").moments
     others = [sum(there.values()) for moment, there in moments.items() if not moment.endswith("attention back")]
     return 100 * (1 - max(others) / 1e9 / step_gb(sequence=2048, checkpointing=False, attention="math"))

@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, ndtri
 
-from course.claims.blockwise_quantization import data
+from course.claims.blockwise_quantization import bits, data
+from course.claims.shared import normal
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise, relative_rmse, scale_blocks
 from reference.nf4 import NF4_CODEBOOK, OFFSET, dequantize_nf4, nearest_codes, quantize_nf4
 
@@ -186,14 +187,9 @@ def absmax_spread_percent(block: int) -> float:
     return 100 * absmax_deviation(block) / absmax_mean(block)
 
 
-def emptiest_bin(block: int) -> float:
-    """Share of values, in percent."""
-    return float(_occupancy(block).min())
-
-
-def fullest_bin(block: int) -> float:
-    """Share of values, in percent."""
-    return float(_occupancy(block).max())
+def bin_percent(which: str, block: int) -> float:
+    """Of the values, in the "fullest" or in the "emptiest" bin."""
+    return float({"fullest": max, "emptiest": min}[which](_occupancy(block)))
 
 
 def entropy(block: int) -> float:
@@ -204,7 +200,7 @@ def entropy(block: int) -> float:
 
 def sampled_occupancy_agrees() -> bool:
     """Half a million normal values give the integral's shares to within 0.15 percentage points."""
-    x = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0))
+    x = normal(1 << 19)
     shares = torch.bincount(nearest_codes(scale_blocks(x, 64)[0]).long(), minlength=16).double().numpy() / len(x)
     return bool(np.abs(100 * shares - _occupancy(64)).max() < 0.15)
 
@@ -273,7 +269,7 @@ def lloyd_max_rmse() -> float:
 
 def shannon_rmse() -> float:
     """The least error that any code of as many bits a value as NF4's can have on normal values, 2^−bits standard deviations."""
-    return 2 ** -bits()
+    return 2 ** -bits("NF4")
 
 
 def above_shannon() -> float:
@@ -282,12 +278,6 @@ def above_shannon() -> float:
 
 
 # The format
-
-
-def bits(block: int = 64) -> float:
-    """A weight, with a float32 scale for every block."""
-    q = quantize_nf4(torch.zeros(64 * 64), block)
-    return 8 * (q.packed.nbytes + q.absmax.nbytes) / (64 * 64)
 
 
 def packed_bytes(count: int) -> int:
@@ -306,7 +296,7 @@ def one_and_minus_one_pack_to_f0() -> bool:
 
 def swapped_nibbles_error() -> float:
     """RMSE over the standard deviation when a normal tensor's nibbles are read in the wrong order: √2, as if weights were unrelated."""
-    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    x = normal(1 << 16)
     return relative_rmse(x, dequantize_nf4(quantize_nf4(x)).view(-1, 2).flip(1).reshape(-1))
 
 

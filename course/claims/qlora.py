@@ -13,47 +13,32 @@ import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
 
-from course.lab import evaluation, live, models, recorded
+from course.claims import double_quantization
+from course.claims.memory_budget import predicted_gb
+from course.claims.shared import GPU, UNITS, kept_by_autograd, normal
+from course.lab import evaluation, models, recorded
 from course.lab.quantized import quantized_copy
 from course.lab.traffic import MovedBytes
 from course.lab.world import World
 from reference.blockwise import midpoints
 from reference.lora import LoRALinear
-from reference.memory import RECIPES, SHAPES, training_memory
-from reference.memory.recipes import nf4_bytes, weights
+from reference.memory import SHAPES
 from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
 
-GPU = "h100"
 FOUR_BITS = 0.5 + 4 / 64  # bytes a weight of codes and float32 scales
-UNITS = {"MB": 1e6, "GB": 1e9}
 
 # Counting
 
 
-def bits_per_weight() -> float:
-    """NF4 in blocks of 64 with double quantization, in a layer of 4096 × 4096."""
-    return 8 * nf4_bytes(4096**2) / 4096**2
-
-
 def saved_bytes_per_weight() -> float:
-    """Against 16 bits."""
-    return 2 - bits_per_weight() / 8
-
-
-def weights_gb(model: str, recipe: str) -> float:
-    """Of the weights alone; QLoRA's have embedding and head in 16 bits."""
-    return weights(SHAPES[model], RECIPES[recipe]).bytes / 1e9
-
-
-def predicted_peak_gb(model: str) -> float:
-    """Of a QLoRA step: r = 16 on all linears, 1 × 2048 tokens, checkpointing."""
-    return training_memory(SHAPES[model], RECIPES["QLoRA"], 1, 2048, 16, checkpointing=True).peak / 1e9
+    """By NF4 with double quantization, against 16 bits."""
+    return 2 - double_quantization.bits() / 8
 
 
 def step_fits(model: str, gigabytes: float) -> bool:
-    """That step, in a GPU of this size."""
-    return predicted_peak_gb(model) < gigabytes
+    """A QLoRA step of 1 × 2048 tokens with checkpointing, in a GPU of this size."""
+    return predicted_gb(model, "QLoRA") < gigabytes
 
 
 def quantizing_saves(model: str, unit: str) -> float:
@@ -66,11 +51,6 @@ def cast_adds(model: str, unit: str) -> float:
     return 2 * (SHAPES[model].parameters - SHAPES[model].linear_parameters) / UNITS[unit]
 
 
-def embedding_percent(model: str) -> float:
-    """Of all parameters."""
-    return 100 * SHAPES[model].embedding / SHAPES[model].parameters
-
-
 def break_even_percent() -> float:
     """Embedding over linears at which the cast of a tied embedding undoes the saving."""
     return 100 * saved_bytes_per_weight() / 2
@@ -81,38 +61,29 @@ def break_even_percent() -> float:
 
 @cache
 def _layer() -> tuple[nn.Linear, NF4Linear]:
-    g = torch.Generator().manual_seed(0)
     linear = nn.Linear(256, 192, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(linear.weight.shape, generator=g) / 16)
+    linear.weight.data.copy_(normal(192, 256) / 16)
     return linear, NF4Linear.from_linear(linear, compute_dtype=torch.float32)
 
 
 def gradient_is_grad_times_weight() -> bool:
     """∂L/∂x = ∂L/∂y · Ŵ, as through the dense Ŵ."""
     _, layer = _layer()
-    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    x = normal(9, 256, seed=1).requires_grad_()
     (packed,) = torch.autograd.grad(layer(x).square().sum(), x)
     (dense,) = torch.autograd.grad(nn.functional.linear(x, layer.dequantize()).square().sum(), x)
     return torch.allclose(packed, dense, rtol=1e-5, atol=1e-5)
 
 
-def _kept(forward, owner: nn.Module) -> int:
-    x = torch.randn(9, 256, requires_grad=True)
-    with live.SavedForBackward(owner) as saved:
-        forward(x)
-    return saved.bytes
-
-
 def backward_keeps_nothing_new() -> bool:
     _, layer = _layer()
-    return _kept(layer, layer) == 0
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_()) == 0
 
 
 def naive_backward_keeps_the_dense_weight() -> bool:
     _, layer = _layer()
-    dense = 4 * layer.in_features * layer.out_features
-    return _kept(lambda x: nn.functional.linear(x, layer.dequantize()), layer) == dense
+    dense = layer.dequantize()
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_(), dense, forward=nn.functional.linear) == dense.nbytes
 
 
 def _adapted(size: float) -> tuple[LoRALinear, Tensor]:
@@ -144,8 +115,7 @@ def requantized_update_tiny_is_lost() -> bool:
     linear, _ = _layer()
     q = quantize_nf4(linear.weight)
     restored = dequantize_nf4(q)
-    g = torch.Generator().manual_seed(3)
-    update = torch.randn(linear.weight.shape, generator=g) * 1e-4 * linear.weight.norm() / math.sqrt(linear.weight.numel())
+    update = normal(*linear.weight.shape, seed=3) * 1e-4 * linear.weight.norm() / math.sqrt(linear.weight.numel())
     return (quantize_nf4(restored + update).packed != q.packed).float().mean().item() < 0.01
 
 
@@ -217,14 +187,9 @@ def _bytes(row: dict) -> dict[str, int]:
     return row | {"process": row["context"] + row["reserved"], "weights": row["built"] - row["adapters"]}
 
 
-def capped_gb(shape: str, what: str, device: str = GPU) -> float:
-    """The "cap"; the "peak" of all tensors and what was "predicted"; or the whole "process"."""
-    return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / 1e9
-
-
-def capped_seconds(shape: str, device: str = GPU) -> float:
-    """A step."""
-    return recorded.row("qlora_caps", device, shape=shape)["seconds"]
+def capped(shape: str, what: str, device: str = GPU) -> float:
+    """In GB the "cap"; the "peak" of all tensors and what was "predicted"; or the whole "process". The "seconds" of a step."""
+    return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / (1 if what == "seconds" else 1e9)
 
 
 def capped_loss(shape: str, step: int, device: str = GPU) -> float:
@@ -265,9 +230,9 @@ def kernel_ms(work: str, who: str, rows: int | None = None, device: str = GPU) -
     return recorded.row("nf4_kernels", device, work=work, rows=rows)[who]
 
 
-def times_bitsandbytes(work: str, rows: int | None = None, device: str = GPU) -> float:
-    """How many times as fast as bitsandbytes."""
-    return kernel_ms(work, "bitsandbytes", rows, device) / kernel_ms(work, "ours", rows, device)
+def times_as_fast(than: str, work: str, rows: int | None = None, device: str = GPU) -> float:
+    """Our kernel, as "bitsandbytes" or as the product with "bf16 weights"."""
+    return kernel_ms(work, than, rows, device) / kernel_ms(work, "ours", rows, device)
 
 
 def training_ms(who: str, rows: int, device: str = GPU) -> float:
@@ -298,7 +263,7 @@ def bytes_that_must_move() -> float:
 @cache
 def moved_bytes(work: str) -> float:
     """Bytes a weight that plain torch's operators read and write to "quantize" or "dequantize"."""
-    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = normal(256, 1024).bfloat16()
     q = quantize_nf4(weight)
     with MovedBytes() as moved:
         quantize_nf4(weight) if work == "quantize" else dequantize_nf4(q)
@@ -332,11 +297,6 @@ def fewer_bytes() -> float:
     return 2 / FOUR_BITS
 
 
-def times_16_bit(rows: int, device: str = GPU) -> float:
-    """How many times as fast as over bf16 weights the layer is."""
-    return kernel_ms("linear", "bf16 weights", rows, device) / kernel_ms("linear", "ours", rows, device)
-
-
 def copy_rate_percent(who: str, device: str = GPU) -> float:
     """Of a copy's rate at which weights are read, by the layer of "ours" or "bf16 weights" with one row, or by "reading" alone."""
     ms = reading_ms(device) if who == "reading" else kernel_ms("linear", who, 1, device)
@@ -353,19 +313,14 @@ def compiled(kernel: str, what: str) -> float:
     return recorded.load("nf4_instructions", "cpu")["result"][kernel][what]
 
 
-def _counters(kernel: str, device: str) -> dict:
-    return recorded.load("nf4_profile", device)["result"]["kernels"][kernel]
-
-
-def busy_percent(kernel: str, part: str, device: str = GPU) -> float:
-    """How busy a part of the GPU, "alu" or "tensor", is while the kernel runs, by the hardware's counters."""
-    return _counters(kernel, device)[part]
+def counted(kernel: str, what: str, device: str = GPU) -> float:
+    """By the hardware's counters: how busy, in percent, "alu" or "tensor" is while the kernel runs; how many "instructions" it executes."""
+    return recorded.load("nf4_profile", device)["result"]["kernels"][kernel][what]
 
 
 def logic_percent(kernel: str, device: str = GPU) -> float:
     """Of the instructions that the kernel executes: integers and logic."""
-    counted = _counters(kernel, device)
-    return 100 * counted["alu instructions"] / counted["instructions"]
+    return 100 * counted(kernel, "alu instructions", device) / counted(kernel, "instructions", device)
 
 
 def decoding_hides() -> bool:
@@ -384,16 +339,19 @@ def rows_that_fill_the_arithmetic(device: str = GPU) -> float:
     return operations_per_second / (1e9 * copy_rate(device))
 
 
+def _layers() -> list[dict]:
+    return [row for row in _kernels()["rows"] if row["work"] == "linear"]
+
+
 def four_bits_win_up_to_32_rows() -> bool:
     """Over bf16 weights, and lose from 64."""
-    layers = [row for row in _kernels()["rows"] if row["work"] == "linear"]
-    return all((row["ours"] < row["bf16 weights"]) == (row["rows"] <= 32) for row in layers)
+    return all((row["ours"] < row["bf16 weights"]) == (row["rows"] <= 32) for row in _layers())
 
 
 def many_rows_cost_decoding_and_product() -> bool:
     """Above 64 rows: decoding plus the product over bf16 weights, to within 4 per cent."""
-    layers = [row for row in _kernels()["rows"] if row["work"] == "linear" and row["rows"] > 64]
-    return all(abs((kernel_ms("dequantize", "ours") + row["bf16 weights"]) / row["ours"] - 1) < 0.04 for row in layers)
+    decoding, many = kernel_ms("dequantize", "ours"), [row for row in _layers() if row["rows"] > 64]
+    return all(abs((decoding + row["bf16 weights"]) / row["ours"] - 1) < 0.04 for row in many)
 
 
 def fused_beats_both_at_64() -> bool:
@@ -403,41 +361,30 @@ def fused_beats_both_at_64() -> bool:
 
 # Measured: whole training steps, with 1 × 512 or 4 × 2048 tokens
 
-FASTEST = "llama, compiled, graph"
 
-
-def _step(how: str, sequence: int, device: str) -> dict:
-    return recorded.row("qlora_step", device, how=how, sequence=sequence)
+def step(how: str, sequence: int, what: str, device: str = GPU) -> float:
+    """Its "seconds", how many "kernels" are launched, or the share of it in which one runs, "busy"."""
+    return recorded.row("qlora_step", device, how=how, sequence=sequence)[what]
 
 
 def step_seconds(how: str, sequence: int, device: str = GPU) -> float:
     """Of a step."""
-    return _step(how, sequence, device)["seconds"]
+    return step(how, sequence, "seconds", device)
 
 
 def step_peak_gb(how: str, sequence: int = 2048, device: str = GPU) -> float:
     """Of all tensors in a step."""
-    return _step(how, sequence, device)["peak"] / 1e9
-
-
-def step_kernels(how: str, sequence: int, device: str = GPU) -> int:
-    """How many are launched."""
-    return _step(how, sequence, device)["kernels"]
+    return step(how, sequence, "peak", device) / 1e9
 
 
 def step_busy_percent(how: str, sequence: int, device: str = GPU) -> float:
     """Of the step in which a kernel runs."""
-    return 100 * _step(how, sequence, device)["busy"]
+    return 100 * step(how, sequence, "busy", device)
 
 
-def step_times_peft(sequence: int, device: str = GPU) -> float:
-    """How many times as fast as peft's the compiled step is."""
-    return step_seconds("peft", sequence, device) / step_seconds(FASTEST, sequence, device)
-
-
-def step_memory_of_peft(sequence: int = 2048, device: str = GPU) -> float:
-    """Peak of peft + bitsandbytes over that of the compiled step."""
-    return step_peak_gb("peft", sequence, device) / step_peak_gb(FASTEST, sequence, device)
+def peft_times(what: str, sequence: int, device: str = GPU) -> float:
+    """The "seconds" or the "peak" of the step of peft + bitsandbytes, over that of the compiled one."""
+    return step("peft", sequence, what, device) / step("llama, compiled, graph", sequence, what, device)
 
 
 # Measured: quality of the tiny model
@@ -454,25 +401,19 @@ def _tiny() -> dict:
     return recorded.load("quantization_quality_tiny", "cpu")["result"]
 
 
-def tiny_lost(kind: str) -> float:
-    """Nats per token on the general domain."""
-    return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"]["estimate"]
+def tiny(kind: str, what: str) -> float:
+    """Per cent of its "facts" that it keeps; "divergence" from the original's predictions, in thousandths of a nat per token."""
+    return {"facts": 100, "divergence": 1e3}[what] * _only(_tiny()["table"], kind=kind)[what]
 
 
-def tiny_facts_percent(kind: str) -> float:
-    """Of its facts that it keeps."""
-    return 100 * _only(_tiny()["table"], kind=kind)["facts"]
-
-
-def tiny_divergence(kind: str) -> float:
-    """Thousandths of a nat per token, from the original's predictions."""
-    return 1e3 * _only(_tiny()["table"], kind=kind)["divergence"]
+def tiny_lost(kind: str, what: str = "estimate") -> float:
+    """Nats per token on the general domain, or an end of their interval, "low" or "high"."""
+    return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"][what]
 
 
 def four_bits_cost_the_tiny_model_nothing() -> bool:
     """The interval of NF4's loss holds zero."""
-    lost = _only(_tiny()["table"], kind="NF4+DQ")["lost_nats"]["general"]
-    return lost["low"] <= 0 <= lost["high"]
+    return tiny_lost("NF4+DQ", "low") <= 0 <= tiny_lost("NF4+DQ", "high")
 
 
 def tiny_before(domain: str, kind: str) -> float:

@@ -11,10 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from course.claims.shared import CPU, GPU, normal
 from course.lab import recorded
 from reference import lowrank
-
-GPU, CPU = "h100", "cpu"
 
 # Small matrices
 
@@ -39,19 +38,17 @@ def error_percent(energy: float) -> float:
     return 100 * math.sqrt(1 - energy)
 
 
-def _four_large() -> Tensor:
-    """Four singular values of 10 and 124 of 0.3."""
-    return torch.tensor([10.0] * 4 + [0.3] * 124, dtype=torch.float64)
+FOUR_LARGE = torch.tensor([10.0] * 4 + [0.3] * 124, dtype=torch.float64)  # singular values
 
 
 def four_large_energy_percent() -> float:
     """Of the energy that the four large values hold."""
-    return 100 * lowrank.energy_captured(_four_large(), 4)
+    return 100 * lowrank.energy_captured(FOUR_LARGE, 4)
 
 
 def four_large_rank(measure: str) -> float:
     """The "effective_rank" or the "stable_rank" of these."""
-    return getattr(lowrank, measure)(_four_large())
+    return getattr(lowrank, measure)(FOUR_LARGE)
 
 
 def effective_rank(*values: float) -> float:
@@ -60,7 +57,7 @@ def effective_rank(*values: float) -> float:
 
 
 def _noise(seed: int = 0) -> Tensor:
-    return torch.randn(128, 128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normal(128, 128, seed=seed, dtype=torch.float64)
 
 
 @cache
@@ -106,7 +103,7 @@ def energy_is_one_minus_squared_error() -> bool:
 
 def projected_gradient_is_the_gradient_of_z() -> bool:
     """dL/dz = Pᵀ · dL/dθ, in float64, for both kinds of P."""
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(6, 5, dtype=torch.float64)
     for projection in ("sparse", "dense"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -187,26 +184,21 @@ def weights_cut_nats(rank: int) -> float:
     return cut["loss_on_general"][cut["ranks"].index(rank)]
 
 
-def _along(optimizer: str, what: str, step: int) -> float:
+def after(step: int, optimizer: str, what: str) -> float:
+    """The "loss", nats a token above the floor, or the "share": effective rank of the updates, of the largest possible."""
     along = _recorded()["along_training"]
     at = along["steps"].index(step)
     return statistics.fmean(run[at] for run in along["runs"][optimizer][what])
 
 
 def rank_percent_after(step: int, optimizer: str) -> float:
-    """Effective rank of the updates, of the largest possible; after the first step of SGD it is the gradient's."""
-    return 100 * _along(optimizer, "share", step)
-
-
-def nats_after(step: int, optimizer: str) -> float:
-    """A token above the floor."""
-    return _along(optimizer, "loss", step)
+    """That share in percent; after the first step of SGD it is the gradient's."""
+    return 100 * after(step, optimizer, "share")
 
 
 # Gemma 3 270M
 
 
-@cache
 def _gemma(device: str = GPU) -> dict:
     return recorded.load("gemma_spectra", device)["result"]
 
@@ -234,9 +226,15 @@ def gemma_gain_percent(rank: int, device: str = GPU) -> float:
 # Random subspaces; means of three seeds
 
 
-def tiny_parameters() -> int:
-    """Of the tiny model."""
-    return _recorded()["tiny"]["parameters"]
+def _network(width: int | None) -> dict:
+    """The network of that width, which reads digits; None is the tiny model."""
+    tiny = _recorded()["tiny"]
+    return tiny | {"full": [1], "subspace": tiny["share_of_gain"]} if width is None else _recorded()["digits"][str(width)]
+
+
+def parameters(width: int | None = None) -> int:
+    """Of such a network."""
+    return _network(width)["parameters"]
 
 
 def tiny_gain_percent(dimensions: int) -> float:
@@ -244,23 +242,12 @@ def tiny_gain_percent(dimensions: int) -> float:
     return 100 * statistics.fmean(_recorded()["tiny"]["share_of_gain"][str(dimensions)])
 
 
-def tiny_d90() -> int:
-    """The smallest dimension tried that reaches 90 % of the full fine-tuning's gain."""
-    return min(d for d in map(int, _recorded()["tiny"]["share_of_gain"]) if tiny_gain_percent(d) >= 90)
+def d90(width: int | None = None) -> int:
+    """The smallest dimension tried that reaches 90 % of full training: of the digits' accuracy, or of the tiny model's gain."""
+    enough = 0.9 * statistics.fmean(_network(width)["full"])
+    return min(int(d) for d, results in _network(width)["subspace"].items() if statistics.fmean(results) >= enough)
 
 
-def tiny_d90_percent() -> float:
+def d90_percent(width: int | None = None) -> float:
     """The same, of all parameters."""
-    return 100 * tiny_d90() / tiny_parameters()
-
-
-def digits_parameters(width: int) -> int:
-    """Of the network that reads digits."""
-    return _recorded()["digits"][str(width)]["parameters"]
-
-
-def digits_d90(width: int) -> int:
-    """The smallest dimension tried that reaches 90 % of its full accuracy."""
-    found = _recorded()["digits"][str(width)]
-    enough = 0.9 * statistics.fmean(found["full"])
-    return min(int(d) for d, accuracies in found["subspace"].items() if statistics.fmean(accuracies) >= enough)
+    return 100 * d90(width) / parameters(width)

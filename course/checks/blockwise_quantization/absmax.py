@@ -6,7 +6,7 @@ from operator import truediv
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, but, unpacked
 from course.checks.blockwise_quantization.shared import TINY, comes_back, largest_is, number, off_the_borders, transposed
 
 
@@ -74,8 +74,8 @@ def harder_in_16_bits(x: Tensor, g: torch.Generator) -> Tensor:
     return flat.view(x.shape)
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     for name, shape, dtype, sign, size in (
         ("a float32 matrix, largest value negative", (7, 9), torch.float32, -1, 0.7),
         ("a float32 vector, largest value positive", (50,), torch.float32, 1, 0.7),
@@ -94,15 +94,14 @@ def observe(answer, seed: int) -> dict:
         codes, scale = unpacked(answer(x.clone()), "a pair, (codes, scale), with the codes as a tensor", Tensor, object)
         scale = number(scale)
         back = isinstance(scale, float) and comes_back(x, codes, scale, step)
-        seen[f"codes of {name}"] = codes
+        yield f"codes of {name}", codes
         # not the scale itself where values are tiny: whatever was added, one message fits
-        seen |= {f"codes · scale gives {name} back": back} if size == TINY else {f"scale of {name}": scale}
+        yield (f"codes · scale gives {name} back", back) if size == TINY else (f"scale of {name}", scale)
         if not back:
-            return seen
+            return
     codes, scale = answer(torch.zeros(4, 3))
-    seen["codes of a tensor of zeros"] = codes
-    seen["the scale of a tensor of zeros is a positive, finite number"] = bool(0 < number(scale) < math.inf)
-    return seen
+    yield "codes of a tensor of zeros", codes
+    yield "the scale of a tensor of zeros is a positive, finite number", bool(0 < number(scale) < math.inf)
 
 
 check = Check(
@@ -111,46 +110,42 @@ check = Check(
     reference=absmax_int8,
     second=by_distance,
     misconceptions={
-        "the scale comes from x.max(): the value with the largest magnitude may be negative, so take x.abs().max()": {
-            "largest": torch.max,
-            "stored": within_127,
-        },
-        "the scale comes from x.max(), and values below −x.max() wrapped around in int8: take x.abs().max()": {
-            "largest": torch.max,
-            "stored": wrapped,
-        },
-        "you divided by 128 and clamped: there is no code 128, so the largest positive value is cut; use 127 steps on both sides": {
-            "steps": 128
-        },
-        "you divided by 128: the largest positive value gets the code 128, which wraps around to −128 in int8; use 127": {
-            "steps": 128,
-            "stored": wrapped,
-        },
-        "you divided by 255, the steps of the whole range: on each side of zero there are 127": {"steps": 255, "stored": within_127},
-        "the fraction was cut off: .to(torch.int8) truncates towards zero; call .round() first": {"rounded": torch.trunc},
-        "you took the floor: that pulls every value down by half a step on average; use .round()": {"rounded": torch.floor},
-        "your scale is the inverse of the right one: it multiplies the codes to give x back, so it is absmax / 127": {
-            "returned": torch.reciprocal
-        },
-        "you returned absmax as the scale: a code counts steps, and a step is absmax / 127": {"returned": lambda scale: 127 * scale},
-        "you divided in the tensor's own 16-bit dtype: the scale itself is then rounded to a few digits; convert x to float32 first": {
-            "wide": lambda x: x,
-            "stored": within_127,
-        },
-        "the scale is right, but x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": {
-            "wide": lambda x: x,
-            "largest": lambda x: x.float().abs().max(),  # a float32 scale of no dimension does not widen a 16-bit tensor
-        },
+        "the scale comes from x.max(): the value with the largest magnitude may be negative, so take x.abs().max()": but(
+            largest=torch.max, stored=within_127
+        ),
+        "the scale comes from x.max(), and values below −x.max() wrapped around in int8: take x.abs().max()": but(
+            largest=torch.max, stored=wrapped
+        ),
+        "you divided by 128 and clamped: there is no code 128, so the largest positive value is cut; use 127 steps on both sides": but(
+            steps=128
+        ),
+        "you divided by 128: the largest positive value gets the code 128, which wraps around to −128 in int8; use 127": but(
+            steps=128, stored=wrapped
+        ),
+        "you divided by 255, the steps of the whole range: on each side of zero there are 127": but(steps=255, stored=within_127),
+        "the fraction was cut off: .to(torch.int8) truncates towards zero; call .round() first": but(rounded=torch.trunc),
+        "you took the floor: that pulls every value down by half a step on average; use .round()": but(rounded=torch.floor),
+        "your scale is the inverse of the right one: it multiplies the codes to give x back, so it is absmax / 127": but(
+            returned=torch.reciprocal
+        ),
+        "you returned absmax as the scale: a code counts steps, and a step is absmax / 127": but(returned=lambda scale: 127 * scale),
+        "you divided in the tensor's own 16-bit dtype: the scale itself is then rounded to a few digits; convert x to float32 first": but(
+            wide=lambda x: x, stored=within_127
+        ),
+        "the scale is right, but x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": but(
+            wide=lambda x: x,
+            largest=lambda x: x.float().abs().max(),  # a float32 scale of no dimension does not widen a 16-bit tensor
+        ),
         "you spread the codes from the smallest to the largest value: that needs a zero point (exercise 2); here zero has the code 0": (
             from_min_to_max
         ),
-        "the codes are still floating-point numbers: convert them to torch.int8, else nothing is saved": {"stored": lambda codes: codes},
-        "a tensor of zeros has absmax 0, by which nothing can be divided (0 / 0 is NaN): give it some positive scale, such as 1": {
-            "scale": truediv
-        },
-        "a number was added to the scale, or it has a least value: beside it tiny values are lost; replace a scale of 0 and no other": {
-            "scale": lambda absmax, steps: absmax / steps + 1e-8
-        },
+        "the codes are still floating-point numbers: convert them to torch.int8, else nothing is saved": but(stored=lambda codes: codes),
+        "a tensor of zeros has absmax 0, by which nothing can be divided (0 / 0 is NaN): give it some positive scale, such as 1": but(
+            scale=truediv
+        ),
+        "a number was added to the scale, or it has a least value: beside it tiny values are lost; replace a scale of 0 and no other": but(
+            scale=lambda absmax, steps: absmax / steps + 1e-8
+        ),
     },
     atol=0,  # a scale may be tiny
 )

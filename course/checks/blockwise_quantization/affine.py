@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from course.checking import Check, first_difference, unpacked
+from course.checking import Check, Seen, but, first_difference, unpacked
 from course.checks.blockwise_quantization.shared import TINY, number, off_the_borders
 
 
@@ -21,14 +21,15 @@ def affine_uint8(
     zero=lambda low, scale: round(-low / scale),
     code=lambda x, low, scale, zero: (x / scale).round() + zero,
     stored=lambda codes: codes.clamp(0, 255).to(torch.uint8),
-    returned=lambda scale, zero: (scale, zero),
+    given_scale=lambda scale: scale,
+    given_zero=lambda zero: zero,
 ) -> tuple[Tensor, float, int]:
     """The worked answer: the range is widened to hold zero; a code is the nearest whole number of steps, plus that of zero."""
     x = wide(x, low, high)
     low, high = ends(x, low, high)
     scale = step(high - low)
     zero_point = zero(low, scale)
-    return stored(code(x, low, scale, zero_point)), *returned(scale, zero_point)
+    return stored(code(x, low, scale, zero_point)), given_scale(scale), given_zero(zero_point)
 
 
 def clamped_first(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +40,8 @@ def clamped_first(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, T
     return (inside / scale + zero_point).round().to(torch.uint8), scale, zero_point
 
 
-def observe(answer, seed: int) -> dict:
-    rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     sign = rng.choice([-1, 1])
     for name, dtype, kind in (
         ("a float32 tensor", torch.float32, "around zero"),
@@ -61,13 +62,12 @@ def observe(answer, seed: int) -> dict:
         given = {"around zero": (low, high), "above": (0.1 * high, high), "below": (low, 0.1 * low)}[kind]
         result = unpacked(answer(x, *given), "(codes, scale, zero_point), with the codes as a tensor", Tensor, object, object)
         codes, scale, zero_point = result[0], *map(number, result[1:])
-        seen[f"codes of {name}"] = codes
+        yield f"codes of {name}", codes
         if "about" in name:  # not the scale itself: whatever was added to it, one message fits
-            seen[f"255 scales are the range of {name}"] = first_difference(scale, (high - low) / 255, 1e-4, 0) is None
+            yield f"255 scales are the range of {name}", first_difference(scale, (high - low) / 255, 1e-4, 0) is None
         else:
-            seen[f"scale of {name}"] = scale
-        seen[f"zero_point of {name}"] = zero_point
-    return seen
+            yield f"scale of {name}", scale
+        yield f"zero_point of {name}", zero_point
 
 
 check = Check(
@@ -76,60 +76,52 @@ check = Check(
     reference=affine_uint8,
     second=clamped_first,
     misconceptions={
-        "the range does not contain zero: widen it with min(low, 0) and max(high, 0), so that zero has a code": {
-            "ends": lambda x, low, high: (low, high)
-        },
-        "values outside of the range wrapped around in uint8: a value just above `high` came back as the lowest; clamp to 0 … 255": {
-            "stored": lambda codes: codes.to(torch.int32).to(torch.uint8)
-        },
-        "you clamped before adding the zero point: all negative values were cut to zero; add it, then clamp": {
-            "code": lambda x, low, scale, zero: (x / scale).round().clamp(0, 255) + zero
-        },
-        "zero_point is not a whole number: round it, else zero lies between two codes and does not come back as zero": {
-            "zero": lambda low, scale: -low / scale,
-            "code": lambda x, low, scale, zero: (x / scale + zero).round(),
-        },
-        "you rounded (x − low) / scale: zero_point is rounded too, the two differ by part of a step; round x / scale, add zero_point": {
-            "code": lambda x, low, scale, zero: ((x - low) / scale).round()
-        },
-        "you divided the range by 256: 256 codes have 255 steps between them": {"step": lambda width: width / 256},
-        "the sign of zero_point is wrong: it is the code that zero gets, between 0 and 255": {
-            "returned": lambda scale, zero: (scale, -zero)
-        },
-        "zero_point lost its fraction: int() and // cut it off, which is one code too low half of the time; use round()": {
-            "zero": lambda low, scale: math.floor(-low / scale)
-        },
-        "x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": {"wide": lambda x, low, high: x},
-        "you clamped x to low and high as they were given: widen the range first, or clamp the codes to 0 … 255 instead": {
-            "wide": lambda x, low, high: x.float().clamp(low, high)
-        },
-        "your scale is the inverse of the right one: it multiplies codes − zero_point to give x back": {
-            "returned": lambda scale, zero: (1 / scale, zero)
-        },
-        "zero_point is in the unit of x: it is a code, so divide −low by the scale and round": {
-            "zero": lambda low, scale: -low,
-            "code": lambda x, low, scale, zero: (x / scale).round() + round(zero / scale),
-        },
-        "you took the range from x itself: it was measured before and given as low and high; x may go beyond it": {
-            "ends": lambda x, low, high: (min(x.min().item(), 0.0), max(x.max().item(), 0.0))
-        },
-        "that is a symmetric range, −m to m: the codes of the side that x does not use are wasted; go from low to high": {
-            "ends": lambda x, low, high: (-max(abs(low), abs(high)), max(abs(low), abs(high)))
-        },
-        "the fraction was cut off: round x / scale to the nearest whole number": {
-            "code": lambda x, low, scale, zero: (x / scale).trunc() + zero
-        },
-        "the codes are still floating-point numbers: convert them to torch.uint8": {"stored": lambda codes: codes.clamp(0, 255)},
-        "the codes are int8: with a zero point they run from 0 to 255, which is torch.uint8": {
-            "stored": lambda codes: codes.clamp(0, 255).to(torch.uint8).view(torch.int8)
-        },
-        "codes and zero_point are 128 too low: that is the same format with signed codes; asked are 0 to 255, torch.uint8": {
-            "stored": lambda codes: (codes.clamp(0, 255) - 128).to(torch.int8),
-            "returned": lambda scale, zero: (scale, zero - 128),
-        },
-        "a number was added to the scale, or it has a least value: beside it a narrow range is lost; since `low` < `high`, no scale is 0": {
-            "step": lambda width: width / 255 + 1e-8
-        },
+        "the range does not contain zero: widen it with min(low, 0) and max(high, 0), so that zero has a code": but(
+            ends=lambda x, low, high: (low, high)
+        ),
+        "values outside of the range wrapped around in uint8: a value just above `high` came back as the lowest; clamp to 0 … 255": but(
+            stored=lambda codes: codes.to(torch.int32).to(torch.uint8)
+        ),
+        "you clamped before adding the zero point: all negative values were cut to zero; add it, then clamp": but(
+            code=lambda x, low, scale, zero: (x / scale).round().clamp(0, 255) + zero
+        ),
+        "zero_point is not a whole number: round it, else zero lies between two codes and does not come back as zero": but(
+            zero=lambda low, scale: -low / scale, code=lambda x, low, scale, zero: (x / scale + zero).round()
+        ),
+        "you rounded (x − low) / scale: zero_point is rounded too, the two differ by part of a step; round x / scale, add zero_point": but(
+            code=lambda x, low, scale, zero: ((x - low) / scale).round()
+        ),
+        "you divided the range by 256: 256 codes have 255 steps between them": but(step=lambda width: width / 256),
+        "the sign of zero_point is wrong: it is the code that zero gets, between 0 and 255": but(given_zero=lambda zero: -zero),
+        "zero_point lost its fraction: int() and // cut it off, which is one code too low half of the time; use round()": but(
+            zero=lambda low, scale: math.floor(-low / scale)
+        ),
+        "x / scale was computed in the tensor's own 16-bit dtype and rounded twice: divide x.float()": but(wide=lambda x, low, high: x),
+        "you clamped x to low and high as they were given: widen the range first, or clamp the codes to 0 … 255 instead": but(
+            wide=lambda x, low, high: x.float().clamp(low, high)
+        ),
+        "your scale is the inverse of the right one: it multiplies codes − zero_point to give x back": but(given_scale=lambda s: 1 / s),
+        "zero_point is in the unit of x: it is a code, so divide −low by the scale and round": but(
+            zero=lambda low, scale: -low, code=lambda x, low, scale, zero: (x / scale).round() + round(zero / scale)
+        ),
+        "you took the range from x itself: it was measured before and given as low and high; x may go beyond it": but(
+            ends=lambda x, low, high: (min(x.min().item(), 0.0), max(x.max().item(), 0.0))
+        ),
+        "that is a symmetric range, −m to m: the codes of the side that x does not use are wasted; go from low to high": but(
+            ends=lambda x, low, high: (-max(abs(low), abs(high)), max(abs(low), abs(high)))
+        ),
+        "the fraction was cut off: round x / scale to the nearest whole number": but(
+            code=lambda x, low, scale, zero: (x / scale).trunc() + zero
+        ),
+        "the codes are still floating-point numbers: convert them to torch.uint8": but(stored=lambda codes: codes.clamp(0, 255)),
+        "the codes are int8: with a zero point they run from 0 to 255, which is torch.uint8": but(
+            stored=lambda codes: codes.clamp(0, 255).to(torch.uint8).view(torch.int8)
+        ),
+        "codes and zero_point are 128 too low: that is the same format with signed codes; asked are 0 to 255, torch.uint8": but(
+            stored=lambda codes: (codes.clamp(0, 255) - 128).to(torch.int8), given_zero=lambda zero: zero - 128
+        ),
+        "a number was added to the scale, or it has a least value: beside it a narrow range is lost; since `low` < `high`, no scale is "
+        "0": but(step=lambda width: width / 255 + 1e-8),
     },
     atol=0,  # a scale may be tiny
 )

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
-from course.checks.blockwise_quantization.shared import TINY, largest_is, number, transposed
+from course.checking import Check, Seen, but, unpacked
+from course.checks.blockwise_quantization.shared import TINY, largest_is, number, off_the_midpoints, transposed
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise
 
 
@@ -21,19 +21,18 @@ def quantize_blocks(
     *,
     wide=Tensor.float,
     cut=lambda x, size: x.flatten().split(size),
-    largest=lambda block, x: block.abs().max(),
+    largest=lambda block: block.abs().max(),
+    dealt=lambda absmax: absmax,
     divisor=lambda top: torch.where(top == 0, 1, top),
     code=nearest,
     stored=lambda codes, x: codes.to(torch.uint8).view(x.shape),
     returned=lambda absmax: absmax,
 ) -> tuple[Tensor, Tensor]:
     """The worked answer: block by block the largest absolute value, and of each value's share of it the nearest level."""
-    x = wide(x)
-    codes, absmax = [], []
-    for block in cut(x, block_size):
-        absmax.append(largest(block, x))
-        codes.append(code(block / divisor(absmax[-1]), codebook))
-    return stored(torch.cat(codes), x), returned(torch.stack(absmax))
+    blocks = cut(wide(x), block_size)
+    absmax = dealt(torch.stack([largest(block) for block in blocks]))
+    codes = [code(block / divisor(top), codebook) for block, top in zip(blocks, absmax, strict=True)]
+    return stored(torch.cat(codes), x), returned(absmax)
 
 
 def by_the_reference(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -59,17 +58,6 @@ def level_above(share: Tensor, codebook: Tensor) -> Tensor:
     return order[torch.bucketize(share, levels).clamp(max=len(levels) - 1)]
 
 
-def off_the_midpoints(x: Tensor, codebook: Tensor, block_size: int) -> Tensor:
-    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
-    borders = midpoints(codebook.double().sort().values)
-    flat = x.flatten().clone()
-    for block in flat.split(block_size):
-        share = block.double() / block.double().abs().max()
-        near = (share[:, None] - borders).abs().amin(1) < 1e-5  # float32 divides a hundred times more exactly
-        block[near & (share.abs() < 1)] = 0
-    return flat.view(x.shape)
-
-
 def in_no_order(count: int, g: torch.Generator) -> Tensor:
     """A codebook. Zero is neither its first level nor that in the middle, and no two levels are equal: either code would be right."""
     inner = torch.randperm(9999, generator=g) - 4999
@@ -79,8 +67,8 @@ def in_no_order(count: int, g: torch.Generator) -> Tensor:
     return torch.cat([levels[:at], torch.zeros(1), levels[at:]])
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     uneven, many = in_no_order(12, g), in_no_order(256, g)
     for name, shape, block_size, codebook, dtype in (
         ("4-bit integers", (6, 32), 16, int_codebook(4), torch.float32),
@@ -98,26 +86,24 @@ def observe(answer, seed: int) -> dict:
             x = transposed(x)
         result = answer(x.clone(), codebook.clone(), block_size)
         codes, absmax = unpacked(result, "a pair of tensors, (codes, absmax)", Tensor, Tensor)
-        seen |= {
-            f"absmax, {name}": absmax,
-            f"dtype of the codes, {name}": str(codes.dtype),
-            f"shape of the codes, {name}": str(tuple(codes.shape)),
-        }
+        yield f"absmax, {name}", absmax
+        yield f"dtype of the codes, {name}", str(codes.dtype)
+        yield f"shape of the codes, {name}", str(tuple(codes.shape))
         if codes.is_floating_point() or codes.numel() != x.numel() or len(absmax) != math.ceil(x.numel() / block_size):
-            return seen
+            return
         levels = codebook[codes.long().clamp(0, len(codebook) - 1).flatten()]
-        seen[f"the levels that the codes stand for, {name}"] = levels
+        yield f"the levels that the codes stand for, {name}", levels
         right = dequantize_blockwise(quantize_blockwise(x.float(), codebook, block_size)).flatten()
         if not torch.allclose(levels * absmax.float().repeat_interleave(block_size)[: len(levels)], right, rtol=1e-4):
-            return seen
+            return
     x = torch.randn(4, 16, generator=g)
     x[1] *= TINY
     x[2] = 0
     codes, absmax = answer(off_the_midpoints(x, uneven, 16), uneven, 16)
-    seen[f"absmax of a block of values of about {TINY:.0e}"] = number(absmax[1])
-    seen[f"codes of a block of values of about {TINY:.0e}"] = codes[1]
-    seen |= {"codes of a block of zeros": codes[2], "absmax of a block of zeros": number(absmax[2])}
-    return seen
+    yield f"absmax of a block of values of about {TINY:.0e}", number(absmax[1])
+    yield f"codes of a block of values of about {TINY:.0e}", codes[1]
+    yield "codes of a block of zeros", codes[2]
+    yield "absmax of a block of zeros", number(absmax[2])
 
 
 check = Check(
@@ -126,57 +112,51 @@ check = Check(
     reference=quantize_blocks,
     second=by_the_reference,
     misconceptions={
-        "your blocks start anew in every row: they run over the flattened tensor, also past the end of a row": {
-            "cut": lambda x, size: [block for row in x for block in row.split(size)]
-        },
-        "the values after the last whole block are missing: the last block is as short as it comes out, with a scale of its own": {
-            "cut": lambda x, size: x.flatten()[: x.numel() // size * size].split(size),
-            "stored": lambda codes, x: codes.to(torch.uint8),
-        },
+        "your blocks start anew in every row: they run over the flattened tensor, also past the end of a row": but(
+            cut=lambda x, size: [block for row in x for block in row.split(size)]
+        ),
+        "the values after the last whole block are missing: the last block is as short as it comes out, with a scale of its own": but(
+            cut=lambda x, size: x.flatten()[: x.numel() // size * size].split(size), stored=lambda codes, x: codes.to(torch.uint8)
+        ),
         "the short last block uses the scale of the block before it: it needs one of its own": last_block_borrows,
-        "every block has the scale of the whole tensor: take the maximum inside each block": {"largest": lambda block, x: x.abs().max()},
-        "you cut the tensor into block_size blocks: block_size is how many values a block holds (split, not chunk)": {
-            "cut": lambda x, size: x.flatten().chunk(size)
-        },
-        "the scales come from the largest signed value of a block: take the absolute value first": {
-            "largest": lambda block, x: block.max()
-        },
-        "you took the level below each value: the nearest one changes at the midpoint between two levels": {"code": level_below},
-        "you took the level above each value: bucketize on the levels does that; the nearest one changes at the midpoint of two": {
-            "code": level_above
-        },
-        "your codes count in the sorted codebook: a code is an index into the codebook as it was given": {
-            "code": lambda share, codebook: torch.bucketize(share, midpoints(codebook.sort().values))
-        },
-        "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate back": {
-            "code": lambda share, codebook: torch.bucketize(share, midpoints(codebook))
-        },
-        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": {
-            "code": lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
-        },
-        "the values were not divided by the absmax of their block before the nearest level was looked up": {"divisor": torch.ones_like},
-        "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": {
-            "largest": lambda block, x: block[block.abs().argmax()]
-        },
-        "absmax was taken, and the division done, in 16 bits: convert x to float32 first": {
-            "wide": lambda x: x,
-            "code": lambda share, codebook: nearest(share, codebook.to(share.dtype)),
-        },
-        "the codes are int64, eight bytes for each: convert them to torch.uint8": {"stored": lambda codes, x: codes.view(x.shape)},
-        "the codes are flat: give them the shape of x": {"stored": lambda codes, x: codes.to(torch.uint8)},
-        "you returned steps (absmax over the number of levels): with a codebook from −1 to 1 the scale is absmax itself": {
-            "returned": lambda absmax: absmax / 7
-        },
-        "a block of zeros was divided by zero: NaN has no nearest level; guard the division": {"divisor": lambda top: top},
-        "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": {
-            "wide": lambda x: x,
-            "largest": lambda block, x: block.float().abs().max(),
-        },
+        "every block has the scale of the whole tensor: take the maximum inside each block": but(dealt=lambda t: t.max().expand_as(t)),
+        "you cut the tensor into block_size blocks: block_size is how many values a block holds (split, not chunk)": but(
+            cut=lambda x, size: x.flatten().chunk(size)
+        ),
+        "the scales come from the largest signed value of a block: take the absolute value first": but(largest=torch.max),
+        "you took the level below each value: the nearest one changes at the midpoint between two levels": but(code=level_below),
+        "you took the level above each value: bucketize on the levels does that; the nearest one changes at the midpoint of two": but(
+            code=level_above
+        ),
+        "your codes count in the sorted codebook: a code is an index into the codebook as it was given": but(
+            code=lambda share, codebook: torch.bucketize(share, midpoints(codebook.sort().values))
+        ),
+        "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate "
+        "back": but(code=lambda share, codebook: torch.bucketize(share, midpoints(codebook))),
+        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": but(
+            code=lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
+        ),
+        "the values were not divided by the absmax of their block before the nearest level was looked up": but(divisor=torch.ones_like),
+        "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": but(
+            largest=lambda block: block[block.abs().argmax()]
+        ),
+        "absmax was taken, and the division done, in 16 bits: convert x to float32 first": but(
+            wide=lambda x: x, code=lambda share, codebook: nearest(share, codebook.to(share.dtype))
+        ),
+        "the codes are int64, eight bytes for each: convert them to torch.uint8": but(stored=lambda codes, x: codes.view(x.shape)),
+        "the codes are flat: give them the shape of x": but(stored=lambda codes, x: codes.to(torch.uint8)),
+        "you returned steps (absmax over the number of levels): with a codebook from −1 to 1 the scale is absmax itself": but(
+            returned=lambda absmax: absmax / 7
+        ),
+        "a block of zeros was divided by zero: NaN has no nearest level; guard the division": but(divisor=lambda top: top),
+        "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": but(
+            wide=lambda x: x, largest=lambda block: block.float().abs().max()
+        ),
         "absmax is never below some number, or has one added, when you divide by it: beside it a block of tiny values is lost; "
-        "guard against 0 alone": {"divisor": lambda top: top + 1e-8},
-        "the absmax of a block of zeros is 0: replace it where you divide, not in what you return": {
-            "returned": lambda absmax: torch.where(absmax == 0, 1, absmax)
-        },
+        "guard against 0 alone": but(divisor=lambda top: top + 1e-8),
+        "the absmax of a block of zeros is 0: replace it where you divide, not in what you return": but(
+            returned=lambda absmax: torch.where(absmax == 0, 1, absmax)
+        ),
     },
     atol=1e-30,  # an absmax may be tiny; what keeps a divisor from being zero, 1e-38, may stay in it
 )

@@ -4,7 +4,7 @@ import math
 import random
 from operator import floordiv, truediv
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 
 
 def smallest_block(
@@ -46,8 +46,8 @@ def any_block(n: int, code_bits: int, scale_bits: int, budget: float) -> int | N
     return math.ceil(n / min(scales, n)) if scales > 0 else None
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     wide = rng.choice([512, 1024, 4096]) * rng.choice([3, 5, 11])
     bits, power = rng.choice([3, 4, 5]), rng.randint(4, 7)
     odd = 2**power + rng.randint(1, 3)
@@ -63,8 +63,7 @@ def observe(answer, seed: int) -> dict:
         "a scale for a million values": (3 * 2**20, bits, 32, bits + 32 / 2**20),
     }
     for label, case in cases.items():
-        seen[f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.9g}"] = answer(*case)
-    return seen
+        yield f"{label}: n = {case[0]}, codes of {case[1]} bits, scales of {case[2]}, budget {case[3]:.9g}", answer(*case)
 
 
 check = Check(
@@ -73,25 +72,25 @@ check = Check(
     reference=smallest_block,
     second=from_the_scales_that_can_be_paid,
     misconceptions={
-        "the scales are missing from your sum: each block adds scale_bits": {"blocks": lambda n, block: 0},
-        "the scale of the short last block is missing: the number of blocks is n / block_size rounded *up*": {"blocks": floordiv},
-        "you counted a fraction of a scale: a short last block has a whole one, so round n / block_size up": {"blocks": truediv},
-        "a budget that is used up exactly is kept: compare with ≤": {"fits": lambda used, allowed: used < allowed},
+        "the scales are missing from your sum: each block adds scale_bits": but(blocks=lambda n, block: 0),
+        "the scale of the short last block is missing: the number of blocks is n / block_size rounded *up*": but(blocks=floordiv),
+        "you counted a fraction of a scale: a short last block has a whole one, so round n / block_size up": but(blocks=truediv),
+        "a budget that is used up exactly is kept: compare with ≤": but(fits=lambda used, allowed: used < allowed),
         "that is the largest block, with the fewest scales: the smallest one that fits gives the least error": largest_block,
-        "this block is one halving too small: its scales no longer fit into the budget": {"found": lambda block: max(1, block // 2)},
+        "this block is one halving too small: its scales no longer fit into the budget": but(found=lambda block: max(1, block // 2)),
         "that is not a power of two: try 1, 2, 4, 8, …": any_block,
-        "you read scale_bits as bytes: it is in bits, as the budget is": {"bits": lambda codes, scales: (codes, 8 * scales)},
-        "you divided scale_bits by 8: everything here is in bits": {"bits": lambda codes, scales: (codes, scales / 8)},
-        "you assumed float32 scales: use scale_bits": {"bits": lambda codes, scales: (codes, 32)},
-        "blocks can be as small as one value: start at 1": {"first": 2},
-        "a block may be longer than n: one block then holds everything, with one scale; don't stop before that": {
-            "last": lambda block, n: 2 * block > n
-        },
-        "your search ended too early: no block is too long, up to the one that holds everything; go on until block ≥ n": {
-            "last": lambda block, n: block >= min(n, 4096)
-        },
-        "the codes take code_bits each, not 4": {"bits": lambda codes, scales: (4, scales)},
-        "where nothing fits, return None: not even one scale for all values can be paid": {"nothing": lambda block: block},
+        "you read scale_bits as bytes: it is in bits, as the budget is": but(bits=lambda codes, scales: (codes, 8 * scales)),
+        "you divided scale_bits by 8: everything here is in bits": but(bits=lambda codes, scales: (codes, scales / 8)),
+        "you assumed float32 scales: use scale_bits": but(bits=lambda codes, scales: (codes, 32)),
+        "blocks can be as small as one value: start at 1": but(first=2),
+        "a block may be longer than n: one block then holds everything, with one scale; don't stop before that": but(
+            last=lambda block, n: 2 * block > n
+        ),
+        "your search ended too early: no block is too long, up to the one that holds everything; go on until block ≥ n": but(
+            last=lambda block, n: block >= min(n, 4096)
+        ),
+        "the codes take code_bits each, not 4": but(bits=lambda codes, scales: (4, scales)),
+        "where nothing fits, return None: not even one scale for all values can be paid": but(nothing=lambda block: block),
     },
     rtol=0,
     atol=0,

@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, but, unpacked
 from course.checks.blockwise_quantization.shared import number, transposed
 from reference.blockwise import dequantize_blockwise, int_codebook, quantize_blockwise
 
@@ -61,8 +61,8 @@ def in_place(x: Tensor, codebook: Tensor, block_size: int, k: int) -> tuple[Tens
     return right
 
 
-def observe(answer, seed: int) -> dict:
-    rng, g, seen = random.Random(seed), torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     for shape, block_size, bits, k, dtype in (
         ((8, 24), 32, 4, 5, torch.float32),
         ((7, 30), 64, 3, 3, torch.bfloat16),
@@ -76,8 +76,8 @@ def observe(answer, seed: int) -> dict:
         result = answer(x, int_codebook(bits), block_size, k)
         restored, price = unpacked(result, "a pair, (restored, bits), the first a tensor", Tensor, object)
         name = f"{str(dtype).removeprefix('torch.')}{', three dimensions, transposed' * (k == 0)}, {k} values kept, blocks of {block_size}"
-        seen |= {f"restored, {name}": restored, f"bits per value, {name}": number(price)}
-    return seen
+        yield f"restored, {name}", restored
+        yield f"bits per value, {name}", number(price)
 
 
 check = Check(
@@ -86,43 +86,41 @@ check = Check(
     reference=keep_outliers,
     second=by_mask,
     misconceptions={
-        "the outliers were still there when the scales were taken: set them to zero before quantizing, else nothing is gained": {
-            "remove": lambda flat, kept: flat
-        },
-        "the outliers did not come back: write the kept values into the restored tensor": {"put_back": lambda rest, kept, flat: rest},
-        "you chose the largest signed values: an outlier may be negative, so compare absolute values": {
-            "choose": lambda x, k, size: x.flatten().topk(k).indices
-        },
-        "you kept k values of every row: k counts the whole tensor": {"choose": lambda x, k, size: of_each(x.shape[-1], x.flatten(), k)},
-        "you kept k values of every block: k counts the whole tensor": {
-            "choose": lambda x, k, size: of_each(size, x.flatten(), k),
-            "count": lambda k, kept: len(kept),
-        },
-        "the kept values were cut out, and all that follows moved up into other blocks: put zeros in their places": {
-            "remove": lambda flat, kept: flat[ordinary(flat, kept)],
-            "put_back": lambda rest, kept, flat: flat.masked_scatter(ordinary(flat, kept), rest),
-        },
-        "one value too few was kept: a mask |x| > threshold loses the k-th largest, which is the threshold": {
-            "choose": lambda x, k, size: x.flatten().abs().topk(max(k - 1, 0)).indices
-        },
-        "you clipped the outliers to the largest ordinary value: keep them as they are, outside of the codes": {
-            "remove": clipped,
-            "put_back": lambda rest, kept, flat: rest,
-        },
-        "you kept the smallest values: topk gives the largest, of the absolute values": {
-            "choose": lambda x, k, size: x.flatten().abs().topk(k, largest=False).indices
-        },
-        "the positions are missing from the bits: each kept value needs 32 bits more to say where it belongs": {
-            "each": lambda x, codebook: 8 * x.element_size()
-        },
-        "the kept values are missing from the bits: each costs the bits of its own dtype": {"each": lambda x, codebook: 32},
-        "the bits do not count what is kept: value and position, for each of the k": {"each": lambda x, codebook: 0},
-        "you took the codes of the kept values off: the codes are a dense tensor, these have one too": {
-            "each": lambda x, codebook: 8 * x.element_size() + 32 - math.ceil(math.log2(len(codebook)))
-        },
-        "you counted 32 bits for a kept value: it has the dtype of x, 16 bits for bfloat16": {"each": lambda x, codebook: 32 + 32},
-        "element_size() counts bytes: everything here is in bits": {"each": lambda x, codebook: x.element_size() + 32},
-        "that is the price for all values together: divide by how many there are": {"price": lambda dense, apart, n: dense * n + apart},
+        "the outliers were still there when the scales were taken: set them to zero before quantizing, else nothing is gained": but(
+            remove=lambda flat, kept: flat
+        ),
+        "the outliers did not come back: write the kept values into the restored tensor": but(put_back=lambda rest, kept, flat: rest),
+        "you chose the largest signed values: an outlier may be negative, so compare absolute values": but(
+            choose=lambda x, k, size: x.flatten().topk(k).indices
+        ),
+        "you kept k values of every row: k counts the whole tensor": but(choose=lambda x, k, size: of_each(x.shape[-1], x.flatten(), k)),
+        "you kept k values of every block: k counts the whole tensor": but(
+            choose=lambda x, k, size: of_each(size, x.flatten(), k), count=lambda k, kept: len(kept)
+        ),
+        "the kept values were cut out, and all that follows moved up into other blocks: put zeros in their places": but(
+            remove=lambda flat, kept: flat[ordinary(flat, kept)],
+            put_back=lambda rest, kept, flat: flat.masked_scatter(ordinary(flat, kept), rest),
+        ),
+        "one value too few was kept: a mask |x| > threshold loses the k-th largest, which is the threshold": but(
+            choose=lambda x, k, size: x.flatten().abs().topk(max(k - 1, 0)).indices
+        ),
+        "you clipped the outliers to the largest ordinary value: keep them as they are, outside of the codes": but(
+            remove=clipped, put_back=lambda rest, kept, flat: rest
+        ),
+        "you kept the smallest values: topk gives the largest, of the absolute values": but(
+            choose=lambda x, k, size: x.flatten().abs().topk(k, largest=False).indices
+        ),
+        "the positions are missing from the bits: each kept value needs 32 bits more to say where it belongs": but(
+            each=lambda x, codebook: 8 * x.element_size()
+        ),
+        "the kept values are missing from the bits: each costs the bits of its own dtype": but(each=lambda x, codebook: 32),
+        "the bits do not count what is kept: value and position, for each of the k": but(each=lambda x, codebook: 0),
+        "you took the codes of the kept values off: the codes are a dense tensor, these have one too": but(
+            each=lambda x, codebook: 8 * x.element_size() + 32 - math.ceil(math.log2(len(codebook)))
+        ),
+        "you counted 32 bits for a kept value: it has the dtype of x, 16 bits for bfloat16": but(each=lambda x, codebook: 32 + 32),
+        "element_size() counts bytes: everything here is in bits": but(each=lambda x, codebook: x.element_size() + 32),
+        "that is the price for all values together: divide by how many there are": but(price=lambda dense, apart, n: dense * n + apart),
         "x itself was changed: work on a copy": in_place,
     },
 )

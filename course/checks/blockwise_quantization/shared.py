@@ -5,6 +5,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from reference.blockwise import midpoints
+
 TINY = 1e-14  # second moments of an optimizer are as small, and are quantized too
 
 
@@ -12,6 +14,20 @@ def off_the_borders(x: Tensor, scale: Tensor | float, margin: float = 0.03) -> T
     """``x`` with zeros where x / scale is next to a half."""
     share = x.double() / scale
     return torch.where((share - share.floor() - 0.5).abs() < margin, 0, x)
+
+
+def near_a_midpoint(scaled: Tensor, levels: Tensor) -> Tensor:
+    """Which values lie so close to the middle of two levels that two right answers may take either: bool, in the shape of ``scaled``."""
+    return (scaled[..., None] - midpoints(levels.sort().values)).abs().amin(-1) < 1e-5  # float32 divides a hundred times more exactly
+
+
+def off_the_midpoints(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """``x`` with zeros where a value's share of its block's largest is next to the middle of two levels."""
+    flat = x.flatten().clone()
+    for block in flat.split(block_size):
+        largest = block.double().abs().max().clamp(min=1e-38)
+        block[near_a_midpoint(block.double() / largest, levels.double())] = 0
+    return flat.view(x.shape)
 
 
 def largest_is(sign: int, x: Tensor) -> Tensor:

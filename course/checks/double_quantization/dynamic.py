@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, but
 
 
 def dynamic_map(
@@ -52,33 +52,33 @@ check = Check(
     reference=dynamic_map,
     second=in_plain_numbers,
     misconceptions={
-        "these are the lower edges of the parts: the levels are their centres": {"inside": lambda edges: edges[:-1]},
-        "these are the upper edges of the parts: the levels are their centres": {"inside": lambda edges: edges[1:]},
-        "these are the edges of the parts, or points between them at even distances: the levels are the parts' centres": {
-            "inside": lambda edges: torch.linspace(0.1, 1, len(edges) - 1)
-        },
-        "the parts of a decade begin at zero: the decade from 0.1 to 1 begins at 0.1": {"inside": middles},
-        "the parts of a decade are equal in ratio: cut it into parts of equal length": {"inside": lambda edges: 10 ** (middles(edges) - 1)},
-        "−1 is a level and 1 is not: it is the other way round": {"extra": (0.0, -1.0)},
-        "the levels fall: sort them from the smallest to the largest": {"order": lambda levels: levels.sort(descending=True).values},
-        "the levels are sorted by size without their signs: sort them from the most negative to 1": {
-            "order": lambda levels: levels.sort().values[levels.sort().values.abs().argsort(stable=True)]
-        },
-        "the digits are the wrong way round: the decade of the largest numbers is cut into the most parts": {
-            "parts": lambda decade, decades: 2 ** (decades - 1 - decade)
-        },
+        "these are the lower edges of the parts: the levels are their centres": but(inside=lambda edges: edges[:-1]),
+        "these are the upper edges of the parts: the levels are their centres": but(inside=lambda edges: edges[1:]),
+        "these are the edges of the parts, or points between them at even distances: the levels are the parts' centres": but(
+            inside=lambda edges: torch.linspace(0.1, 1, len(edges) - 1)
+        ),
+        "the parts of a decade begin at zero: the decade from 0.1 to 1 begins at 0.1": but(inside=middles),
+        "the parts of a decade are equal in ratio: cut it into parts of equal length": but(inside=lambda edges: 10 ** (middles(edges) - 1)),
+        "−1 is a level and 1 is not: it is the other way round": but(extra=(0.0, -1.0)),
+        "the levels fall: sort them from the smallest to the largest": but(order=lambda levels: levels.sort(descending=True).values),
+        "the levels are sorted by size without their signs: sort them from the most negative to 1": but(
+            order=lambda levels: levels.sort().values[levels.sort().values.abs().argsort(stable=True)]
+        ),
+        "the digits are the wrong way round: the decade of the largest numbers is cut into the most parts": but(
+            parts=lambda decade, decades: 2 ** (decades - 1 - decade)
+        ),
         "these levels are evenly spaced, as in INT8: every decade has its own spacing": lambda decades: torch.linspace(
             -1, 1, 2 ** (decades + 1)
         ),
-        "the negative levels are missing: centred scales have both signs": {"signs": (1,)},
-        "1 is missing: the largest value of a block is scaled to exactly 1": {"extra": (0.0,)},
-        "zero is missing: without it a scale that equals the mean is moved": {"extra": (1.0,)},
-        "one level too many: 0 and 1 complete the map to a power of two; there is no −1": {"extra": (0.0, 1.0, -1.0)},
-        "the levels are not sorted: whoever searches for the nearest needs them in order": {"order": lambda levels: levels},
-        "the largest decade ends at 0.1: it should be the one from 0.1 to 1": {"top": lambda decade, decades: 10.0 ** (decade - decades)},
-        "every decade has the same number of parts: it is 1, 2, 4 …, twice as many for each larger decade": {
-            "parts": lambda decade, decades: 2 ** (decades - 1)
-        },
+        "the negative levels are missing: centred scales have both signs": but(signs=(1,)),
+        "1 is missing: the largest value of a block is scaled to exactly 1": but(extra=(0.0,)),
+        "zero is missing: without it a scale that equals the mean is moved": but(extra=(1.0,)),
+        "one level too many: 0 and 1 complete the map to a power of two; there is no −1": but(extra=(0.0, 1.0, -1.0)),
+        "the levels are not sorted: whoever searches for the nearest needs them in order": but(order=lambda levels: levels),
+        "the largest decade ends at 0.1: it should be the one from 0.1 to 1": but(top=lambda decade, decades: 10.0 ** (decade - decades)),
+        "every decade has the same number of parts: it is 1, 2, 4 …, twice as many for each larger decade": but(
+            parts=lambda decade, decades: 2 ** (decades - 1)
+        ),
     },
     rtol=1e-5,
     atol=1e-12,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.nf4 import AS_MASK, looked_up
 from reference.double_quant import dynamic_codebook, quantize_scales
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
@@ -81,8 +81,8 @@ def but_for_ties(weight: object, right: Tensor) -> object:
     return right if near.all() and (weight != right).float().mean() < 0.02 else weight
 
 
-def observe(answer, seed: int) -> dict:
-    generator, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    generator = torch.Generator().manual_seed(seed)
     usual, even = (NF4_CODEBOOK, dynamic_codebook()), (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 256))
     for shape, dtype, block_size, second_block, (levels, dynamic) in (
         ((11, 37), torch.float32, 16, 8, usual),
@@ -100,10 +100,9 @@ def observe(answer, seed: int) -> dict:
         weight = looked_up(answer, stored)
         size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} weights on one axis"
         where = f"{size}, blocks of {block_size}, scales in blocks of {second_block}{', levels of its own and scales below zero' * own}"
-        seen[f"weight, {where}"] = weight if dtype == torch.float32 else but_for_ties(weight, dequantize(stored))
+        yield f"weight, {where}", weight if dtype == torch.float32 else but_for_ties(weight, dequantize(stored))
         if weight is AS_MASK:
-            return seen
-    return seen
+            return
 
 
 check = Check(
@@ -112,51 +111,50 @@ check = Check(
     reference=dequantize,
     second=block_by_block,
     misconceptions={
-        "a scale below zero is set to zero: a scale is dynamic[code]·absmax + offset, whatever comes out": {
-            "scale": lambda level, absmax, q: (level * absmax + q.offset).clamp(min=0)
-        },
-        "a scale below zero loses its sign: a scale is dynamic[code]·absmax + offset, whatever comes out": {
-            "scale": lambda level, absmax, q: (level * absmax + q.offset).abs()
-        },
-        "the offset is missing: a scale is dynamic[code]·absmax + offset": {"scale": lambda level, absmax, q: level * absmax},
-        "the offset comes after the product: dynamic[code]·absmax + offset, not (dynamic[code] + offset)·absmax": {
-            "scale": lambda level, absmax, q: (level + q.offset) * absmax
-        },
-        "the offset is added, not taken off: taking it off was the first step of quantizing": {
-            "scale": lambda level, absmax, q: level * absmax - q.offset
-        },
-        "the nibbles are swapped: the first of two weights is in the high four bits": {"nibbles": lambda byte: (byte & 15, byte >> 4)},
-        "a code is an index into the dynamic map, not a number to divide by 127": {"dynamic": lambda q: (q.codes.float() - 127) / 128},
-        "scales of scales are dealt out in turn: each serves second_block neighbours, so repeat_interleave": {
-            "absmax": lambda q: q.absmax.repeat(q.second_block)
-        },
-        "the first scale of scales is used for all: each second_block scales have their own": {
-            "absmax": lambda q: q.absmax[:1].expand(len(q.codes))
-        },
-        "scales are dealt out in turn: each serves block_size neighbouring weights, so repeat_interleave": {
-            "spread": lambda scales, q: scales.repeat(q.block_size)
-        },
-        "the products are in 16 bits: level · scale in float32, then one rounding": {
-            "levels": lambda q: q.levels.to(q.dtype),
-            "scale": scale_in_16_bits,
-        },
-        "the scales were rounded to 16 bits before the product: keep them in float32, and round once, at the end": {
-            "scale": lambda level, absmax, q: scale_in_16_bits(level, absmax, q).float()
-        },
-        "every 16-bit weight comes out as bfloat16: there is float16 too, so take q.dtype": {
-            "last": lambda weight, q: weight.to(torch.float32 if q.dtype == torch.float32 else torch.bfloat16).view(q.shape)
-        },
-        "NF4's levels by heart: codes are indices into q.levels, whatever they are": {"levels": lambda q: NF4_CODEBOOK},
-        "the dynamic map by heart: the scales' codes are indices into q.dynamic, whatever it is": {"dynamic": usual_map},
-        "both code books by heart: use q.levels and q.dynamic, whatever they are": {"levels": lambda q: NF4_CODEBOOK, "dynamic": usual_map},
+        "a scale below zero is set to zero: a scale is dynamic[code]·absmax + offset, whatever comes out": but(
+            scale=lambda level, absmax, q: (level * absmax + q.offset).clamp(min=0)
+        ),
+        "a scale below zero loses its sign: a scale is dynamic[code]·absmax + offset, whatever comes out": but(
+            scale=lambda level, absmax, q: (level * absmax + q.offset).abs()
+        ),
+        "the offset is missing: a scale is dynamic[code]·absmax + offset": but(scale=lambda level, absmax, q: level * absmax),
+        "the offset comes after the product: dynamic[code]·absmax + offset, not (dynamic[code] + offset)·absmax": but(
+            scale=lambda level, absmax, q: (level + q.offset) * absmax
+        ),
+        "the offset is added, not taken off: taking it off was the first step of quantizing": but(
+            scale=lambda level, absmax, q: level * absmax - q.offset
+        ),
+        "the nibbles are swapped: the first of two weights is in the high four bits": but(nibbles=lambda byte: (byte & 15, byte >> 4)),
+        "a code is an index into the dynamic map, not a number to divide by 127": but(dynamic=lambda q: (q.codes.float() - 127) / 128),
+        "scales of scales are dealt out in turn: each serves second_block neighbours, so repeat_interleave": but(
+            absmax=lambda q: q.absmax.repeat(q.second_block)
+        ),
+        "the first scale of scales is used for all: each second_block scales have their own": but(
+            absmax=lambda q: q.absmax[:1].expand(len(q.codes))
+        ),
+        "scales are dealt out in turn: each serves block_size neighbouring weights, so repeat_interleave": but(
+            spread=lambda scales, q: scales.repeat(q.block_size)
+        ),
+        "the products are in 16 bits: level · scale in float32, then one rounding": but(
+            levels=lambda q: q.levels.to(q.dtype), scale=scale_in_16_bits
+        ),
+        "the scales were rounded to 16 bits before the product: keep them in float32, and round once, at the end": but(
+            scale=lambda level, absmax, q: scale_in_16_bits(level, absmax, q).float()
+        ),
+        "every 16-bit weight comes out as bfloat16: there is float16 too, so take q.dtype": but(
+            last=lambda weight, q: weight.to(torch.float32 if q.dtype == torch.float32 else torch.bfloat16).view(q.shape)
+        ),
+        "NF4's levels by heart: codes are indices into q.levels, whatever they are": but(levels=lambda q: NF4_CODEBOOK),
+        "the dynamic map by heart: the scales' codes are indices into q.dynamic, whatever it is": but(dynamic=usual_map),
+        "both code books by heart: use q.levels and q.dynamic, whatever they are": but(levels=lambda q: NF4_CODEBOOK, dynamic=usual_map),
         "torch takes an index of dtype uint8 for a mask, as it does one of bool: a mask selects entries, and has to be as long as what it "
-        "selects from; codes are positions, so index with codes.int(), at both levels": {"dynamic": lambda q: q.dynamic[q.codes]},
-        "the two block sizes are swapped, or one is used for both levels": {"absmax": lambda q: q.absmax.repeat_interleave(q.block_size)},
-        "a level stands for a scale by itself here: multiply it by the scale of its block first, then add the offset": {
-            "scale": lambda level, absmax, q: level + q.offset
-        },
-        "the result stays float32: give it the weight's dtype, after the product": {"last": lambda weight, q: weight.view(q.shape)},
-        "the result is flat: give it the weight's shape": {"last": lambda weight, q: weight.to(q.dtype)},
+        "selects from; codes are positions, so index with codes.int(), at both levels": but(dynamic=lambda q: q.dynamic[q.codes]),
+        "the two block sizes are swapped, or one is used for both levels": but(absmax=lambda q: q.absmax.repeat_interleave(q.block_size)),
+        "a level stands for a scale by itself here: multiply it by the scale of its block first, then add the offset": but(
+            scale=lambda level, absmax, q: level + q.offset
+        ),
+        "the result stays float32: give it the weight's dtype, after the product": but(last=lambda weight, q: weight.view(q.shape)),
+        "the result is flat: give it the weight's shape": but(last=lambda weight, q: weight.to(q.dtype)),
     },
     rtol=1e-5,
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from course.checking import Check, unpacked
+from course.checking import Check, Seen, but, unpacked
 from course.checks.double_quantization.dynamic import dynamic_map
 from reference.blockwise import midpoints
 
@@ -17,7 +17,7 @@ def quantize_scales(
     offset=lambda absmax, size: absmax.mean(),
     cut=lambda absmax, size: absmax.split(size),
     centred=lambda block, offset: block - offset,
-    largest=lambda centred, block: centred.abs().max(),
+    largest=lambda rest, block: rest.abs().max(),
     divided=lambda centred, scale: centred / scale,
     code=lambda scaled, levels: torch.bucketize(scaled, midpoints(levels)),
     returned=lambda scales: scales,
@@ -67,8 +67,8 @@ def drawn(generator: torch.Generator, count: int, block_size: int, levels: Tenso
             return absmax
 
 
-def observe(answer, seed: int) -> dict:
-    generator, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    generator = torch.Generator().manual_seed(seed)
     small = 2.0**-20  # about 1e-6: an epsilon of 1e-8 moves many codes, one of 1e-12 none
     cases = ((dynamic_map(5), 150, 64, 1.0), (torch.linspace(-1, 1, 31), 83, 16, 1.0), (dynamic_map(7), 96, 32, small))
     for levels, count, block_size, size in cases:
@@ -78,9 +78,11 @@ def observe(answer, seed: int) -> dict:
         where = f"{count} {'scales' if size == 1 else 'scales of about 1e-6'} in blocks of {block_size}, {len(levels)} levels"
         count_of_offsets = offset.numel() if isinstance(offset, Tensor) else len(offset) if isinstance(offset, (list, tuple)) else 1
         if count_of_offsets == -(-count // block_size):
-            return seen | {f"offset, {where}": "one for each block"}  # of any shape, with whatever codes
-        seen |= {f"offset, {where}": offset, f"scales of scales, {where}": largest, f"codes, {where}": codes}
-    return seen
+            yield f"offset, {where}", "one for each block"  # of any shape, with whatever codes
+            return
+        yield f"offset, {where}", offset
+        yield f"scales of scales, {where}", largest
+        yield f"codes, {where}", codes
 
 
 check = Check(
@@ -89,66 +91,62 @@ check = Check(
     reference=quantize_scales,
     second=in_one_piece,
     misconceptions={
-        "the mean is not taken off: scales are all positive, so half of the levels are never used": {
-            "offset": lambda absmax, size: torch.tensor(0.0)
-        },
-        "you took each block's own mean: the offset is one number for the whole tensor": {"offset": means, "centred": its_own_mean_off},
+        "the mean is not taken off: scales are all positive, so half of the levels are never used": but(
+            offset=lambda absmax, size: torch.tensor(0.0)
+        ),
+        "you took each block's own mean: the offset is one number for the whole tensor": but(offset=means, centred=its_own_mean_off),
         "each block's own mean comes off, and the mean of all scales is returned: take off what you return, one number for the whole "
-        "tensor": {"centred": its_own_mean_off},
+        "tensor": but(centred=its_own_mean_off),
         "each block's own mean comes off, and the mean of these means is returned: the offset is the mean of all scales, and it is what "
-        "comes off": {"offset": lambda absmax, size: means(absmax, size).mean(), "centred": its_own_mean_off},
-        "each block's own mean comes off, and the last one is returned: the offset is one number, the mean of all scales": {
-            "offset": lambda absmax, size: means(absmax, size)[-1],
-            "centred": its_own_mean_off,
-        },
+        "comes off": but(offset=lambda absmax, size: means(absmax, size).mean(), centred=its_own_mean_off),
+        "each block's own mean comes off, and the last one is returned: the offset is one number, the mean of all scales": but(
+            offset=lambda absmax, size: means(absmax, size)[-1], centred=its_own_mean_off
+        ),
         "the offset is the mean of the blocks' means, in which a scale of a short last block counts for more: take the mean of all "
-        "scales": {"offset": lambda absmax, size: means(absmax, size).mean()},
-        "the offset is the mean; you took off the smallest scale, which leaves the negative levels unused": {
-            "offset": lambda absmax, size: absmax.min()
-        },
-        "the offset is the mean; you took the middle between the smallest and the largest": {
-            "offset": lambda absmax, size: (absmax.min() + absmax.max()) / 2
-        },
-        "the offset is the mean, not the median": {"offset": lambda absmax, size: absmax.median()},
-        "a block's scale is its largest *absolute* value: a scale far below the mean counts too": {
-            "largest": lambda centred, block: centred.max()
-        },
-        "a block's scale keeps the sign of the value that is farthest from zero: take its absolute value": {
-            "largest": lambda centred, block: centred[centred.abs().argmax()]
-        },
-        "a block's scale is its largest absolute value, so that all of it fits between −1 and 1; you took the standard deviation": {
-            "largest": lambda centred, block: centred.std()
-        },
-        "a block's scale is its largest absolute value; you took half the distance from the smallest to the largest": {
-            "largest": lambda centred, block: (centred.max() - centred.min()) / 2
-        },
-        "a block's scale is what its values are divided by; you returned the inverse": {"returned": torch.reciprocal},
-        "the code is the index of the nearest level, whatever the levels are; you rounded to evenly spaced ones": {
-            "code": lambda scaled, levels: ((scaled + 1) / 2 * (len(levels) - 1)).round()
-        },
-        "the nearest level has the smallest *absolute* difference": {"code": lambda scaled, levels: (scaled[:, None] - levels).argmin(1)},
-        "the mean comes off first: you took a block's scale from values that still have it": {
-            "largest": lambda centred, block: block.abs().max()
-        },
-        "the zeros that fill the last block were counted in the mean: take it of the scales alone": {
-            "offset": lambda absmax, size: with_zeros(absmax, size).mean()
-        },
+        "scales": but(offset=lambda absmax, size: means(absmax, size).mean()),
+        "the offset is the mean; you took off the smallest scale, which leaves the negative levels unused": but(
+            offset=lambda absmax, size: absmax.min()
+        ),
+        "the offset is the mean; you took the middle between the smallest and the largest": but(
+            offset=lambda absmax, size: (absmax.min() + absmax.max()) / 2
+        ),
+        "the offset is the mean, not the median": but(offset=lambda absmax, size: absmax.median()),
+        "a block's scale is its largest *absolute* value: a scale far below the mean counts too": but(largest=lambda rest, _: rest.max()),
+        "a block's scale keeps the sign of the value that is farthest from zero: take its absolute value": but(
+            largest=lambda rest, block: rest[rest.abs().argmax()]
+        ),
+        "a block's scale is its largest absolute value, so that all of it fits between −1 and 1; you took the standard deviation": but(
+            largest=lambda rest, block: rest.std()
+        ),
+        "a block's scale is its largest absolute value; you took half the distance from the smallest to the largest": but(
+            largest=lambda rest, block: (rest.max() - rest.min()) / 2
+        ),
+        "a block's scale is what its values are divided by; you returned the inverse": but(returned=torch.reciprocal),
+        "the code is the index of the nearest level, whatever the levels are; you rounded to evenly spaced ones": but(
+            code=lambda scaled, levels: ((scaled + 1) / 2 * (len(levels) - 1)).round()
+        ),
+        "the nearest level has the smallest *absolute* difference": but(code=lambda scaled, levels: (scaled[:, None] - levels).argmin(1)),
+        "the mean comes off first: you took a block's scale from values that still have it": but(
+            largest=lambda rest, block: block.abs().max()
+        ),
+        "the zeros that fill the last block were counted in the mean: take it of the scales alone": but(
+            offset=lambda absmax, size: with_zeros(absmax, size).mean()
+        ),
         "the last block was filled with zeros before the mean was taken and came off: they were counted in it, and became −mean; fill it "
-        "up once the mean is off": {"offset": lambda absmax, size: with_zeros(absmax, size).mean(), "cut": blocks_with_zeros},
-        "zeros were added before the mean came off: they became −mean and set the last block's scale": {"cut": blocks_with_zeros},
-        "one scale for all: each block of block_size scales has its own": {"cut": lambda absmax, size: [absmax]},
-        "the code is that of the nearest level; you took the next level below": {
-            "code": lambda scaled, levels: (torch.searchsorted(levels, scaled, right=True) - 1).clamp(min=0)
-        },
-        "the code is that of the nearest level; you took the next level above": {
-            "code": lambda scaled, levels: torch.searchsorted(levels, scaled).clamp(max=len(levels) - 1)
-        },
-        "1e-8 is added to a block's scale: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": {
-            "largest": lambda centred, block: centred.abs().max() + 1e-8
-        },
-        "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": {
-            "divided": lambda centred, scale: centred / (scale + 1e-8)
-        },
+        "up once the mean is off": but(offset=lambda absmax, size: with_zeros(absmax, size).mean(), cut=blocks_with_zeros),
+        "zeros were added before the mean came off: they became −mean and set the last block's scale": but(cut=blocks_with_zeros),
+        "one scale for all: each block of block_size scales has its own": but(cut=lambda absmax, size: [absmax]),
+        "the code is that of the nearest level; you took the next level below": but(
+            code=lambda scaled, levels: (torch.searchsorted(levels, scaled, right=True) - 1).clamp(min=0)
+        ),
+        "the code is that of the nearest level; you took the next level above": but(
+            code=lambda scaled, levels: torch.searchsorted(levels, scaled).clamp(max=len(levels) - 1)
+        ),
+        "1e-8 is added to a block's scale: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": but(
+            largest=lambda rest, block: rest.abs().max() + 1e-8
+        ),
+        "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add "
+        "nothing": but(divided=lambda centred, scale: centred / (scale + 1e-8)),
     },
     rtol=1e-5,
     atol=1e-12,

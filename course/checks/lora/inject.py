@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from course.checking import Check, raised
+from course.checking import Check, Seen, but, raised
 from course.checks.lora.shared import MATCHED_TOO_MUCH, after_dot, is_target, last_word, nothing, trainable
 from reference.lora import LoRALinear, inject_lora
 
@@ -78,11 +78,10 @@ class ToyModel(nn.Module):
         return self.lm_head(self.xlm_head(x) * torch.tanh(self.lm_head_gate(x)))
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 9, (2, 5), generator=g)
     r, lora_alpha = (int(torch.randint(*ends, (), generator=g)) for ends in ((2, 5), (5, 9)))
-    seen = {}
     cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], ["q_proj", "attn.q_proj"], "all-linear")
     for targets in cases:
         torch.manual_seed(seed)  # the same model, however much randomness the answer took before
@@ -91,35 +90,31 @@ def observe(answer, seed: int) -> dict:
         try:
             names = answer(model, targets, r, lora_alpha)
         except ValueError:
-            seen[f"targets {targets}"] = "refused with a ValueError"
+            yield f"targets {targets}", "refused with a ValueError"
             continue
-        seen[f"targets {targets}"] = "accepted"
-        seen |= {f"targets {targets}: {label}": value for label, value in after_injecting(model, ids, before, names).items()}
+        yield f"targets {targets}", "accepted"
+        yield from [(f"targets {targets}: {label}", value) for label, value in after_injecting(model, ids, before, names)]
     for targets in (["no_such_layer"], ["attn"]):  # the second is a block, not a linear layer
         model = ToyModel()
         before = trainable(model)
-        seen[f"targets {targets}"] = raised(answer, model, targets, r, lora_alpha)
-        seen["what trains after that error"] = "as before" if trainable(model) == before else "changed"
-    return seen
+        yield f"targets {targets}", raised(answer, model, targets, r, lora_alpha)
+        yield f"what trains after the error of targets {targets}", "as before" if trainable(model) == before else "changed"
 
 
-def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> dict:
+def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> Seen:
     holders = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
-    seen = {
-        "layers that are wrapped": ", ".join(sorted(holders)),
-        "what trains": trainable(model),
-        "the model's output before training": model(ids).detach() - before,
-        "names returned": sorted(names) if isinstance(names, (list, tuple, set)) else names,
-    }
+    yield "layers that are wrapped", ", ".join(sorted(holders))
+    yield "what trains", trainable(model)
+    yield "the model's output before training", model(ids).detach() - before
+    yield "names returned", sorted(names) if isinstance(names, (list, tuple, set)) else names
     factors = {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     down = [p for name, p in factors.items() if name.endswith("A")]
-    seen["ranks"] = sorted({len(p) for p in down})
-    seen["lora_A is random"] = all(p.any().item() for p in down)
+    yield "ranks", sorted({len(p) for p in down})
+    yield "lora_A is random", all(p.any().item() for p in down)
     with torch.no_grad():
         for p in factors.values():
             p.fill_(0.1)
-        seen["the update of the output when all factors are 0.1"] = model(ids) - before
-    return seen
+        yield "the update of the output when all factors are 0.1", model(ids) - before
 
 
 check = Check(
@@ -129,34 +124,32 @@ check = Check(
     second=lambda model, targets, r, lora_alpha: inject_lora(model, r, lora_alpha, target_modules=targets),
     misconceptions={
         **MATCHED_TOO_MUCH,
-        "only the last word of a name was compared: 'attn.q_proj' and full names are targets too": {"match": last_word},
-        "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": {
-            "match": lambda name, targets: name in targets
-        },
-        "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": {"match": after_dot},
-        "'all-linear' wrapped the output head: it means every linear except lm_head": {"is_head": lambda name: False},
-        "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": {
-            "is_head": lambda name: "lm_head" in name
-        },
-        "'all-linear' left out every layer whose name ends with 'lm_head', such as xlm_head: it leaves out lm_head alone": {
-            "is_head": lambda name: name.endswith("lm_head")
-        },
-        "a layer that two targets name is wrapped twice: ask of each layer whether any target names it": {"wrapped": by_target},
-        "a layer that two targets name is returned twice: it is one layer": {"returned": by_target},
-        "lm_head is skipped even when it is named: only 'all-linear' leaves it out": {
-            "match": lambda name, targets: name != "lm_head" and is_target(name, targets)
-        },
-        "only the wrapped layers were frozen: all other parameters still train; freeze the whole model first": {"freeze": nothing},
-        "everything was frozen after wrapping, the adapters too: nothing trains; freeze first, then wrap": {"after": freeze_all},
-        "layers were wrapped but never put into the model: setattr(parent, last word of the name, wrapped layer)": {"place": nothing},
-        "only the model's direct children were looked at: walk with named_modules()": {"walk": nn.Module.named_children, "refuse": nothing},
-        "a target that matches nothing was accepted: raise a ValueError, else somebody trains nothing and never hears of it": {
-            "refuse": nothing
-        },
-        "the model was frozen before the error: look for the targets first, change the model after": {"before": freeze_all},
-        "nothing was returned: return the names of the layers that were wrapped": {"returned": nothing},
-        "only last words were returned: return full names, such as 'layers.0.attn.q_proj'": {
-            "returned": lambda names, targets: [name.split(".")[-1] for name in names]
-        },
+        "only the last word of a name was compared: 'attn.q_proj' and full names are targets too": but(match=last_word),
+        "only full names match: 'q_proj' stands for every layer whose name ends in '.q_proj'": but(match=lambda name, names: name in names),
+        "full names do not match: a target may be one, such as 'layers.1.cross.v_proj', with no dot before it": but(match=after_dot),
+        "'all-linear' wrapped the output head: it means every linear except lm_head": but(is_head=lambda name: False),
+        "'all-linear' left out every layer with 'lm_head' anywhere in its name: it leaves out lm_head alone": but(
+            is_head=lambda name: "lm_head" in name
+        ),
+        "'all-linear' left out every layer whose name ends with 'lm_head', such as xlm_head: it leaves out lm_head alone": but(
+            is_head=lambda name: name.endswith("lm_head")
+        ),
+        "a layer that two targets name is wrapped twice: ask of each layer whether any target names it": but(wrapped=by_target),
+        "a layer that two targets name is returned twice: it is one layer": but(returned=by_target),
+        "lm_head is skipped even when it is named: only 'all-linear' leaves it out": but(
+            match=lambda name, targets: name != "lm_head" and is_target(name, targets)
+        ),
+        "only the wrapped layers were frozen: all other parameters still train; freeze the whole model first": but(freeze=nothing),
+        "everything was frozen after wrapping, the adapters too: nothing trains; freeze first, then wrap": but(after=freeze_all),
+        "layers were wrapped but never put into the model: setattr(parent, last word of the name, wrapped layer)": but(place=nothing),
+        "only the model's direct children were looked at: walk with named_modules()": but(walk=nn.Module.named_children, refuse=nothing),
+        "a target that matches nothing was accepted: raise a ValueError, else somebody trains nothing and never hears of it": but(
+            refuse=nothing
+        ),
+        "the model was frozen before the error: look for the targets first, change the model after": but(before=freeze_all),
+        "nothing was returned: return the names of the layers that were wrapped": but(returned=nothing),
+        "only last words were returned: return full names, such as 'layers.0.attn.q_proj'": but(
+            returned=lambda names, targets: [name.split(".")[-1] for name in names]
+        ),
     },
 )

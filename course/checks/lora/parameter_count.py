@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from course.checking import Check
+from course.checking import Check, but
 from course.checks.lora.shared import MATCHED_TOO_MUCH, after_dot, is_target, last_word
 
 
@@ -55,27 +55,25 @@ check = Check(
     reference=lora_parameters,
     second=by_expression,
     misconceptions={
-        "r·in·out is not low rank at all: A has r·in numbers and B has out·r, so r·(in + out)": {
-            "each": lambda out, into, r: r * into * out
-        },
-        "only A was counted: B has out·r numbers too": {"each": lambda out, into, r: r * into},
-        "only B was counted: A has r·in numbers too": {"each": lambda out, into, r: r * out},
-        "2·r·in takes every matrix for a square one: k_proj and v_proj are narrower under grouped queries, MLPs wider; use r·(in + out)": {
-            "each": lambda out, into, r: 2 * r * into
-        },
-        "2·r·out takes every matrix for a square one: use r·(in + out)": {"each": lambda out, into, r: 2 * r * out},
-        "the rank is missing: each of A and B is r times as large": {"each": lambda out, into, r: into + out},
-        "biases were counted: LoRA adds two factors and no bias": {"each": lambda out, into, r: r * (into + out) + out},
-        "the frozen weights were counted: only A and B train": {"each": lambda out, into, r: into * out},
-        "frozen and trained were added: only A and B train": {"each": lambda out, into, r: into * out + r * (into + out)},
+        "r·in·out is not low rank at all: A has r·in numbers and B has out·r, so r·(in + out)": but(
+            each=lambda out, into, r: r * into * out
+        ),
+        "only A was counted: B has out·r numbers too": but(each=lambda out, into, r: r * into),
+        "only B was counted: A has r·in numbers too": but(each=lambda out, into, r: r * out),
+        "2·r·in takes every matrix for a square one: k_proj and v_proj are narrower under grouped queries, MLPs wider; use r·(in + "
+        "out)": but(each=lambda out, into, r: 2 * r * into),
+        "2·r·out takes every matrix for a square one: use r·(in + out)": but(each=lambda out, into, r: 2 * r * out),
+        "the rank is missing: each of A and B is r times as large": but(each=lambda out, into, r: into + out),
+        "biases were counted: LoRA adds two factors and no bias": but(each=lambda out, into, r: r * (into + out) + out),
+        "the frozen weights were counted: only A and B train": but(each=lambda out, into, r: into * out),
+        "frozen and trained were added: only A and B train": but(each=lambda out, into, r: into * out + r * (into + out)),
         **MATCHED_TOO_MUCH,
-        "only the last word of a name was compared: a target may hold dots, such as 'mlp.up_proj', or be a full name": {"match": last_word},
-        "a full name has no dot before it: the target 'lm_head' names the layer lm_head": {"match": after_dot},
-        "a target was looked for among all words of a name: 'self_attn' is a block, not a linear layer; compare with the end of the name": {
-            "match": any_word
-        },
-        "only the last words were compared: the targets 'mlp.up_proj' and 'adapter.up_proj' differ": {"match": last_words_alone},
-        "only one layer was counted: a target matches in every layer of the model": {"chosen": lambda names: names[:1]},
-        "the targets were ignored: count the layers whose names match": {"match": lambda name, targets: True},
+        "only the last word of a name was compared: a target may hold dots, such as 'mlp.up_proj', or be a full name": but(match=last_word),
+        "a full name has no dot before it: the target 'lm_head' names the layer lm_head": but(match=after_dot),
+        "a target was looked for among all words of a name: 'self_attn' is a block, not a linear layer; compare with the end of the "
+        "name": but(match=any_word),
+        "only the last words were compared: the targets 'mlp.up_proj' and 'adapter.up_proj' differ": but(match=last_words_alone),
+        "only one layer was counted: a target matches in every layer of the model": but(chosen=lambda names: names[:1]),
+        "the targets were ignored: count the layers whose names match": but(match=lambda name, targets: True),
     },
 )

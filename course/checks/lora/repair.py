@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from course.checking import Check
+from course.checking import Check, but
 from course.checks.lora.shared import nothing, trainable
 from reference.lora import LoRALinear, inject_lora
 
@@ -159,25 +159,23 @@ check = Check(
     second=by_autograd,
     misconceptions={
         "the optimizer does not hold lora_B, whose gradients nobody uses: made before the adapters existed, it holds the frozen weights "
-        "alone; build it after inject_lora": {"held": lambda model, before: before},
+        "alone; build it after inject_lora": but(held=lambda model, before: before),
         "lora_A never moves: does the optimizer hold lora_B alone? Then the update can only use the r directions of the input that lora_A "
-        "drew at random; give it both": {"held": lambda model, before: factors(model, "B")},
-        "both factors are set to zero: the gradient of each is a product with the other, so nothing will ever move; leave lora_A random": {
-            "prepare": zero_both
-        },
+        "drew at random; give it both": but(held=lambda model, before: factors(model, "B")),
+        "both factors are set to zero: the gradient of each is a product with the other, so nothing will ever move; leave lora_A "
+        "random": but(prepare=zero_both),
         "both factors are drawn at random: then the first step starts from a model that is not the pretrained one; lora_B starts at "
-        "zero, and inject_lora has seen to that": {"prepare": draw_B},
+        "zero, and inject_lora has seen to that": but(prepare=draw_B),
         "everything is frozen after the adapters were put in, the adapters too: backward has nothing to train; inject_lora has frozen the "
-        "base already": {"prepare": lambda model: model.requires_grad_(False)},
-        "the gradients are cleared between backward() and step(): the optimizer sees none; clear them before backward()": {
-            "step": clear_between
-        },
+        "base already": but(prepare=lambda model: model.requires_grad_(False)),
+        "the gradients are cleared between backward() and step(): the optimizer sees none; clear them before backward()": but(
+            step=clear_between
+        ),
         "the gradients are never cleared: backward() adds to what is in .grad, so that every step takes the sum of all steps before; call "
-        "optimizer.zero_grad() before each backward()": {"step": clear_never},
-        "your function returns None: it must return the model that it trained; end it with `return model`": {"returned": nothing},
-        "the base trains too: that is full fine-tuning with extra factors; only lora_A and lora_B may require gradients": {
-            "prepare": lambda model: model.requires_grad_(True),
-            "held": lambda model, before: model.parameters(),
-        },
+        "optimizer.zero_grad() before each backward()": but(step=clear_never),
+        "your function returns None: it must return the model that it trained; end it with `return model`": but(returned=nothing),
+        "the base trains too: that is full fine-tuning with extra factors; only lora_A and lora_B may require gradients": but(
+            prepare=lambda model: model.requires_grad_(True), held=lambda model, before: model.parameters()
+        ),
     },
 )

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from course.checking import but
+
 
 def nothing(*_) -> None:
     """The part that was left out."""
@@ -32,10 +34,10 @@ def after_dot(name: str, targets: list[str]) -> bool:
 
 
 MATCHED_TOO_MUCH = {
-    "names were matched anywhere: 'q_proj' is inside 'xq_proj' too; a target is the full name or what follows a dot": {
-        "match": lambda name, targets: any(target in name for target in targets)
-    },
-    "names were matched by their last letters: 'xq_proj' ends with 'q_proj' too; compare after a dot": {
-        "match": lambda name, targets: name.endswith(tuple(targets))
-    },
+    "names were matched anywhere: 'q_proj' is inside 'xq_proj' too; a target is the full name or what follows a dot": but(
+        match=lambda name, targets: any(target in name for target in targets)
+    ),
+    "names were matched by their last letters: 'xq_proj' ends with 'q_proj' too; compare after a dot": but(
+        match=lambda name, targets: name.endswith(tuple(targets))
+    ),
 }

@@ -4,7 +4,7 @@ import math
 import operator
 import random
 
-from course.checking import Check
+from course.checking import Check, but
 
 
 def largest_batch(
@@ -51,23 +51,23 @@ check = Check(
     reference=largest_batch,
     second=by_divmod,
     misconceptions={
-        "the loss is missing: log-probabilities in float32 and two gradients of their size, 12 bytes for each token and word": {"loss": 0},
-        "only the log-probabilities are counted: their gradient and the gradient of the logits are there at the same time": {"loss": 4},
-        "one of the loss's three float32 tensors is missing: log-probabilities, their gradient, the gradient of the logits": {"loss": 8},
-        "the loss's tensors are float32, also in a bf16 model: 3 · 4 bytes a token and word, not 3 · 2": {"loss": 6},
-        "the loss's tensors are counted in numbers and not in bytes: a float32 takes 4, so 3 · 4 bytes a token and word": {"loss": 3},
-        "the loss is counted for one token of a row: each of its tokens needs 12 bytes for each word": {
-            "row": lambda sequence, kept, loss: sequence * kept + loss
-        },
-        "this is a number of tokens: divide by the sequence length to get rows": {"row": lambda sequence, kept, loss: kept + loss},
-        "you rounded up: a row that does not fit as a whole does not fit": {"whole": math.ceil},
-        "you rounded to the nearest number: a row that does not fit as a whole does not fit": {"whole": round},
-        "a batch is never negative: where nothing fits, the answer is 0": {"least": lambda left: -math.inf},
-        "what is held takes room too: subtract it first": {"room": lambda capacity, held: capacity},
-        "a row that does not fit as a whole does not fit: where there is room for a part of one, the answer is 0": {
-            "least": lambda left: 1 if left > 0 else 0
-        },
-        "a batch has at least one row only where one fits: else the answer is 0": {"least": lambda left: 1},
+        "the loss is missing: log-probabilities in float32 and two gradients of their size, 12 bytes for each token and word": but(loss=0),
+        "only the log-probabilities are counted: their gradient and the gradient of the logits are there at the same time": but(loss=4),
+        "one of the loss's three float32 tensors is missing: log-probabilities, their gradient, the gradient of the logits": but(loss=8),
+        "the loss's tensors are float32, also in a bf16 model: 3 · 4 bytes a token and word, not 3 · 2": but(loss=6),
+        "the loss's tensors are counted in numbers and not in bytes: a float32 takes 4, so 3 · 4 bytes a token and word": but(loss=3),
+        "the loss is counted for one token of a row: each of its tokens needs 12 bytes for each word": but(
+            row=lambda sequence, kept, loss: sequence * kept + loss
+        ),
+        "this is a number of tokens: divide by the sequence length to get rows": but(row=lambda sequence, kept, loss: kept + loss),
+        "you rounded up: a row that does not fit as a whole does not fit": but(whole=math.ceil),
+        "you rounded to the nearest number: a row that does not fit as a whole does not fit": but(whole=round),
+        "a batch is never negative: where nothing fits, the answer is 0": but(least=lambda left: -math.inf),
+        "what is held takes room too: subtract it first": but(room=lambda capacity, held: capacity),
+        "a row that does not fit as a whole does not fit: where there is room for a part of one, the answer is 0": but(
+            least=lambda left: 1 if left > 0 else 0
+        ),
+        "a batch has at least one row only where one fits: else the answer is 0": but(least=lambda left: 1),
     },
     rtol=0,
     atol=0,

@@ -2,7 +2,7 @@
 
 import random
 
-from course.checking import Check
+from course.checking import Check, but
 
 RECIPES = {  # bytes of: weight, master copy of it, one of Adam's two moments, that moment's share of a scale
     "fp32": (4, 0, 4, 0),
@@ -38,17 +38,17 @@ check = Check(
     reference=full_fine_tuning_gb,
     second=in_bits,
     misconceptions={
-        "you divided by 2³⁰: that gives GiB; 1 GB is 10⁹ bytes, and the two differ by 7 %": {"unit": 2**30},
-        "the float32 master weights are missing: in mixed precision the optimizer updates them, and bf16 weights are copies": {"master": 0},
-        "Adam keeps two moments for each parameter, the mean of the gradient and of its square; one of them is missing": {"moments": 1},
-        "the gradients are missing: after the backward pass there is one number for each trained weight": {"gradient": lambda weight: 0},
-        "8-bit moments need their scales: one float32 for each block of 256, for both moments": {"scales": 0},
-        "one of the two 8-bit moments has no scales in your sum: each moment has its own blocks of 256": {"scales": 1 / 2},
-        "your gradients are float32 in every recipe: a gradient has the dtype of its weight, 2 bytes for a bf16 weight": {
-            "gradient": lambda weight: 4
-        },
-        "these are bits: divide by 8 to get bytes": {"unit": 1e9 / 8},
-        "these are bytes: divide by 10⁹ to get GB": {"unit": 1},
+        "you divided by 2³⁰: that gives GiB; 1 GB is 10⁹ bytes, and the two differ by 7 %": but(unit=2**30),
+        "the float32 master weights are missing: in mixed precision the optimizer updates them, and bf16 weights are copies": but(master=0),
+        "Adam keeps two moments for each parameter, the mean of the gradient and of its square; one of them is missing": but(moments=1),
+        "the gradients are missing: after the backward pass there is one number for each trained weight": but(gradient=lambda weight: 0),
+        "8-bit moments need their scales: one float32 for each block of 256, for both moments": but(scales=0),
+        "one of the two 8-bit moments has no scales in your sum: each moment has its own blocks of 256": but(scales=1 / 2),
+        "your gradients are float32 in every recipe: a gradient has the dtype of its weight, 2 bytes for a bf16 weight": but(
+            gradient=lambda weight: 4
+        ),
+        "these are bits: divide by 8 to get bytes": but(unit=1e9 / 8),
+        "these are bytes: divide by 10⁹ to get GB": but(unit=1),
     },
     rtol=1e-9,
 )

@@ -4,7 +4,7 @@ import math
 import operator
 import random
 
-from course.checking import Check
+from course.checking import Check, but
 
 
 def matching_recipes(
@@ -72,28 +72,28 @@ check = Check(
     reference=matching_recipes,
     second=by_parameter,
     misconceptions={
-        "you read the stated figure as GiB: it is in GB, 10⁹ bytes": {"unit": 2**30 / 10**9},
-        "the total is rounded to whole GB before it is compared: compare it as it is": {"rounded": round},
-        "the total is rounded to tenths of a GB before it is compared: compare it as it is": {"rounded": lambda total: round(total, 1)},
-        "the list is always empty: append each name that fits, and return the list at the end": {"chosen": lambda *_: []},
-        "the parameters are cut to whole billions: divide by 10**9 with / and not with //": {"billions": lambda n: n // 10**9},
-        "you return the nearest recipe even where none is near: an empty list is an answer": {
-            "chosen": lambda names, off: [min(off, key=off.get)]
-        },
-        "several recipes can give the same figure: return all within the tolerance, not the nearest alone": {
-            "chosen": lambda names, off: sorted(names, key=off.get)[:1]
-        },
-        "a recipe may need less or more than the stated figure; yours must not exceed it": {
-            "distance": lambda total, stated: stated - total if total <= stated else math.inf
-        },
-        "every recipe that needs no more than the figure is in your list: it must come near the figure, not fit under it": {
-            "distance": operator.sub
-        },
-        "the tolerance is a share of the stated figure; you took it as so many GB": {"share_of": lambda total, stated: 1},
-        "the tolerance is a share of the stated figure; you took it of what the recipe gives": {"share_of": lambda total, stated: total},
+        "you read the stated figure as GiB: it is in GB, 10⁹ bytes": but(unit=2**30 / 10**9),
+        "the total is rounded to whole GB before it is compared: compare it as it is": but(rounded=round),
+        "the total is rounded to tenths of a GB before it is compared: compare it as it is": but(rounded=lambda total: round(total, 1)),
+        "the list is always empty: append each name that fits, and return the list at the end": but(chosen=lambda *_: []),
+        "the parameters are cut to whole billions: divide by 10**9 with / and not with //": but(billions=lambda n: n // 10**9),
+        "you return the nearest recipe even where none is near: an empty list is an answer": but(
+            chosen=lambda names, off: [min(off, key=off.get)]
+        ),
+        "several recipes can give the same figure: return all within the tolerance, not the nearest alone": but(
+            chosen=lambda names, off: sorted(names, key=off.get)[:1]
+        ),
+        "a recipe may need less or more than the stated figure; yours must not exceed it": but(
+            distance=lambda total, stated: stated - total if total <= stated else math.inf
+        ),
+        "every recipe that needs no more than the figure is in your list: it must come near the figure, not fit under it": but(
+            distance=operator.sub
+        ),
+        "the tolerance is a share of the stated figure; you took it as so many GB": but(share_of=lambda total, stated: 1),
+        "the tolerance is a share of the stated figure; you took it of what the recipe gives": but(share_of=lambda total, stated: total),
         "math.isclose takes rel_tol as a share of the larger of its two numbers: a recipe above the figure may then be too far from it; "
-        "the tolerance is a share of the stated figure, |total − stated| ≤ tolerance · stated": {"share_of": max},
-        "a recipe exactly at the tolerance is within it: at most `tolerance` · stated (≤), not less": {"within": operator.lt},
-        "you sorted the names: keep the order of `recipes`": {"chosen": lambda names, off: sorted(names)},
+        "the tolerance is a share of the stated figure, |total − stated| ≤ tolerance · stated": but(share_of=max),
+        "a recipe exactly at the tolerance is within it: at most `tolerance` · stated (≤), not less": but(within=operator.lt),
+        "you sorted the names: keep the order of `recipes`": but(chosen=lambda names, off: sorted(names)),
     },
 )

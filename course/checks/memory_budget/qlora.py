@@ -2,7 +2,7 @@
 
 import random
 
-from course.checking import Check
+from course.checking import Check, but
 from course.checks.memory_budget.shared import Sizes, all_heads_have_keys, draw_sizes, linears
 
 
@@ -53,29 +53,29 @@ check = Check(
     reference=qlora_base_bytes,
     second=by_blocks,
     misconceptions={
-        "embedding and output head are counted in 4 bits: QLoRA quantizes the linear layers inside the decoder layers only": {
-            "in_4_bits": ("linears", "embedding", "head")
-        },
-        "the output head is counted in 4 bits: like the embedding it stays in 16": {"in_4_bits": ("linears", "head")},
-        "everything is counted in 4 bits: embedding, output head and norms stay in 16": {
-            "in_4_bits": ("linears", "embedding", "head", "norms")
-        },
-        "the scales are missing: each block of 64 weights has one, in float32 or, with double quantization, in 8 bits": {
-            "scale_bits": lambda double: 0
-        },
-        "double quantization does not remove the scales: 8 bits for each 64 weights stay, and a float32 for each 64·256": {
-            "scale_bits": lambda double: 0 if double else 32 / 64
-        },
-        "you ignored double_quantization: with it a scale takes 8 bits instead of 32": {"scale_bits": lambda double: 32 / 64},
-        "the scales of the scales are missing: with double quantization there is one float32 for each 256 scales": {
-            "scale_bits": lambda double: 8 / 64 if double else 32 / 64
-        },
-        "4 bits are half a byte; you counted 4 bytes a weight": {"weight_bits": 32},
-        "a tied head is the embedding matrix itself: count it once": {"head": lambda sizes: sizes.vocab * sizes.hidden},
-        "embedding and output head are missing: they stay in 16 bits": {"missing": ("embedding", "head")},
-        "the norms are missing: two vectors of hidden numbers a layer and a last one, in 16 bits": {"missing": ("norms",)},
-        "the MLP is gated: it has three matrices, gate, up and down": {"shapes": lambda sizes: linears(sizes) | {"gate_proj": (0, 0)}},
-        "k_proj and v_proj are kv_heads·head_dim wide, not heads·head_dim": {"shapes": all_heads_have_keys},
+        "embedding and output head are counted in 4 bits: QLoRA quantizes the linear layers inside the decoder layers only": but(
+            in_4_bits=("linears", "embedding", "head")
+        ),
+        "the output head is counted in 4 bits: like the embedding it stays in 16": but(in_4_bits=("linears", "head")),
+        "everything is counted in 4 bits: embedding, output head and norms stay in 16": but(
+            in_4_bits=("linears", "embedding", "head", "norms")
+        ),
+        "the scales are missing: each block of 64 weights has one, in float32 or, with double quantization, in 8 bits": but(
+            scale_bits=lambda double: 0
+        ),
+        "double quantization does not remove the scales: 8 bits for each 64 weights stay, and a float32 for each 64·256": but(
+            scale_bits=lambda double: 0 if double else 32 / 64
+        ),
+        "you ignored double_quantization: with it a scale takes 8 bits instead of 32": but(scale_bits=lambda double: 32 / 64),
+        "the scales of the scales are missing: with double quantization there is one float32 for each 256 scales": but(
+            scale_bits=lambda double: 8 / 64 if double else 32 / 64
+        ),
+        "4 bits are half a byte; you counted 4 bytes a weight": but(weight_bits=32),
+        "a tied head is the embedding matrix itself: count it once": but(head=lambda sizes: sizes.vocab * sizes.hidden),
+        "embedding and output head are missing: they stay in 16 bits": but(missing=("embedding", "head")),
+        "the norms are missing: two vectors of hidden numbers a layer and a last one, in 16 bits": but(missing=("norms",)),
+        "the MLP is gated: it has three matrices, gate, up and down": but(shapes=lambda sizes: linears(sizes) | {"gate_proj": (0, 0)}),
+        "k_proj and v_proj are kv_heads·head_dim wide, not heads·head_dim": but(shapes=all_heads_have_keys),
     },
     rtol=1e-9,
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.blockwise_quantization import TINY
 from reference.nf4 import NF4_CODEBOOK, quantize_nf4
 
@@ -47,9 +47,8 @@ def looked_up(answer, *arguments) -> object:
         return AS_MASK
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for shape, block_size, dtype, size in (
         ((4, 32), 64, torch.float32, 1.0),
         ((7, 15), 32, torch.float32, 1.0),
@@ -61,10 +60,10 @@ def observe(answer, seed: int) -> dict:
         q = quantize_nf4(x, block_size)
         label = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)} in blocks of {block_size}"
         label += f", values of about {TINY:.0e}" * (size == TINY)
-        seen[label] = looked_up(answer, q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
-        if seen[label] is AS_MASK:
-            return seen
-    return seen
+        found = looked_up(answer, q.packed.view(-1).clone(), q.absmax.clone(), tuple(shape), block_size, dtype)
+        yield label, found
+        if found is AS_MASK:
+            return
 
 
 check = Check(
@@ -75,33 +74,33 @@ check = Check(
     rtol=0.0,  # a table lookup, one float32 product and one rounding: nothing is left to differ
     atol=0.0,
     misconceptions={
-        "the nibbles are read in the wrong order: every weight sits where its neighbour belongs; the first is in the high bits": {
-            "unpack": lambda packed: torch.stack([packed & 15, packed >> 4], 1).flatten()
-        },
-        "the levels are not scaled: multiply each by the absmax of its block": {"values": lambda levels, scales, dtype: levels.to(dtype)},
-        "the levels are divided by absmax: it was divided by when quantizing; multiply": {
-            "values": lambda levels, scales, dtype: (levels / scales).to(dtype)
-        },
-        "the scales are spread as if all blocks were equally long: the last block may be short, the others hold block_size values": {
-            "spread": lambda absmax, n, size: absmax[torch.arange(n) * len(absmax) // n]
-        },
-        "the scales go round and round, one value each: absmax[b] belongs to block_size neighbours (repeat_interleave)": {
-            "spread": lambda absmax, n, size: absmax.repeat(size)[:n]
-        },
-        "every block has the first one's scale: absmax[b] belongs to block b": {"spread": lambda absmax, n, size: absmax[:1].expand(n)},
-        "the values are right but float32: round to the dtype that is asked for": {"values": lambda levels, scales, dtype: levels * scales},
-        "levels and scales are rounded to the dtype before they are multiplied: multiply in float32, then round once": {
-            "values": lambda levels, scales, dtype: levels.to(dtype) * scales.to(dtype)
-        },
-        "the levels are rounded to the dtype before they are multiplied: multiply in float32, then round once": {
-            "values": lambda levels, scales, dtype: (levels.to(dtype) * scales).to(dtype)
-        },
-        "all high halves come first, then all low ones: the two halves of a byte are neighbours (stack and flatten, not cat)": {
-            "unpack": lambda packed: torch.cat([packed >> 4, packed & 15])
-        },
-        "the values are right but flat: give them the tensor's shape": {"arrange": lambda values, shape: values},
+        "the nibbles are read in the wrong order: every weight sits where its neighbour belongs; the first is in the high bits": but(
+            unpack=lambda packed: torch.stack([packed & 15, packed >> 4], 1).flatten()
+        ),
+        "the levels are not scaled: multiply each by the absmax of its block": but(values=lambda levels, scales, dtype: levels.to(dtype)),
+        "the levels are divided by absmax: it was divided by when quantizing; multiply": but(
+            values=lambda levels, scales, dtype: (levels / scales).to(dtype)
+        ),
+        "the scales are spread as if all blocks were equally long: the last block may be short, the others hold block_size values": but(
+            spread=lambda absmax, n, size: absmax[torch.arange(n) * len(absmax) // n]
+        ),
+        "the scales go round and round, one value each: absmax[b] belongs to block_size neighbours (repeat_interleave)": but(
+            spread=lambda absmax, n, size: absmax.repeat(size)[:n]
+        ),
+        "every block has the first one's scale: absmax[b] belongs to block b": but(spread=lambda absmax, n, size: absmax[:1].expand(n)),
+        "the values are right but float32: round to the dtype that is asked for": but(values=lambda levels, scales, dtype: levels * scales),
+        "levels and scales are rounded to the dtype before they are multiplied: multiply in float32, then round once": but(
+            values=lambda levels, scales, dtype: levels.to(dtype) * scales.to(dtype)
+        ),
+        "the levels are rounded to the dtype before they are multiplied: multiply in float32, then round once": but(
+            values=lambda levels, scales, dtype: (levels.to(dtype) * scales).to(dtype)
+        ),
+        "all high halves come first, then all low ones: the two halves of a byte are neighbours (stack and flatten, not cat)": but(
+            unpack=lambda packed: torch.cat([packed >> 4, packed & 15])
+        ),
+        "the values are right but flat: give them the tensor's shape": but(arrange=lambda values, shape: values),
         "torch takes an index of dtype uint8 for a mask, as it does one of bool: a mask selects entries, and has to be as long as what it "
-        "selects from; codes are positions, so index with NF4_CODEBOOK[codes.int()]": {"look_up": lambda codes: NF4_CODEBOOK[codes]},
-        "codes are looked up in evenly spaced levels: use NF4_CODEBOOK": {"look_up": lambda codes: torch.linspace(-1, 1, 16)[codes.int()]},
+        "selects from; codes are positions, so index with NF4_CODEBOOK[codes.int()]": but(look_up=lambda codes: NF4_CODEBOOK[codes]),
+        "codes are looked up in evenly spaced levels: use NF4_CODEBOOK": but(look_up=lambda codes: torch.linspace(-1, 1, 16)[codes.int()]),
     },
 )

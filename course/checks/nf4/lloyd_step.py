@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check
-from course.checks.nf4.shared import near_a_midpoint
+from course.checking import Check, Seen, but
+from course.checks.blockwise_quantization import near_a_midpoint
 from reference.blockwise import midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
 
@@ -53,9 +53,8 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     return values[(mass >= mass[-1] / 2).nonzero()[0].item()]
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for label, levels, kept in (
         ("NF4's levels", NF4_CODEBOOK, ()),
         ("NF4's levels, with −1, 0 and 1 kept", NF4_CODEBOOK, (0, 7, 15)),
@@ -65,12 +64,11 @@ def observe(answer, seed: int) -> dict:
         blocks = torch.randn(60, 64, generator=g) * (0.3 + 2 * torch.rand(60, 1, generator=g))
         absmax = blocks.abs().amax(1)
         scaled, weight = (blocks / absmax[:, None]).flatten(), absmax.square().repeat_interleave(64)
-        seen[label] = answer(torch.where(near_a_midpoint(scaled, levels), 0, scaled), weight, levels.clone(), kept)
+        yield label, answer(torch.where(near_a_midpoint(scaled, levels), 0, scaled), weight, levels.clone(), kept)
     scaled, weight = 0.3 * torch.rand(200, generator=g) + 0.1, 0.5 + torch.rand(200, generator=g)
     scaled = torch.where(near_a_midpoint(scaled, NF4_CODEBOOK), 0.25, scaled)
-    seen["values that leave some levels unused"] = answer(scaled, weight, NF4_CODEBOOK.clone(), ())
-    seen["weights of about 1e-20"] = answer(scaled, 1e-20 * weight, NF4_CODEBOOK.clone(), ())
-    return seen
+    yield "values that leave some levels unused", answer(scaled, weight, NF4_CODEBOOK.clone(), ())
+    yield "weights of about 1e-20", answer(scaled, 1e-20 * weight, NF4_CODEBOOK.clone(), ())
 
 
 check = Check(
@@ -79,35 +77,34 @@ check = Check(
     reference=lloyd_step,
     second=by_sums,
     misconceptions={
-        "the mean is not weighted: an error in a block of large values is larger in the weight's own unit; use weight": {
-            "weigh": torch.ones_like
-        },
-        "the weights were squared once more: they are absmax² already": {"weigh": torch.square},
-        "the root of the weights was used: squared error wants absmax², which is what is passed in": {"weigh": torch.sqrt},
-        "the weighted sum is divided by the number of values: divide it by the sum of the weights": {
-            "centre": lambda values, weights: (weights * values).mean()
-        },
-        "the weighted sum is divided by all weights: divide by the sum of the weights in the level's own bin": {
-            "weigh": lambda weight: weight / weight.sum(),
-            "centre": lambda values, weights: (weights * values).sum(),
-        },
-        "each level moves to the weighted median: that is for absolute error; for squared error it is the weighted mean": {
-            "centre": weighted_median
-        },
-        "each level moves to the middle between its smallest and largest value: the squared error is least at the mean": {
-            "centre": lambda values, weights: (values.min() + values.max()) / 2
-        },
-        "each level moves to the median: that is for absolute error, and without weights; here it is the weighted mean": {
-            "centre": lambda values, weights: values.median()
-        },
-        "the kept levels moved too: the codes in kept stay where they are": {"fixed": lambda kept: ()},
-        "codes 0, 7 and 15 stayed where they were, whatever `kept` says: only the codes in kept do": {"fixed": lambda kept: (0, 7, 15)},
+        "the mean is not weighted: an error in a block of large values is larger in the weight's own unit; use weight": but(
+            weigh=torch.ones_like
+        ),
+        "the weights were squared once more: they are absmax² already": but(weigh=torch.square),
+        "the root of the weights was used: squared error wants absmax², which is what is passed in": but(weigh=torch.sqrt),
+        "the weighted sum is divided by the number of values: divide it by the sum of the weights": but(
+            centre=lambda values, weights: (weights * values).mean()
+        ),
+        "the weighted sum is divided by all weights: divide by the sum of the weights in the level's own bin": but(
+            weigh=lambda weight: weight / weight.sum(), centre=lambda values, weights: (weights * values).sum()
+        ),
+        "each level moves to the weighted median: that is for absolute error; for squared error it is the weighted mean": but(
+            centre=weighted_median
+        ),
+        "each level moves to the middle between its smallest and largest value: the squared error is least at the mean": but(
+            centre=lambda values, weights: (values.min() + values.max()) / 2
+        ),
+        "each level moves to the median: that is for absolute error, and without weights; here it is the weighted mean": but(
+            centre=lambda values, weights: values.median()
+        ),
+        "the kept levels moved too: the codes in kept stay where they are": but(fixed=lambda kept: ()),
+        "codes 0, 7 and 15 stayed where they were, whatever `kept` says: only the codes in kept do": but(fixed=lambda kept: (0, 7, 15)),
         "a number was added to the sum of weights, or it has a least value: beside it the weights of small blocks are lost; divide by the "
-        "sum itself": {"centre": lambda values, weights: weighted_mean(values, weights, more=1e-8)},
-        "a level without values became NaN (0/0): leave it where it is": {"empty": lambda level: math.nan},
-        "a level without values moved to zero: leave it where it is": {"empty": lambda level: 0.0},
-        "the new levels were divided by their largest: Lloyd's step ends with the means": {"after": lambda new: new / new.abs().max()},
-        "the levels that were passed in were changed: make a copy": {"copy": lambda levels: levels},
-        "values were sorted into bins that begin at the levels: each goes to its nearest level": {"edges": lambda levels: levels[1:]},
+        "sum itself": but(centre=lambda values, weights: weighted_mean(values, weights, more=1e-8)),
+        "a level without values became NaN (0/0): leave it where it is": but(empty=lambda level: math.nan),
+        "a level without values moved to zero: leave it where it is": but(empty=lambda level: 0.0),
+        "the new levels were divided by their largest: Lloyd's step ends with the means": but(after=lambda new: new / new.abs().max()),
+        "the levels that were passed in were changed: make a copy": but(copy=lambda levels: levels),
+        "values were sorted into bins that begin at the levels: each goes to its nearest level": but(edges=lambda levels: levels[1:]),
     },
 )

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import nn
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.qlora.shared import BITS, entries
 from reference.qlora import NF4Linear, quantize_linears
 
@@ -76,8 +76,8 @@ def a_model(rng: random.Random, tied: bool, full: bool = False) -> nn.Module:
     return model.to(torch.bfloat16)
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for name, model, skip in (
         ("an untied head", a_model(rng, False), ("lm_head",)),
         ("a tied head", a_model(rng, True), ("lm_head",)),
@@ -85,8 +85,7 @@ def observe(answer, seed: int) -> dict:
         ("nothing skipped", a_model(rng, False), ()),
         ("all blocks full, skip=('blocks', 'lm_head')", a_model(rng, False, full=True), ("blocks", "lm_head")),
     ):
-        seen[name] = entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
-    return seen
+        yield name, entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
 
 
 check = Check(
@@ -95,56 +94,54 @@ check = Check(
     reference=quantized_bytes,
     second=by_quantizing,
     misconceptions={
-        "skip is ignored: the layers that it names, here the output head, stay in 16 bits": {"skipped": lambda name, skip: False},
-        "skip is looked for inside of names: 'last_down_proj' is another layer than 'down_proj'; compare with what follows the last dot": {
-            "skipped": lambda name, skip: any(part in name for part in skip)
-        },
-        "the output head is skipped where skip does not name it: skip says all, and may be empty": {
-            "skipped": lambda name, skip: last_name(name) in (*skip, "lm_head")
-        },
-        "skip is compared with every part of a name: only what follows the last dot counts, so 'blocks' is no layer's name": {
-            "skipped": lambda name, skip: any(part in skip for part in name.split("."))
-        },
+        "skip is ignored: the layers that it names, here the output head, stay in 16 bits": but(skipped=lambda name, skip: False),
+        "skip is looked for inside of names: 'last_down_proj' is another layer than 'down_proj'; compare with what follows the last "
+        "dot": but(skipped=lambda name, skip: any(part in name for part in skip)),
+        "the output head is skipped where skip does not name it: skip says all, and may be empty": but(
+            skipped=lambda name, skip: last_name(name) in (*skip, "lm_head")
+        ),
+        "skip is compared with every part of a name: only what follows the last dot counts, so 'blocks' is no layer's name": but(
+            skipped=lambda name, skip: any(part in skip for part in name.split("."))
+        ),
         "the output head alone is skipped: skip may name other layers too, and 'down_proj' means every layer whose name ends in "
-        "'.down_proj'": {"skipped": lambda name, skip: name in skip},
-        "an odd number of weights leaves half a byte unused, and it is stored: round up in each layer": {"codes": lambda n: n / 2},
-        "half a byte is lost where a layer has an odd number of weights: round up in each layer, not down": {"codes": lambda n: n // 2},
-        "n // 2 + 1 is one byte too many where n is even; rounded up, n/2 is math.ceil(n / 2)": {"codes": lambda n: n // 2 + 1},
-        "n // 64 + 1 is one block too many where the last one is full; rounded up, n/64 is math.ceil(n / 64)": {
-            "blocks": lambda n: n // 64 + 1
-        },
-        "blocks // 256 + 1 is one too many where the last 256 are full; rounded up, it is math.ceil(blocks / 256)": {
-            "scales": lambda blocks: blocks + 4 * (blocks // 256 + 1) + 4
-        },
-        "a short last block has a scale too: round the number of blocks up in each layer": {"blocks": lambda n: n // 64},
-        "where the last group of 256 blocks is short it has a scale too: round their number up in each layer": {
-            "scales": lambda blocks: blocks + 4 * (blocks // 256) + 4
-        },
-        "the bias is quantized with the weight: it stays in 16 bits": {"packed": lambda layer: list(layer.parameters())},
-        "the quantized layers are counted in 16 bits too: what became codes is no longer there": {"replaced": lambda weights: ()},
-        "these are the bits of a large layer, by formula: divide the codes and scales of these layers by their weights": {
-            "bits": lambda stored, sizes, model: BITS
-        },
-        "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": {
-            "chosen": lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
-        },
-        "a tied head is counted twice: it is the embedding's own tensor": {"once": False},
-        "the embedding is missing: it stays in 16 bits": {"stays": lambda name: not name.startswith("embed")},
-        "the biases are missing: they are not quantized, and stay in 16 bits": {"stays": lambda name: not name.endswith("bias")},
-        "the norms are missing: they stay in 16 bits": {"stays": lambda name: "norm" not in name},
-        "what is not quantized is counted in 4 bytes: it is bfloat16 here, 2 bytes": {"width": 4},
-        "the scales are counted in float32: double quantization keeps one byte for each, and a float32 for each 256 of them": {
-            "scales": lambda blocks: 4 * blocks
-        },
-        "the scales' own scales are missing: one float32 for each 256 scales of a layer": {"scales": lambda blocks: blocks + 4},
-        "the offset is missing: the mean of a layer's scales, one float32": {"scales": lambda blocks: scale_bytes(blocks) - 4},
-        "the scales of all layers are counted as if they were one layer's: each layer has its own offset, and its own last, short block": {
-            "counted": lambda blocks: [sum(blocks)]
-        },
-        "the scales are missing: each block of 64 weights has one": {"scales": lambda blocks: 0},
-        "the bits are spread over all parameters: divide by the number of quantized weights": {
-            "bits": lambda stored, sizes, model: 8 * stored / sum(p.numel() for p in model.parameters())
-        },
+        "'.down_proj'": but(skipped=lambda name, skip: name in skip),
+        "an odd number of weights leaves half a byte unused, and it is stored: round up in each layer": but(codes=lambda n: n / 2),
+        "half a byte is lost where a layer has an odd number of weights: round up in each layer, not down": but(codes=lambda n: n // 2),
+        "n // 2 + 1 is one byte too many where n is even; rounded up, n/2 is math.ceil(n / 2)": but(codes=lambda n: n // 2 + 1),
+        "n // 64 + 1 is one block too many where the last one is full; rounded up, n/64 is math.ceil(n / 64)": but(
+            blocks=lambda n: n // 64 + 1
+        ),
+        "blocks // 256 + 1 is one too many where the last 256 are full; rounded up, it is math.ceil(blocks / 256)": but(
+            scales=lambda blocks: blocks + 4 * (blocks // 256 + 1) + 4
+        ),
+        "a short last block has a scale too: round the number of blocks up in each layer": but(blocks=lambda n: n // 64),
+        "where the last group of 256 blocks is short it has a scale too: round their number up in each layer": but(
+            scales=lambda blocks: blocks + 4 * (blocks // 256) + 4
+        ),
+        "the bias is quantized with the weight: it stays in 16 bits": but(packed=lambda layer: list(layer.parameters())),
+        "the quantized layers are counted in 16 bits too: what became codes is no longer there": but(replaced=lambda weights: ()),
+        "these are the bits of a large layer, by formula: divide the codes and scales of these layers by their weights": but(
+            bits=lambda stored, sizes, model: BITS
+        ),
+        "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": but(
+            chosen=lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
+        ),
+        "a tied head is counted twice: it is the embedding's own tensor": but(once=False),
+        "the embedding is missing: it stays in 16 bits": but(stays=lambda name: not name.startswith("embed")),
+        "the biases are missing: they are not quantized, and stay in 16 bits": but(stays=lambda name: not name.endswith("bias")),
+        "the norms are missing: they stay in 16 bits": but(stays=lambda name: "norm" not in name),
+        "what is not quantized is counted in 4 bytes: it is bfloat16 here, 2 bytes": but(width=4),
+        "the scales are counted in float32: double quantization keeps one byte for each, and a float32 for each 256 of them": but(
+            scales=lambda blocks: 4 * blocks
+        ),
+        "the scales' own scales are missing: one float32 for each 256 scales of a layer": but(scales=lambda blocks: blocks + 4),
+        "the offset is missing: the mean of a layer's scales, one float32": but(scales=lambda blocks: scale_bytes(blocks) - 4),
+        "the scales of all layers are counted as if they were one layer's: each layer has its own offset, and its own last, short "
+        "block": but(counted=lambda blocks: [sum(blocks)]),
+        "the scales are missing: each block of 64 weights has one": but(scales=lambda blocks: 0),
+        "the bits are spread over all parameters: divide by the number of quantized weights": but(
+            bits=lambda stored, sizes, model: 8 * stored / sum(p.numel() for p in model.parameters())
+        ),
     },
     rtol=1e-9,
 )

@@ -4,7 +4,7 @@ import math
 import random
 from statistics import fmean
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.qlora.shared import BITS, entries
 
 
@@ -60,8 +60,8 @@ def rounds_down(linears: list[tuple[int, int]]) -> bool:
     return round(even) < even
 
 
-def observe(answer, seed: int) -> dict:
-    rng, seen = random.Random(seed), {}
+def observe(answer, seed: int) -> Seen:
+    rng = random.Random(seed)
     for name, least, most, share in (
         ("many layers", 20, 40, 0.05),
         ("a small model with a large vocabulary", 4, 8, 1.7),
@@ -71,8 +71,7 @@ def observe(answer, seed: int) -> dict:
         while name == "many layers" and rounds_down(linears):  # a single layer's does: round() is then neither floor nor ceil
             linears = sizes_of(rng, rng.randint(least, most))
         others = int(share * sum(out * into for out, into in linears)) + linears[0][1]
-        seen[name] = entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
-    return seen
+        yield name, entries(answer(linears, others), "LoRA", "QLoRA", "QLoRA, the rest in float32", "QLoRA needs more from")
 
 
 check = Check(
@@ -81,37 +80,35 @@ check = Check(
     reference=frozen_bytes,
     second=layer_by_layer,
     misconceptions={
-        "the moment's copy is missing: while a layer computes, its weight is there in 16 bits too; count the largest": {"copy_bytes": 0},
-        "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": {"copied": sum},
-        "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": {"copy_bytes": 4},
-        "the copy is of the last layer, whatever its size: the peak is set by the largest": {"copied": lambda sizes: sizes[-1]},
-        "the copy is left out of the break-even: the third has it and the first has not": {
-            "saved": lambda lora, packed, copy: lora - packed
-        },
-        "these are bits: divide by 8": {"unit": 8},
-        "these are gigabytes: return bytes": {"unit": 1e-9},
-        "the copy is of an average layer: the peak is set by the largest": {"copied": fmean},
-        "the scales are missing: a quantized weight takes 4 + 8/64 + 32/(64·256) bits": {"bits": 4},
-        "the scales are counted in float32, 4.5 bits a weight: with double quantization it is 4 + 8/64 + 32/(64·256)": {"bits": 4.5},
-        "half a bit is taken off for double quantization: it saves 0.373 bits of the 0.5, and the scales still cost 0.127": {
-            "bits": 4.5 - 0.5 + 32 / (64 * 256)
-        },
-        "the float32 copies are counted beside the 16-bit tensors: they take their place, so the rest costs 4 bytes and not 6": {"wide": 6},
-        "the quantized layers became float32 as well: only what is not quantized does": {"cast": lambda packed, weights: 4 * weights},
+        "the moment's copy is missing: while a layer computes, its weight is there in 16 bits too; count the largest": but(copy_bytes=0),
+        "all layers are counted as dequantized at once: a copy lives for one product, so only the largest counts": but(copied=sum),
+        "the moment's copy is counted in float32: it has the compute dtype, bfloat16, 2 bytes": but(copy_bytes=4),
+        "the copy is of the last layer, whatever its size: the peak is set by the largest": but(copied=lambda sizes: sizes[-1]),
+        "the copy is left out of the break-even: the third has it and the first has not": but(saved=lambda lora, packed, _: lora - packed),
+        "these are bits: divide by 8": but(unit=8),
+        "these are gigabytes: return bytes": but(unit=1e-9),
+        "the copy is of an average layer: the peak is set by the largest": but(copied=fmean),
+        "the scales are missing: a quantized weight takes 4 + 8/64 + 32/(64·256) bits": but(bits=4),
+        "the scales are counted in float32, 4.5 bits a weight: with double quantization it is 4 + 8/64 + 32/(64·256)": but(bits=4.5),
+        "half a bit is taken off for double quantization: it saves 0.373 bits of the 0.5, and the scales still cost 0.127": but(
+            bits=4.5 - 0.5 + 32 / (64 * 256)
+        ),
+        "the float32 copies are counted beside the 16-bit tensors: they take their place, so the rest costs 4 bytes and not 6": but(wide=6),
+        "the quantized layers became float32 as well: only what is not quantized does": but(cast=lambda packed, weights: 4 * weights),
         "the break-even is twice what it should be: each of the others costs 2 bytes more than under LoRA, so divide the saved bytes by "
-        "2": {"even": lambda saved: saved},
-        "the break-even is cut off at zero: where it is negative, QLoRA needs more whatever the others; return it as it is": {
-            "even": lambda saved: max(0, saved / 2)
-        },
-        "the break-even is rounded: return it as it is": {"even": lambda saved: round(saved / 2)},
-        "the break-even is rounded up: it is where the two are equal, not the first whole number from there on; return it as it is": {
-            "even": lambda saved: math.ceil(saved / 2)
-        },
-        "the break-even is rounded down: divide with / and not with //, and return it as it is": {"even": lambda saved: saved // 2},
-        "what follows the break-even's decimal point is cut off: return it as it is, without int()": {"even": lambda saved: int(saved / 2)},
-        "the break-even is rounded up, and cut off at zero: return it as it is, a half and negative where it comes out so": {
-            "even": lambda saved: max(0, math.ceil(saved / 2))
-        },
+        "2": but(even=lambda saved: saved),
+        "the break-even is cut off at zero: where it is negative, QLoRA needs more whatever the others; return it as it is": but(
+            even=lambda saved: max(0, saved / 2)
+        ),
+        "the break-even is rounded: return it as it is": but(even=lambda saved: round(saved / 2)),
+        "the break-even is rounded up: it is where the two are equal, not the first whole number from there on; return it as it is": but(
+            even=lambda saved: math.ceil(saved / 2)
+        ),
+        "the break-even is rounded down: divide with / and not with //, and return it as it is": but(even=lambda saved: saved // 2),
+        "what follows the break-even's decimal point is cut off: return it as it is, without int()": but(even=lambda saved: int(saved / 2)),
+        "the break-even is rounded up, and cut off at zero: return it as it is, a half and negative where it comes out so": but(
+            even=lambda saved: max(0, math.ceil(saved / 2))
+        ),
     },
     rtol=1e-12,
 )

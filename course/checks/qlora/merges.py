@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.qlora.shared import entries
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -33,21 +33,26 @@ def three_merges(
     product=lambda A, B: B @ A,
     update=lambda delta, original: delta,
     decode=lambda q: dequantize_nf4(q, torch.float32),
-    base=lambda way, decoded, original: original if way == "original" else decoded,
-    add=lambda weight, delta, dtype, way: (weight + delta).to(dtype),
-    requantize=lambda base, delta, q: round_trip(base + delta, q.block_size),
-    judge=lambda way, stored, exact: stored,
-    truth=lambda way, decoded, original, delta: decoded + delta,
-    error=lambda merged, true, delta: (merged - true).norm() / true.norm(),
+    from_W: tuple[str, ...] = ("original",),  # which of the ways start there
+    in_16_bits: tuple[str, ...] = (),  # which round both numbers before they add them
+    requantize=lambda total, q, delta: round_trip(total, q.block_size),
+    unrounded: tuple[str, ...] = (),  # which are judged before they are rounded
+    truth=lambda decoded, delta, W: decoded + delta,
+    truth_of_original=None,  # what that way is compared with, if it has a truth of its own
+    norm=torch.norm,
+    over=lambda delta, merged, true: true,
+    returned=lambda error: error,
 ) -> dict[str, dict]:
     """The worked answer: each sum in float32, and rounded once; its error, as it is stored, against Ŵ + ΔW."""
     delta = update(scale(lora_alpha, len(lora_A)) * product(lora_A, lora_B), original)  # (out, in)
-    decoded, weights, errors = decode(q), {}, {}
+    decoded, dtype, weights, errors = decode(q), original.dtype, {}, {}
     for way in WAYS:
-        weight = base(way, decoded, original.float())
-        weights[way] = requantize(weight, delta, q) if way == "requantized" else add(weight, delta, original.dtype, way)
-        merged = judge(way, weights[way].float(), weight + delta)
-        errors[way] = error(merged, truth(way, decoded, original, delta), delta).item()
+        weight = original.float() if way in from_W else decoded
+        added = weight.to(dtype) + delta.to(dtype) if way in in_16_bits else (weight + delta).to(dtype)
+        weights[way] = requantize(weight + delta, q, delta) if way == "requantized" else added
+        merged = weight + delta if way in unrounded else weights[way].float()
+        true = (truth_of_original or truth if way == "original" else truth)(decoded, delta, original)
+        errors[way] = returned(norm(merged - true) / norm(over(delta, merged, true))).item()
     return {"weights": weights, "errors": errors}
 
 
@@ -64,9 +69,12 @@ def in_float64(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, l
     return {"weights": weights, "errors": errors}
 
 
-def in_16_bits(*ways: str):
-    """An addition in which both numbers are rounded first where the merge is one of ``ways``."""
-    return lambda weight, delta, dtype, way: weight.to(dtype) + delta.to(dtype) if way in ways else (weight + delta).to(dtype)
+def its_own_sum(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
+    return W + delta
+
+
+def its_own_sum_as_stored(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
+    return rounded(W + delta, W)
 
 
 def on_levels(weight: Tensor, block_size: int) -> str:
@@ -76,8 +84,8 @@ def on_levels(weight: Tensor, block_size: int) -> str:
     return "a level times its block's scale" if far < 1e-5 else "near a level times its block's scale" if far < 0.02 else "no such product"
 
 
-def observe(answer, seed: int) -> dict:
-    g, seen = torch.Generator().manual_seed(seed), {}
+def observe(answer, seed: int) -> Seen:
+    g = torch.Generator().manual_seed(seed)
     for what, dtype, block_size, n, r, alpha, size, taken in (
         ("", torch.bfloat16, 32, 48, 2, 5, 1, 0),
         (", where the update takes most of the weight away", torch.float16, 128, 32, 4, 6, 1 / 16, 0.9),  # it matters which norm is taken
@@ -90,15 +98,15 @@ def observe(answer, seed: int) -> dict:
         found = entries(whole, "weights", "errors")
         where = f"what your function returns for a {str(dtype).removeprefix('torch.')} weight{what}"
         if isinstance(found, Mapping) and not found and (flat := entries(whole, *WAYS)):
-            return seen | {where: f"a dictionary with the keys {', '.join(map(repr, flat))}"}
+            yield where, f"a dictionary with the keys {', '.join(map(repr, flat))}"
+            return
         if isinstance(found, Mapping):
             found = {part: entries(inner, *WAYS) for part, inner in found.items()}
-        seen[where] = found
+        yield where, found
         kept = found.get("weights") if isinstance(found, Mapping) else None
         kept = kept.get("requantized") if isinstance(kept, Mapping) else None
         if isinstance(kept, Tensor) and kept.shape == original.shape:
-            seen[where.replace("what", "each number of 'requantized' that", 1)] = on_levels(kept.float(), block_size)
-    return seen
+            yield where.replace("what", "each number of 'requantized' that", 1), on_levels(kept.float(), block_size)
 
 
 check = Check(
@@ -107,95 +115,83 @@ check = Check(
     reference=three_merges,
     second=in_float64,
     misconceptions={
-        "the update has no scale: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: 1.0},
-        "the update is scaled by α: ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha},
-        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": {"product": lambda A, B: (B @ A).T},
-        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": {
-            "truth": lambda way, decoded, original, delta: original + delta
-        },
-        "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": {
-            "truth": lambda way, decoded, original, delta: original.float()
-        },
+        "the update has no scale: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: 1.0),
+        "the update is scaled by α: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha),
+        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": but(product=lambda A, B: (B @ A).T),
+        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": but(
+            truth=its_own_sum
+        ),
+        "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": but(
+            truth=lambda decoded, delta, W: W.float()
+        ),
         "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
-        "Ŵ + ΔW in float32": {"truth": lambda way, decoded, original, delta: rounded(decoded + delta, original)},
+        "Ŵ + ΔW in float32": but(truth=lambda decoded, delta, W: rounded(decoded + delta, W)),
         "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
-        "dequantized weight, compare with Ŵ + ΔW": {"truth": lambda way, decoded, original, delta: rounded(original + delta, original)},
+        "dequantized weight, compare with Ŵ + ΔW": but(truth=its_own_sum_as_stored),
         "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
-        "others": {"truth": lambda way, decoded, original, delta: (original if way == "original" else decoded) + delta},
-        "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth": lambda way, decoded, original, delta: rounded(original + delta, original) if way == "original" else decoded + delta
-        },
-        "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": {
-            "truth": lambda way, decoded, original, delta: original.float() if way == "original" else decoded + delta
-        },
-        "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": {"update": rounded},
-        "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": {
-            "truth": lambda way, decoded, original, delta: decoded + rounded(delta, original)
-        },
+        "others": but(truth_of_original=its_own_sum),
+        "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": but(
+            truth_of_original=its_own_sum_as_stored
+        ),
+        "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": but(
+            truth_of_original=lambda decoded, delta, W: W.float()
+        ),
+        "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": but(update=rounded),
+        "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": but(
+            truth=lambda decoded, delta, W: decoded + rounded(delta, W)
+        ),
         "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
         "'original'": lambda *arguments: three_merges(*arguments)["weights"],
-        "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": {
-            "truth": lambda way, decoded, original, delta: decoded
-        },
-        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": {
-            "error": lambda merged, true, delta: (merged - true).norm() / delta.norm()
-        },
-        "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": {
-            "error": lambda merged, true, delta: (merged - true).norm() / merged.norm()
-        },
-        "the errors are in per cent: return ‖merged − trained‖ / ‖trained‖ as it is": {
-            "error": lambda merged, true, delta: 100 * (merged - true).norm() / true.norm()
-        },
-        "the errors are of the largest element: the Frobenius norm is the root of the sum of all squares": {
-            "error": lambda merged, true, delta: (merged - true).abs().max() / true.abs().max()
-        },
-        "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": {
-            "error": lambda merged, true, delta: torch.linalg.matrix_norm(merged - true, 2) / torch.linalg.matrix_norm(true, 2)
-        },
+        "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": but(truth=lambda decoded, *_: decoded),
+        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": but(
+            over=lambda delta, merged, true: delta
+        ),
+        "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": but(
+            over=lambda delta, merged, true: merged
+        ),
+        "the errors are in per cent: return ‖merged − trained‖ / ‖trained‖ as it is": but(returned=lambda error: 100 * error),
+        "the errors are of the largest element: the Frobenius norm is the root of the sum of all squares": but(
+            norm=lambda matrix: matrix.abs().max()
+        ),
+        "the norm is the spectral one: the Frobenius norm is the root of the sum of all squares, tensor.norm()": but(
+            norm=lambda matrix: torch.linalg.matrix_norm(matrix, 2)
+        ),
         "the error of 'dequantized' is zero: it was taken before the weight was rounded to 16 bits, or it was compared with itself; "
-        "compare the stored weight with Ŵ + ΔW in float32": {"judge": lambda way, stored, exact: exact if way == "dequantized" else stored},
-        "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": {
-            "judge": lambda way, stored, exact: stored if way == "requantized" else exact
-        },
-        "the error of 'original' was taken before the weight was rounded to 16 bits: compare the weight as it is stored": {
-            "judge": lambda way, stored, exact: exact if way == "original" else stored
-        },
-        "Ŵ was decoded to 16 bits, the default of dequantize_nf4: pass torch.float32, and round once, at the end": {
-            "decode": lambda q: dequantize_nf4(q).float()
-        },
-        "α/r was cut to a whole number: divide with / and not with //": {"scale": lambda alpha, r: alpha // r},
-        "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": {
-            "add": in_16_bits("dequantized", "original")
-        },
-        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": {"add": in_16_bits("dequantized")},
-        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": {"add": in_16_bits("original")},
-        "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": {
-            "requantize": lambda base, delta, q: round_trip(rounded(base + delta, q), q.block_size)
-        },
-        "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": {"scale": lambda alpha, r: alpha / math.sqrt(r)},
-        "the errors are absolute: divide by the norm of the trained weight": {"error": lambda merged, true, delta: (merged - true).norm()},
-        "the errors are squared: take the root, ‖merged − trained‖ / ‖trained‖": {
-            "error": lambda merged, true, delta: ((merged - true).norm() / true.norm()).square()
-        },
-        "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": {
-            "base": lambda way, decoded, original: decoded if way == "dequantized" else original
-        },
-        "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": {
-            "requantize": lambda base, delta, q: rounded(round_trip(base + delta, q.block_size), q)
-        },
-        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": {
-            "requantize": lambda base, delta, q: base + delta
-        },
-        "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": {
-            "requantize": lambda base, delta, q: base + round_trip(delta, q.block_size)
-        },
-        "requantized in blocks of 64, whatever q has: use q.block_size": {
-            "requantize": lambda base, delta, q: round_trip(base + delta, 64)
-        },
-        "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": {
-            "base": lambda way, decoded, original: decoded if way == "requantized" else original
-        },
-        "'original' starts from the dequantized weight: it is W + ΔW": {"base": lambda way, decoded, original: decoded},
+        "compare the stored weight with Ŵ + ΔW in float32": but(unrounded=("dequantized",)),
+        "the errors were taken before the weights were rounded to 16 bits: the rounding is part of what merging costs": but(
+            unrounded=("dequantized", "original")
+        ),
+        "the error of 'original' was taken before the weight was rounded to 16 bits: compare the weight as it is stored": but(
+            unrounded=("original",)
+        ),
+        "Ŵ was decoded to 16 bits, the default of dequantize_nf4: pass torch.float32, and round once, at the end": but(
+            decode=lambda q: dequantize_nf4(q).float()
+        ),
+        "α/r was cut to a whole number: divide with / and not with //": but(scale=lambda alpha, r: alpha // r),
+        "'dequantized' and 'original' are sums of 16-bit numbers: add in float32, and round once, at the end": but(
+            in_16_bits=("dequantized", "original")
+        ),
+        "'dequantized' is a sum of 16-bit numbers: add Ŵ and ΔW in float32, and round once, at the end": but(in_16_bits=("dequantized",)),
+        "'original' is a sum of 16-bit numbers: add W and ΔW in float32, and round once, at the end": but(in_16_bits=("original",)),
+        "'requantized' starts from the merge that was rounded to 16 bits: quantize the float32 sum": but(
+            requantize=lambda total, q, delta: round_trip(rounded(total, q), q.block_size)
+        ),
+        "α/√r is rank-stabilized LoRA; here ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha / math.sqrt(r)),
+        "the errors are absolute: divide by the norm of the trained weight": but(over=lambda *_: torch.ones(1)),
+        "the errors are squared: take the root, ‖merged − trained‖ / ‖trained‖": but(returned=torch.square),
+        "requantized from the original weights: what is at hand is Ŵ, so quantize Ŵ + ΔW": but(from_W=("requantized", "original")),
+        "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": but(
+            requantize=lambda total, q, delta: rounded(round_trip(total, q.block_size), q)
+        ),
+        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": but(
+            requantize=lambda total, *_: total
+        ),
+        "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": but(
+            requantize=lambda total, q, delta: total - delta + round_trip(delta, q.block_size)
+        ),
+        "requantized in blocks of 64, whatever q has: use q.block_size": but(requantize=lambda total, *_: round_trip(total, 64)),
+        "merged into the original weights twice: 'dequantized' starts from Ŵ, what q decodes to": but(from_W=("dequantized", "original")),
+        "'original' starts from the dequantized weight: it is W + ΔW": but(from_W=()),
     },
     rtol=1e-2,  # a float32 and a float64 sum may round to neighbours in 16 bits
     atol=1e-5,

@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course.checking import Check, NotYet
+from course.checking import Check, NotYet, Seen, but
 from course.lab.live import LiveBytes
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from reference.qlora.product import NF4Product
 
 
 def decode(packed: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> Tensor:
@@ -56,23 +57,8 @@ def nf4_product(
     return NF4Product.apply(cast(x), packed, absmax, bias if bias is None else cast(bias))
 
 
-class InColumns(torch.autograd.Function):
-    """A second right answer: sums written out, in the column layout, with everything but the packed tensors as attributes."""
-
-    @staticmethod
-    def forward(ctx, x, packed, absmax, bias, shape, block_size):
-        ctx.save_for_backward(packed, absmax)
-        ctx.layout = shape, block_size, x.dtype
-        y = x @ decode(packed, absmax, *ctx.layout).T.contiguous()
-        return y if bias is None else y + bias
-
-    @staticmethod
-    def backward(ctx, grad):
-        columns = decode(*ctx.saved_tensors, *ctx.layout).T.contiguous()  # (in, out)
-        grad_bias = grad
-        while grad_bias.ndim > 1:
-            grad_bias = grad_bias.sum(0)
-        return F.linear(grad, columns), None, None, grad_bias if ctx.needs_input_grad[3] else None, None, None
+def by_the_reference(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple, block_size: int) -> Tensor:
+    return NF4Product.apply(x, bias, NF4Tensor(packed, absmax, torch.Size(shape), x.dtype, block_size))
 
 
 def dense(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple[int, int], block_size: int) -> Tensor:
@@ -137,7 +123,7 @@ def in_16_bits(answer, x: Tensor, arguments: tuple, direction: Tensor) -> tuple[
     return str(y.dtype), "right" if all(near) else "wrong"
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
 
     def make(out_features: int, in_features: int, dtype: torch.dtype = torch.float32, block_size: int = 64) -> tuple:
@@ -152,89 +138,89 @@ def observe(answer, seed: int) -> dict:
     arguments = make(n, n)
     # Neither x nor the gradient is contiguous: in a model they come out of transposes.
     bias, x, direction = arguments[2], draw(3, 2, n).transpose(0, 1).requires_grad_(), draw(3, 2, n).transpose(0, 1)
-    seen = {}
     y = answer(x, *arguments)
-    seen["the output of a (2, 3, 24) input"] = y
+    yield "the output of a (2, 3, 24) input", y
     if not isinstance(y, Tensor):
-        return seen
-    seen["the output without a bias"] = plain = answer(x, *arguments[:2], None, *arguments[3:])
-    seen["the output requires a gradient where the input does"] = y.requires_grad
+        return
+    plain = answer(x, *arguments[:2], None, *arguments[3:])
+    yield "the output without a bias", plain
+    yield "the output requires a gradient where the input does", y.requires_grad
     if not y.requires_grad or y.shape != direction.shape:
-        return seen
+        return
     with Products(n * n) as products:
         of_x, of_bias = gradients(y, (x, bias), direction)
-    seen["the gradient of the input"], seen["the gradient of the bias"] = of_x, of_bias
+    yield "the gradient of the input", of_x
+    yield "the gradient of the bias", of_bias
     if isinstance(plain, Tensor) and plain.shape == direction.shape:
         try:
             found, how = gradients(plain, (x,), direction)[0], "runs"
         except RuntimeError:
             found, how = of_x, "raises a RuntimeError"
-        seen["the backward without a bias"], seen["the gradient of the input without a bias"] = how, found
+        yield "the backward without a bias", how
+        yield "the gradient of the input without a bias", found
     wide, x_wide = make(40, 24, block_size=32), draw(7, 24).requires_grad_()  # input, output and packed weight differ in size
     try:
         y = answer(x_wide, *wide)
-        seen["the output of a (40, 24) weight"] = y.detach()
-        seen["the gradient through a (40, 24) weight"] = gradients(y, (x_wide,), y.detach())[0]
-        seen["bytes kept for the backward, beside the packed weight"] = kept_bytes(answer, x_wide, wide)
+        yield "the output of a (40, 24) weight", y.detach()
+        yield "the gradient through a (40, 24) weight", gradients(y, (x_wide,), y.detach())[0]
+        yield "bytes kept for the backward, beside the packed weight", kept_bytes(answer, x_wide, wide)
     except RuntimeError:
-        seen["the output of a (40, 24) weight"] = "a RuntimeError"
-    seen["the backward computes a gradient of the weight"] = products.found
+        yield "the output of a (40, 24) weight", "a RuntimeError"
+    yield "the backward computes a gradient of the weight", products.found
     one = draw(n).requires_grad_()
     try:
         y = answer(one, *arguments)
         of_one = gradients(y, (one, bias), direction[0, 0])
     except (RuntimeError, IndexError, ValueError) as error:
         raise NotYet(f"for an x without leading axes, (in,), your code raised {type(error).__name__}: {error}") from error
-    seen["the output of a vector"] = y
-    seen["the gradient of a vector"], seen["the gradient of the bias beside a vector"] = of_one
+    yield "the output of a vector", y
+    yield from zip(("the gradient of a vector", "the gradient of the bias beside a vector"), of_one, strict=True)
     frozen = answer(x, arguments[0], arguments[1], bias.detach(), *arguments[3:])
-    seen["the gradient of the input when the bias is frozen"] = gradients(frozen, (x,), direction)[0]
+    yield "the gradient of the input when the bias is frozen", gradients(frozen, (x,), direction)[0]
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        seen[f"with {name} the output is"], seen[f"with {name} the gradients are"] = in_16_bits(
-            answer, draw(3, n, dtype=dtype), make(n, n, dtype), draw(3, n, dtype=dtype)
-        )
-    return seen
+        found = in_16_bits(answer, draw(3, n, dtype=dtype), make(n, n, dtype), draw(3, n, dtype=dtype))
+        yield from zip((f"with {name} the output is", f"with {name} the gradients are"), found, strict=True)
 
 
 check = Check(
     task="y = x·Ŵᵀ + b and its gradient; nothing is kept but the packed weight",
     observe=observe,
     reference=nf4_product,
-    second=InColumns.apply,
+    second=by_the_reference,
     misconceptions={
-        "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": {
-            "through": lambda grad, weight: grad @ weight.T
-        },
-        "the output is x·Ŵ: as in nn.Linear the weight is (out, in) and the product is with its transpose": {
-            "multiply": lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
-        },
-        "the bias is missing in the output: add it, or pass it to F.linear": {"multiply": lambda x, weight, bias: x @ weight.T},
-        "the bias gets no gradient: its gradient is that of the output, summed over all rows": {"bias_gradient": lambda grad: None},
-        "the gradient of the bias is a mean over the rows: it is their sum": {"bias_gradient": lambda grad: over_rows(grad) / 6},
+        "the gradient goes through the transposed weight: y = x·Ŵᵀ gives ∂L/∂x = ∂L/∂y · Ŵ, without the transpose": but(
+            through=lambda grad, weight: grad @ weight.T
+        ),
+        "the output is x·Ŵ: as in nn.Linear the weight is (out, in) and the product is with its transpose": but(
+            multiply=lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
+        ),
+        "the bias is missing in the output: add it, or pass it to F.linear": but(multiply=lambda x, weight, bias: x @ weight.T),
+        "the bias gets no gradient: its gradient is that of the output, summed over all rows": but(bias_gradient=lambda grad: None),
+        "the gradient of the bias is a mean over the rows: it is their sum": but(bias_gradient=lambda grad: over_rows(grad) / 6),
         "a dense copy of the weight is kept until the backward, by ctx or by autograd itself: 4 bytes a weight, for every layer; keep the "
         "packed weight, and decode it again": dense,
-        "the input is kept for the backward: it would be needed for the weight's gradient only, and the weight is frozen": {
-            "keep": lambda x, packed, absmax, y: x
-        },
-        "codes and scales are copied before they are saved: save the tensors themselves, the layer holds them anyway": {
-            "keep": lambda x, packed, absmax, y: (packed.clone(), absmax.clone())
-        },
+        "the input is kept for the backward: it would be needed for the weight's gradient only, and the weight is frozen": but(
+            keep=lambda x, packed, absmax, y: x
+        ),
+        "codes and scales are copied before they are saved: save the tensors themselves, the layer holds them anyway": but(
+            keep=lambda x, packed, absmax, y: (packed.clone(), absmax.clone())
+        ),
         "the incoming gradient is passed on as it is: that is the straight-through estimator, for training what is rounded; here nothing "
-        "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": {"through": lambda grad, weight: grad.clone()},
-        "the output is kept for the backward: the gradient of a product needs the weight only": {"keep": lambda x, packed, absmax, y: y},
-        "with a bfloat16 input the backward fails: decode to the dtype of the incoming gradient, not always to float32": {
-            "dtype": lambda grad: torch.float32
-        },
-        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": {"scales": torch.ones_like},
-        "the backward computes a gradient of the weight: it is frozen, return None for it": {"through": beside_the_weights},
-        "a bfloat16 input comes out as float32: dequantize to the dtype of x": {"cast": Tensor.float},
-        "a float16 input is taken for bfloat16: dequantize to the dtype of x, whatever it is": {
-            "cast": lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float16 else tensor
-        },
-        "without a bias the backward fails: torch wants None for an argument that was None; ask ctx.needs_input_grad": {
-            "bias_wants_one": lambda ctx: True
-        },
+        "is rounded on the way of x, and the product's gradient is ∂L/∂y · Ŵ": but(through=lambda grad, weight: grad.clone()),
+        "the output is kept for the backward: the gradient of a product needs the weight only": but(keep=lambda x, packed, absmax, y: y),
+        "with a bfloat16 input the backward fails: decode to the dtype of the incoming gradient, not always to float32": but(
+            dtype=lambda grad: torch.float32
+        ),
+        "the gradient goes through the levels without their scales: multiply by absmax in the backward too": but(scales=torch.ones_like),
+        "the backward computes a gradient of the weight: it is frozen, return None for it": but(through=beside_the_weights),
+        "a bfloat16 input comes out as float32: dequantize to the dtype of x": but(cast=Tensor.float),
+        "a float16 input is taken for bfloat16: dequantize to the dtype of x, whatever it is": but(
+            cast=lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float16 else tensor
+        ),
+        "without a bias the backward fails: torch wants None for an argument that was None; ask ctx.needs_input_grad": but(
+            bias_wants_one=lambda ctx: True
+        ),
     },
     rtol=1e-3,
     atol=1e-4,

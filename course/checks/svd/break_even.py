@@ -5,7 +5,7 @@ import operator
 
 import torch
 
-from course.checking import Check
+from course.checking import Check, but
 
 
 def largest_saving_rank(out_features: int, in_features: int, *, of_one_rank=operator.add, spared: int = 1, divide=operator.floordiv) -> int:
@@ -32,12 +32,12 @@ check = Check(
     rtol=0,
     atol=0,
     misconceptions={
-        "where m + n divides m·n, factors of that rank are as large as the matrix (6 × 3: rank 2 needs 18 numbers)": {"spared": 0},
+        "where m + n divides m·n, factors of that rank are as large as the matrix (6 × 3: rank 2 needs 18 numbers)": but(spared=0),
         "that is the largest rank the matrix can have: its factors need more numbers than the matrix itself": min,
         "half of the smaller side is right for square matrices alone: count r·(m + n) against m·n": lambda m, n: (min(m, n) - 1) // 2,
-        "that is the first rank that does not save: you want the one before": {"spared": 0, "divide": lambda all, one: -(-all // one)},
-        "return a whole number: a rank of 31.5 does not exist": {"spared": 0, "divide": operator.truediv},
-        "you counted r² numbers for the factors: B has m·r and A has r·n": {"divide": lambda all, one: math.isqrt(all)},
-        "you counted one factor: B has m·r numbers and A has r·n, together r·(m + n)": {"of_one_rank": max},
+        "that is the first rank that does not save: you want the one before": but(spared=0, divide=lambda all, one: -(-all // one)),
+        "return a whole number: a rank of 31.5 does not exist": but(spared=0, divide=operator.truediv),
+        "you counted r² numbers for the factors: B has m·r and A has r·n": but(divide=lambda all, one: math.isqrt(all)),
+        "you counted one factor: B has m·r numbers and A has r·n, together r·(m + n)": but(of_one_rank=max),
     },
 )

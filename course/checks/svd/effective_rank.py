@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, but
 from course.checks.svd.shared import as_given
 from reference import lowrank
 
@@ -42,16 +42,16 @@ check = Check(
     reference=effective_rank,
     second=by_product,
     misconceptions={
-        "you normalised σ²: the paper's p_i = σ_i / Σ σ uses the singular values themselves": {"normalise": lambda s: s**2 / (s**2).sum()},
-        "you divided by the largest σ: the p_i must sum to one, so divide by the sum": {"normalise": lambda s: s / s.max()},
-        "you divided by the root of Σ σ²: the p_i must sum to one, so divide by the sum": {"normalise": lambda s: s / s.norm()},
-        "the singular values were not normalised: entropy needs p_i = σ_i / Σ σ": {"normalise": as_given},
-        "that is the entropy itself: the effective rank is its exponential": {"finish": as_given},
-        "the entropy is in bits (log2) but the exponential is base e: use the natural logarithm": {"log": torch.log2},
-        "the entropy is in nats but you raised 2 to it: use exp": {"finish": torch.exp2},
-        "the minus of the entropy is missing: −Σ p ln p": {"finish": lambda entropy: (-entropy).exp()},
+        "you normalised σ²: the paper's p_i = σ_i / Σ σ uses the singular values themselves": but(normalise=lambda s: s**2 / (s**2).sum()),
+        "you divided by the largest σ: the p_i must sum to one, so divide by the sum": but(normalise=lambda s: s / s.max()),
+        "you divided by the root of Σ σ²: the p_i must sum to one, so divide by the sum": but(normalise=lambda s: s / s.norm()),
+        "the singular values were not normalised: entropy needs p_i = σ_i / Σ σ": but(normalise=as_given),
+        "that is the entropy itself: the effective rank is its exponential": but(finish=as_given),
+        "the entropy is in bits (log2) but the exponential is base e: use the natural logarithm": but(log=torch.log2),
+        "the entropy is in nats but you raised 2 to it: use exp": but(finish=torch.exp2),
+        "the minus of the entropy is missing: −Σ p ln p": but(finish=lambda entropy: (-entropy).exp()),
         "that is the number of singular values above zero: the rank, not how evenly they are spread": lambda s: float((s > 0).sum()),
-        "a singular value of zero gave NaN: 0·ln 0 counts as 0 (torch.special.entr, or leave zeros out)": {"counted": as_given},
+        "a singular value of zero gave NaN: 0·ln 0 counts as 0 (torch.special.entr, or leave zeros out)": but(counted=as_given),
         "that is the stable rank, Σ σ² / σ_1²: another measure; here it is exp of the entropy": lowrank.stable_rank,
     },
 )

@@ -7,7 +7,7 @@ entries.
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, but, unpacked
 from course.checks.svd.shared import as_given, or_torchs_refusal
 
 
@@ -44,9 +44,8 @@ def from_eigenvectors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (full @ v / s.sqrt()).to(weight.dtype), (s.sqrt()[:, None] * v.T).to(weight.dtype)
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for name, (out, inside, rank), dtype in (
         ("a wide float32 matrix", (5, 9, 2), torch.float32),
         ("a tall float32 matrix", (11, 6, 3), torch.float32),
@@ -57,28 +56,23 @@ def observe(answer, seed: int) -> dict:
     ):
         weight = torch.randn(out, inside, generator=g).to(dtype)
         result, refusal = or_torchs_refusal(answer, weight, rank)
-        seen[f"an error of torch for {name}"] = refusal
+        yield f"an error of torch for {name}", refusal
         if refusal:
-            return seen
-        pair = isinstance(result, (tuple, list)) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)
-        seen["the answer is a pair of tensors, (B, A)"] = pair
-        if not pair:
-            return seen
-        b, a = result
-        seen[f"the shape of B, for {name}, {out} × {inside}, and rank {rank}"] = str(tuple(b.shape))
-        seen[f"the shape of A, for {name}, {out} × {inside}, and rank {rank}"] = str(tuple(a.shape))
+            return
+        b, a = unpacked(result, "a pair of tensors, (B, A)", Tensor, Tensor)
+        yield f"the shape of B, for {name}, {out} × {inside}, and rank {rank}", str(tuple(b.shape))
+        yield f"the shape of A, for {name}, {out} × {inside}, and rank {rank}", str(tuple(a.shape))
         if b.shape != (out, rank) or a.shape != (rank, inside):
-            return seen
-        seen[f"the dtypes of B and A, for {name}"] = f"{b.dtype}, {a.dtype}"
+            return
+        yield f"the dtypes of B and A, for {name}", f"{b.dtype}, {a.dtype}"
         if weight.itemsize >= 4:  # in 16 bits two right answers differ by a rounding: shapes and dtypes are enough there
-            seen[f"B @ A, for {name}"] = b @ a
-            seen[f"the sizes of B's entries, for {name}"] = b.abs()
-            seen[f"the sizes of A's entries, for {name}"] = a.abs()
+            yield f"B @ A, for {name}", b @ a
+            yield f"the sizes of B's entries, for {name}", b.abs()
+            yield f"the sizes of A's entries, for {name}", a.abs()
         else:
             error = torch.linalg.matrix_norm(weight.double() - b.double() @ a.double())
             least = torch.linalg.svdvals(weight.double())[rank:].norm()
-            seen[f"B @ A is as close to {name} as rank {rank} allows"] = bool(error < 1.01 * least)
-    return seen
+            yield f"B @ A is as close to {name} as rank {rank} allows", bool(error < 1.01 * least)
 
 
 check = Check(
@@ -89,20 +83,20 @@ check = Check(
     rtol=1e-3,  # singular vectors of close singular values are less exact than float32 itself
     atol=2e-4,
     misconceptions={
-        "all of S went into B: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": {"powers": (1, 0)},
-        "all of S went into A: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": {"powers": (0, 1)},
-        "S went into both factors whole, so B @ A holds σ² in place of σ: give √S to each": {"powers": (1, 1)},
-        "the singular values are missing: U and V alone say the directions, not how long each piece is": {"powers": (0, 0)},
-        "torch.linalg.svd returns Vᵀ already (it is called Vh): you transposed it again; A is its first rows": {"right": torch.t},
-        "B holds the first rows of U: the left singular vectors are its columns": {"left": torch.t},
-        "you kept the smallest singular values: svd sorts them largest first, so the best pieces are the first ones": {
-            "kept": lambda rank: slice(-rank, None)
-        },
-        "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": {"kept": lambda rank: slice(rank - 1)},
-        "A came first: return (B, A), B with shape (out, rank)": {"pair": lambda b, a: (a, b)},
-        "torch has no SVD for 16-bit types: decompose a float32 copy, and convert the factors back": {"wide": as_given},
-        "the factors of a 16-bit or float64 weight came back in float32: return them in the weight's own dtype": {
-            "narrow": lambda factor, weight: factor.float()
-        },
+        "all of S went into B: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": but(powers=(1, 0)),
+        "all of S went into A: share it, √S to each factor (B = U·√S, A = √S·Vᵀ)": but(powers=(0, 1)),
+        "S went into both factors whole, so B @ A holds σ² in place of σ: give √S to each": but(powers=(1, 1)),
+        "the singular values are missing: U and V alone say the directions, not how long each piece is": but(powers=(0, 0)),
+        "torch.linalg.svd returns Vᵀ already (it is called Vh): you transposed it again; A is its first rows": but(right=torch.t),
+        "B holds the first rows of U: the left singular vectors are its columns": but(left=torch.t),
+        "you kept the smallest singular values: svd sorts them largest first, so the best pieces are the first ones": but(
+            kept=lambda rank: slice(-rank, None)
+        ),
+        "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": but(kept=lambda rank: slice(rank - 1)),
+        "A came first: return (B, A), B with shape (out, rank)": but(pair=lambda b, a: (a, b)),
+        "torch has no SVD for 16-bit types: decompose a float32 copy, and convert the factors back": but(wide=as_given),
+        "the factors of a 16-bit or float64 weight came back in float32: return them in the weight's own dtype": but(
+            narrow=lambda factor, weight: factor.float()
+        ),
     },
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checking import Check, mistaken
+from course.checking import Check, Seen, but, mistaken
 from course.checks.svd.factors import truncated_svd
 from course.checks.svd.shared import as_given, nearest, or_torchs_refusal
 
@@ -40,9 +40,8 @@ def change_with_few_large(out: int, inside: int, rank: int, g: torch.Generator) 
     return (u * s) @ v.T
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    seen = {}
     for name, (out, inside, rank), dtype in (
         ("a wide float32 layer", (6, 10, 2), torch.float32),
         ("a tall float32 layer", (12, 5, 3), torch.float32),
@@ -52,17 +51,16 @@ def observe(answer, seed: int) -> dict:
         after = (before.float() + change_with_few_large(out, inside, rank, g)).to(dtype)
         exact = keep_update(before, after, rank, wide=Tensor.double, narrow=as_given)
         result, refusal = or_torchs_refusal(answer, before, after, rank)
-        seen[f"an error of torch for {name}"] = refusal
+        yield f"an error of torch for {name}", refusal
         if refusal:
-            return seen
+            return
         if dtype is torch.float32:
-            seen[f"the weight of {name}"] = result
+            yield f"the weight of {name}", result
         else:
             like = isinstance(result, Tensor) and result.shape == exact.shape and result.dtype == dtype
-            seen[f"the dtype of {name}"] = str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
-            seen[f"the weight of {name} is right to within 1 %"] = like and torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-2)
-            seen[f"every number of {name} is the {dtype} number nearest to the exact one"] = like and nearest(result, exact, slack=1e-5)
-    return seen
+            yield f"the dtype of {name}", str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
+            yield f"the weight of {name} is right to within 1 %", like and torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-2)
+            yield f"every number of {name} is the {dtype} number nearest to the exact one", like and nearest(result, exact, slack=1e-5)
 
 
 check = Check(
@@ -73,32 +71,31 @@ check = Check(
     rtol=1e-3,
     atol=1e-4,
     misconceptions={
-        "you truncated the fine-tuned weight itself, and with it what pre-training had learned: truncate the change, W1 − W0": {
-            "combine": lambda w0, w1, best: best(w1)
-        },
-        "you truncated the weight from before and added the whole change: truncate the change, W1 − W0": {
-            "combine": lambda w0, w1, best: best(w0) + w1 - w0
-        },
-        "that is the truncated change alone: add it to the weight from before": {"combine": lambda w0, w1, best: best(w1 - w0)},
-        "the change has the wrong sign: it is after − before": {"combine": lambda w0, w1, best: w0 + best(w0 - w1)},
-        "the truncated change was added to the weight from after, which already holds all of it: add it to the one from before": {
-            "combine": lambda w0, w1, best: w1 + best(w1 - w0)
-        },
-        "each weight was truncated on its own before the difference was taken: take the difference first": {
-            "combine": lambda w0, w1, best: w0 + best(w1) - best(w0)
-        },
-        "you kept the smallest singular values of the change: the first ones are the largest": {
-            "truncate": mistaken(truncated_svd, kept=lambda rank: slice(-rank, None))
-        },
+        "you truncated the fine-tuned weight itself, and with it what pre-training had learned: truncate the change, W1 − W0": but(
+            combine=lambda w0, w1, best: best(w1)
+        ),
+        "you truncated the weight from before and added the whole change: truncate the change, W1 − W0": but(
+            combine=lambda w0, w1, best: best(w0) + w1 - w0
+        ),
+        "that is the truncated change alone: add it to the weight from before": but(combine=lambda w0, w1, best: best(w1 - w0)),
+        "the change has the wrong sign: it is after − before": but(combine=lambda w0, w1, best: w0 + best(w0 - w1)),
+        "the truncated change was added to the weight from after, which already holds all of it: add it to the one from before": but(
+            combine=lambda w0, w1, best: w1 + best(w1 - w0)
+        ),
+        "each weight was truncated on its own before the difference was taken: take the difference first": but(
+            combine=lambda w0, w1, best: w0 + best(w1) - best(w0)
+        ),
+        "you kept the smallest singular values of the change: the first ones are the largest": but(
+            truncate=mistaken(truncated_svd, kept=lambda rank: slice(-rank, None))
+        ),
         "the bfloat16 weight was rounded more than once: convert both weights to float32 first, subtract, truncate and add there, and "
-        "round at the end": {"wide": as_given},
-        "torch has no SVD for 16-bit types: convert both weights to float32 first": {
-            "wide": as_given,
-            "truncate": mistaken(truncated_svd, wide=as_given),
-        },
-        "the weight came back in float32: the layer needs its own dtype": {"narrow": as_given},
-        "you wrote into the weight from before: whoever passed it still needs it; return a new tensor": {
-            "narrow": lambda weight, before: before.copy_(weight)
-        },
+        "round at the end": but(wide=as_given),
+        "torch has no SVD for 16-bit types: convert both weights to float32 first": but(
+            wide=as_given, truncate=mistaken(truncated_svd, wide=as_given)
+        ),
+        "the weight came back in float32: the layer needs its own dtype": but(narrow=as_given),
+        "you wrote into the weight from before: whoever passed it still needs it; return a new tensor": but(
+            narrow=lambda weight, before: before.copy_(weight)
+        ),
     },
 )

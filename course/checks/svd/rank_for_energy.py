@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check
+from course.checking import Check, Seen, but
 from course.checks.svd.shared import as_given
 
 
@@ -31,18 +31,17 @@ def spectrum_away_from(shares: tuple[float, ...], n: int, g: torch.Generator) ->
             return s
 
 
-def observe(answer, seed: int) -> dict:
+def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     # A share that is reached exactly, not passed: its squares, sums and the norms of both are powers of two, exact in any order.
-    seen = {"sixteen equal singular values, share 0.25": answer(torch.ones(16), 0.25)}
-    seen["one singular value, share 0.9"] = answer(torch.tensor([2.0]), 0.9)
+    yield "sixteen equal singular values, share 0.25", answer(torch.ones(16), 0.25)
+    yield "one singular value, share 0.9", answer(torch.tensor([2.0]), 0.9)
     shares = (0.5, 0.9, 0.99)
     for n in (12, 30, 48):
         s = spectrum_away_from(shares, n, g)
         for share in shares:
-            seen[f"{n} decaying singular values, share {share}"] = answer(s, share)
-    seen["the singular values 3, 2, 1, 1, 1, share 1"] = answer(torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]), 1.0)  # 9 + 4 + 3 = 16
-    return seen
+            yield f"{n} decaying singular values, share {share}", answer(s, share)
+    yield "the singular values 3, 2, 1, 1, 1, share 1", answer(torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]), 1.0)  # 9 + 4 + 3 = 16
 
 
 check = Check(
@@ -53,12 +52,12 @@ check = Check(
     rtol=0,
     atol=0,
     misconceptions={
-        "you added up σ: energy is the sum of σ², because ‖W‖_F² = Σ σ²": {"size": as_given},
-        "σ was squared twice: svdvals gives σ itself, so square once": {"size": lambda s: s**4},
-        "one too few: you counted the ranks that fall short; the answer is the next one": {"offset": 0},
-        "one too many: a share that is reached exactly is enough (at least, not more than)": {"too_little": torch.le},
-        "you compared the share with ‖W_r‖ / ‖W‖: energy is the square of that ratio": {"measure": torch.sqrt},
-        "you started from the smallest singular value: the largest ones keep the most": {"size": lambda s: s.flip(0).square()},
+        "you added up σ: energy is the sum of σ², because ‖W‖_F² = Σ σ²": but(size=as_given),
+        "σ was squared twice: svdvals gives σ itself, so square once": but(size=lambda s: s**4),
+        "one too few: you counted the ranks that fall short; the answer is the next one": but(offset=0),
+        "one too many: a share that is reached exactly is enough (at least, not more than)": but(too_little=torch.le),
+        "you compared the share with ‖W_r‖ / ‖W‖: energy is the square of that ratio": but(measure=torch.sqrt),
+        "you started from the smallest singular value: the largest ones keep the most": but(size=lambda s: s.flip(0).square()),
         "you compared each σ with the largest one: energy is a share of the sum over all": (
             lambda singular_values, share: int((singular_values >= (1 - share) * singular_values.max()).sum())
         ),
