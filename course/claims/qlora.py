@@ -372,6 +372,11 @@ def step_seconds(how: str, sequence: int, device: str = GPU) -> float:
     return step(how, sequence, "seconds", device)
 
 
+def step_range(how: str, sequence: int, which: str, device: str = GPU) -> float:
+    """Seconds of the fastest step that was timed, "least", or of the slowest, "most"."""
+    return {"least": min, "most": max}[which](step(how, sequence, "all_seconds", device))
+
+
 def step_peak_gb(how: str, sequence: int = 2048, device: str = GPU) -> float:
     """Of all tensors in a step."""
     return step(how, sequence, "peak", device) / 1e9

@@ -1,9 +1,10 @@
-"""The course's kernels and steps beside the libraries that people use, on one GPU, from recorded results.
+"""The course's kernels and steps beside the libraries that people use, on two GPUs, from recorded results.
 
-The two sides of a row were measured in one run, on the same card. ``goal`` is how many times as fast as the library the work was meant
+The two sides of a comparison were measured in one run, on the same card. ``goal`` is how many times as fast as the library the work was meant
 to be; it was set before it was measured, and one that was missed stays in the table. None where no goal was set.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from course.lab import recorded
@@ -72,17 +73,36 @@ def steps(device: str | None = None) -> list[Row]:
     return rows
 
 
-def table(device: str | None = None) -> str:
-    """All rows as text, missed goals said plainly; below them the steps under a cap, which no library's run is beside."""
-    heads, lines, group = ("", "ours", "library", "", "library/ours", "goal", ""), [], None
-    for row in (*kernels(device), *trained(device), *layers(device), *steps(device)):
-        if row.group != group:
-            group = row.group
+def all_rows(device: str | None = None) -> list[Row]:
+    """Every comparison measured on that card."""
+    return [*kernels(device), *trained(device), *layers(device), *steps(device)]
+
+
+def table(devices: Sequence[str] = ("h100", "h200")) -> str:
+    """All rows as text, the cards side by side, missed goals said plainly; below them the steps under a cap, which no library's run is beside.
+
+    Args:
+        devices: parts of the names of the devices' folders, as :func:`recorded.load` takes them.
+    """
+    heads = ("", "", *(name for card in devices for name in (f"{card.upper()}: ours", "library", "×")), "goal", "")
+    lines, group = [], None
+    for rows in zip(*map(all_rows, devices), strict=True):
+        first = rows[0]
+        if first.group != group:
+            group = first.group
             lines.append((group, *[""] * (len(heads) - 1)))
-        goal = "" if row.goal is None else f"{row.goal:g}"
-        lines.append((f"  {row.work}", row.ours, row.library, row.unit, f"{row.times:.2f}", goal, row.verdict))
+        numbers = [each for row in rows for each in (row.ours, row.library, f"{row.times:.2f}")]
+        missed = [card.upper() for card, row in zip(devices, rows, strict=True) if row.verdict == "not met"]
+        verdict = f"not met on {', '.join(missed)}" if missed else first.verdict
+        lines.append((f"  {first.work}", first.unit, *numbers, "" if first.goal is None else f"{first.goal:g}", verdict))
     lines.append(("QLoRA step in one process, 1 × 512 tokens", *[""] * (len(heads) - 3), "cap", ""))
-    for row in sorted(recorded.load("qlora_caps", device)["result"]["rows"], key=lambda row: row["cap"]):
-        process, cap = (row["context"] + row["reserved"]) / 1e9, row["cap"] / 1e9
-        lines.append((f"  {row['shape']}", process, None, "GB", "", f"{cap:g}", "met" if process <= cap else "not met"))
+    for rows in zip(*map(_capped, devices), strict=True):
+        processes = [(row["context"] + row["reserved"]) / 1e9 for row in rows]
+        cap = rows[0]["cap"] / 1e9
+        numbers = [each for process in processes for each in (process, None, "")]
+        lines.append((f"  {rows[0]['shape']}", "GB", *numbers, f"{cap:g}", "met" if max(processes) <= cap else "not met"))
     return columns(heads, lines, ".3f")
+
+
+def _capped(device: str) -> list[dict]:
+    return sorted(recorded.load("qlora_caps", device)["result"]["rows"], key=lambda row: row["cap"])

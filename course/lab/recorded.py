@@ -85,11 +85,15 @@ def provenance(entry: dict) -> str:
     return f"Recorded on {entry['device']}, {entry['day']} (torch {entry['versions']['torch']})."
 
 
-def live_or_recorded(name: str, measure: Callable[[], Any], needs_gpu: bool = True) -> Any:
-    """Run ``measure()`` where a GPU is present (or none is needed); else return the recorded result and print where it is from."""
+def live_or_recorded(name: str, measure: Callable[[], Any], needs_gpu: bool = True, recorded_on: str | None = None) -> Any:
+    """Run ``measure()`` where a GPU is present (or none is needed); else return the recorded result and print where it is from.
+
+    Args:
+        recorded_on: which card's record, as :func:`load` takes it.
+    """
     if not needs_gpu or device().type == "cuda":
         print(f"Measured now on {device_name()}.")
         return measure()
-    entry = load(name)
+    entry = load(name, recorded_on)
     print(provenance(entry))
     return entry["result"]
