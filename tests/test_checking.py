@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from course import checking
-from course.checking import Check, NotYet, Raised, first_difference, raised, unpacked
+from course.checking import Check, NotYet, Raised, but, first_difference, raised, unpacked
 
 
 @pytest.mark.parametrize(
@@ -275,14 +275,14 @@ class Affine(torch.nn.Module):
 
 @pytest.mark.parametrize("answer, run", [(affine, observe), (Affine, lambda answer, seed: observe(answer(), seed))])
 def test_a_mistake_is_the_worked_answer_with_parts_replaced(answer, run):
-    words = {"the slope is 3": {"slope": 2.0}, "nothing is added": {"shift": torch.ones_like if answer is affine else lambda self, x: 1}}
+    words = {"the slope is 3": but(slope=2.0), "nothing is added": but(shift=torch.ones_like if answer is affine else lambda self, x: 1)}
     check = Check("scale by 3", run, answer, answer, words)
     for message in words:
         assert refusal(check.wrong(message), check) == message
         assert check.wrong(message) is check.wrong(message)
     check(answer)
     with pytest.raises(TypeError, match=r"has no part offset; its parts are .*shift.*slope"):
-        Check("", run, answer, answer, {"no such part": {"offset": 1}}).wrong("no such part")
+        Check("", run, answer, answer, {"no such part": but(offset=1)}).wrong("no such part")
 
 
 @pytest.mark.parametrize(

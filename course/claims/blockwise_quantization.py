@@ -21,19 +21,10 @@ from reference.nf4 import NF4_CODEBOOK
 
 WHOLE = 1 << 20  # a block that holds any tensor used here
 
-
-def _e2m1() -> Tensor:
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
-    return torch.cat([magnitudes, -magnitudes[1:]])
-
-
-def _e4m3() -> Tensor:
-    levels = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
-    return levels[levels.isfinite()] / 448
-
-
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]) / 6
+E4M3 = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
 CODEBOOKS = {f"INT{bits}": int_codebook(bits) for bits in range(2, 9)}
-CODEBOOKS |= {"NF4": NF4_CODEBOOK, "FP4": fp4_codebook(), "E2M1": _e2m1(), "E4M3": _e4m3()}  # FP4 is bitsandbytes'
+CODEBOOKS |= {"NF4": NF4_CODEBOOK, "FP4": fp4_codebook(), "E2M1": E2M1, "E4M3": E4M3[E4M3.isfinite()] / 448}  # FP4 is bitsandbytes'
 
 
 @functools.cache

@@ -30,11 +30,6 @@ def bits(block: int = 64, second: int | None = 256) -> float:
     return 4 + scale_bits(block, second)
 
 
-def saved_bits() -> float:
-    """A weight, by double quantization."""
-    return bits(second=None) - bits()
-
-
 def scale_percent() -> float:
     """Of the stored bits that are scales, without double quantization."""
     return 100 * scale_bits(second=None) / bits(second=None)
@@ -47,9 +42,9 @@ def counted_bits(double: bool = True) -> float:
     return bits_per_parameter(q, quantize_scales(q.absmax)) if double else bits_per_parameter(q)
 
 
-def counted_saved_bits() -> float:
+def saved_bits(counted: bool = False) -> float:
     """A weight, by double quantization."""
-    return counted_bits(double=False) - counted_bits()
+    return counted_bits(double=False) - counted_bits() if counted else bits(second=None) - bits()
 
 
 def third_level_bits() -> float:

@@ -6,6 +6,7 @@ where nothing else is said. Measured figures take the ``device`` of the record, 
 
 import copy
 import dataclasses
+import math
 import warnings
 from functools import cache
 
@@ -252,14 +253,9 @@ def _off_percent(row: dict) -> float:
     return abs(100 * (row["ratio"] - 1))
 
 
-def steps(record: str, device: str = GPU) -> int:
-    """How many were measured."""
-    return len(_steps(record, device))
-
-
-def steps_within(percent: float, record: str, device: str = GPU) -> int:
-    """Of these, how many were within ``percent`` of the prediction."""
-    return sum(_off_percent(row) < percent for row in _steps(record, device))
+def steps(record: str, device: str = GPU, within: float = math.inf) -> int:
+    """How many were measured, and were within so many percent of the prediction."""
+    return sum(_off_percent(row) < within for row in _steps(record, device))
 
 
 def farthest_percent(record: str, device: str = GPU) -> float:

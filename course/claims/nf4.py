@@ -172,19 +172,10 @@ def negative_side_error() -> float:
 # The bins
 
 
-def absmax_mean(block: int) -> float:
-    """In standard deviations."""
-    return float(_largest(block).mean())
-
-
-def absmax_deviation(block: int) -> float:
-    """Standard deviation of a block's absmax, in those of the values."""
-    return float(_largest(block).std())
-
-
-def absmax_spread_percent(block: int) -> float:
-    """That deviation over the mean."""
-    return 100 * absmax_deviation(block) / absmax_mean(block)
+def absmax(what: str, block: int) -> float:
+    """The "mean" or the "deviation" of a block's absmax, in standard deviations of the values, or the "spread": their ratio in per cent."""
+    mean, deviation = _largest(block).mean(), _largest(block).std()
+    return float({"mean": mean, "deviation": deviation, "spread": 100 * deviation / mean}[what])
 
 
 def bin_percent(which: str, block: int) -> float:
@@ -246,7 +237,7 @@ def best_delta(block: int, measure: str) -> float:
 
 def rule_delta(block: int, measure: str) -> float:
     """Bennett's rule: levels as dense as the density to the power 1/(1 + p), which is a normal √(1 + p) times as wide, out to absmax."""
-    return float(ndtr(absmax_mean(block) / math.sqrt(1 + POWER[measure])))
+    return float(ndtr(absmax("mean", block) / math.sqrt(1 + POWER[measure])))
 
 
 def best_delta_leaves(block: int) -> float:
@@ -280,14 +271,10 @@ def above_shannon() -> float:
 # The format
 
 
-def packed_bytes(count: int) -> int:
-    """Of the codes of so many values."""
-    return quantize_nf4(torch.zeros(count)).packed.nbytes
-
-
-def scales(count: int) -> int:
-    """Of so many values."""
-    return len(quantize_nf4(torch.zeros(count)).absmax)
+def stored(what: str, count: int) -> int:
+    """Of so many values, the "bytes" of the codes or the number of "scales"."""
+    q = quantize_nf4(torch.zeros(count))
+    return {"bytes": q.packed.nbytes, "scales": len(q.absmax)}[what]
 
 
 def one_and_minus_one_pack_to_f0() -> bool:

@@ -421,18 +421,17 @@ def four_bits_cost_the_tiny_model_nothing() -> bool:
     return tiny_lost("NF4+DQ", "low") <= 0 <= tiny_lost("NF4+DQ", "high")
 
 
-def tiny_before(domain: str, kind: str) -> float:
-    """Nats above the floor before LoRA."""
-    return _only(_tiny()["won_back"], domain=domain, kind=kind)["before"]
+def _mean(found: float | list[float]) -> float:
+    return statistics.fmean(found) if isinstance(found, list) else found
 
 
-def _after(domain: str, kind: str) -> list[float]:
-    return _only(_tiny()["won_back"], domain=domain, kind=kind)["after"]
+def _after(domain: str, kind: str, when: str = "after") -> list[float]:
+    return _only(_tiny()["won_back"], domain=domain, kind=kind)[when]
 
 
-def tiny_after(domain: str, kind: str) -> float:
-    """Nats above the floor after LoRA; mean over seeds."""
-    return statistics.fmean(_after(domain, kind))
+def tiny_nats(when: str, domain: str, kind: str) -> float:
+    """Above the floor, "before" or "after" LoRA; mean over seeds."""
+    return _mean(_after(domain, kind, when))
 
 
 def clinic_seeds_overlap() -> bool:
@@ -444,7 +443,7 @@ def lora_wins_back() -> float:
     """Of what INT2 and NF2 lost on known text, against LoRA on the 16-bit base: the smallest share over bases and seeds, per cent."""
     shares = []
     for kind in ("INT2", "NF2"):
-        lost = tiny_before("general", kind) - tiny_before("general", "16-bit")
+        lost = tiny_nats("before", "general", kind) - tiny_nats("before", "general", "16-bit")
         shares += [1 - (a - b) / lost for a, b in zip(_after("general", kind), _after("general", "16-bit"), strict=True)]
     return 100 * min(shares)
 
@@ -504,8 +503,7 @@ def gemma_fp4_and_int4_swap() -> bool:
 
 def gemma_gap(kind: str, text: str, when: str, device: str = GPU) -> float:
     """Nats per token between this base and the 16-bit one, "before" or "after" LoRA on code; mean over seeds."""
-    found = _only(_gemma(device)["won_back"], kind=kind)[text][f"gap_{when}"]
-    return statistics.fmean(found) if isinstance(found, list) else found
+    return _mean(_only(_gemma(device)["won_back"], kind=kind)[text][f"gap_{when}"])
 
 
 def gemma_won_percent(kind: str, text: str, device: str = GPU) -> float:

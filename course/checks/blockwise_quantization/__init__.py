@@ -11,6 +11,6 @@ from course.checks.blockwise_quantization.blocks import check as blocks
 from course.checks.blockwise_quantization.budget import check as budget
 from course.checks.blockwise_quantization.outliers import check as outliers
 from course.checks.blockwise_quantization.rows import check as rows
-from course.checks.blockwise_quantization.shared import TINY, near_a_midpoint, off_the_midpoints, transposed
+from course.checks.blockwise_quantization.shared import TINY, transposed
 
-__all__ = ["TINY", "absmax", "affine", "blocks", "budget", "near_a_midpoint", "off_the_midpoints", "outliers", "rows", "transposed"]
+__all__ = ["TINY", "absmax", "affine", "blocks", "budget", "outliers", "rows", "transposed"]

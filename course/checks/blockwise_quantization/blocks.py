@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, but, unpacked
-from course.checks.blockwise_quantization.shared import TINY, largest_is, number, off_the_midpoints, transposed
+from course.checks.blockwise_quantization.shared import (
+    TINY,
+    as_if_even,
+    largest_is,
+    level_above,
+    level_below,
+    number,
+    off_the_midpoints,
+    transposed,
+)  # fmt: skip
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise
 
 
@@ -46,16 +55,6 @@ def last_block_borrows(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Te
     scales = whole.repeat_interleave(block_size)
     scales = torch.cat([scales, scales[-1:].expand(len(flat) - len(scales))])
     return nearest(flat / scales, codebook).to(torch.uint8).view(x.shape), whole
-
-
-def level_below(share: Tensor, codebook: Tensor) -> Tensor:
-    levels, order = codebook.sort(stable=True)
-    return order[(torch.bucketize(share, levels, right=True) - 1).clamp(min=0)]
-
-
-def level_above(share: Tensor, codebook: Tensor) -> Tensor:
-    levels, order = codebook.sort(stable=True)
-    return order[torch.bucketize(share, levels).clamp(max=len(levels) - 1)]
 
 
 def in_no_order(count: int, g: torch.Generator) -> Tensor:
@@ -133,9 +132,7 @@ check = Check(
         ),
         "you took midpoints between neighbours of the codebook as given, but it may be in any order: sort it first, then translate "
         "back": but(code=lambda share, codebook: torch.bucketize(share, midpoints(codebook))),
-        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": but(
-            code=lambda share, codebook: ((share + 1) / 2 * (len(codebook) - 1)).round()
-        ),
+        "the codes are those of evenly spaced levels: look for the nearest level of the codebook": but(code=as_if_even),
         "the values were not divided by the absmax of their block before the nearest level was looked up": but(divisor=torch.ones_like),
         "you kept the sign of a block's largest value: absmax is its absolute value, and is never negative": but(
             largest=lambda block: block[block.abs().argmax()]

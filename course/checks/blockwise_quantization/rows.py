@@ -83,9 +83,7 @@ check = Check(
         "your scales belong to the columns: for one scale a row, take the maximum *along* the row, over dim 1": but(
             largest=lambda weight: weight.abs().amax(0, keepdim=True)
         ),
-        "this is one scale for the whole tensor: take the maximum over dim 1 only": but(
-            largest=lambda weight: weight.abs().max().expand(len(weight), 1)
-        ),
+        "this is one scale for the whole tensor: take the maximum over dim 1 only": but(largest=lambda w: w.abs().max().expand(len(w), 1)),
         "the scales have shape (out,): on a square weight they would multiply columns, without an error; keep dim 1, shape (out, 1)": but(
             returned=lambda scales, steps: scales.flatten()
         ),
@@ -111,9 +109,7 @@ check = Check(
             wide=lambda w: w, returned=lambda scales, steps: scales.float()
         ),
         "the scales are in the weight's own 16-bit dtype: start from weight.float(), they are to be float32": but(wide=lambda w: w),
-        "your scales are the inverses of the right ones: a scale multiplies codes to give weights back": but(
-            returned=lambda scales, steps: 1 / scales
-        ),
+        "your scales are the inverses of the right ones: a scale multiplies codes to give weights back": but(returned=lambda s, _: 1 / s),
         "the codes are still floating-point numbers: convert them to torch.int8": but(stored=lambda codes, steps: codes),
         "a row of zeros has absmax 0, and 0 / 0 is NaN: give such a row some positive scale": but(scale=truediv),
         "a number was added to the scales, or they have a least value: beside it a row of tiny values is lost; replace scales of 0 "

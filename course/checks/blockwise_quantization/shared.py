@@ -4,6 +4,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reference.blockwise import midpoints
 
@@ -54,3 +55,22 @@ def comes_back(x: Tensor, codes: Tensor, scale: Tensor | float, step: Tensor) ->
     """Whether codes · scale is ``x`` again, but for half a step."""
     restored = codes.double() * scale
     return restored.shape == x.shape and bool(((x.double() - restored).abs() <= 0.51 * step).all())
+
+
+def filled_up(flat: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Its blocks, the last one filled up with zeros."""
+    return pad(flat, (0, -len(flat) % block_size)).split(block_size)
+
+
+def as_if_even(share: Tensor, codebook: Tensor) -> Tensor:
+    return ((share + 1) / 2 * (len(codebook) - 1)).round()
+
+
+def level_below(share: Tensor, codebook: Tensor) -> Tensor:
+    levels, order = codebook.sort(stable=True)
+    return order[(torch.bucketize(share, levels, right=True) - 1).clamp(min=0)]
+
+
+def level_above(share: Tensor, codebook: Tensor) -> Tensor:
+    levels, order = codebook.sort(stable=True)
+    return order[torch.bucketize(share, levels).clamp(max=len(levels) - 1)]

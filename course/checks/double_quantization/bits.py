@@ -64,9 +64,7 @@ check = Check(
     reference=bits_per_weight,
     second=from_ranges,
     misconceptions={
-        "with double quantization you count no scales at all, a saving of 0.5 bits: 8 bits for each scale stay": but(
-            double=lambda blocks, groups: 0
-        ),
+        "with double quantization you count no scales at all, a saving of 0.5 bits: 8 bits for each scale stay": but(double=lambda *_: 0),
         "the scales of the scales are missing: a float32 for each second_block of them": but(double=lambda blocks, groups: blocks + 4),
         "the offset is missing: one float32 for the whole tensor": but(double=lambda blocks, groups: blocks + 4 * groups),
         "scales of scales and offset are missing: a float32 for each second_block scales, and one for the tensor": but(

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from course.checking import Check, Seen, but, unpacked
+from course.checks.blockwise_quantization.shared import as_if_even, filled_up, level_above, level_below
 from course.checks.double_quantization.dynamic import dynamic_map
 from reference.blockwise import midpoints
 
@@ -17,7 +18,7 @@ def quantize_scales(
     offset=lambda absmax, size: absmax.mean(),
     cut=lambda absmax, size: absmax.split(size),
     centred=lambda block, offset: block - offset,
-    largest=lambda rest, block: rest.abs().max(),
+    largest=lambda rest, raw: rest.abs().max(),
     divided=lambda centred, scale: centred / scale,
     code=lambda scaled, levels: torch.bucketize(scaled, midpoints(levels)),
     returned=lambda scales: scales,
@@ -39,12 +40,8 @@ def in_one_piece(absmax: Tensor, levels: Tensor, block_size: int) -> tuple[Tenso
     return (scaled[:, None] - levels).abs().argmin(1).to(torch.uint8), largest, offset
 
 
-def with_zeros(absmax: Tensor, block_size: int) -> Tensor:
-    return pad(absmax, (0, -len(absmax) % block_size))
-
-
-def blocks_with_zeros(absmax: Tensor, block_size: int) -> tuple[Tensor, ...]:
-    return with_zeros(absmax, block_size).split(block_size)
+def mean_with_zeros(absmax: Tensor, block_size: int) -> Tensor:
+    return torch.cat(filled_up(absmax, block_size)).mean()
 
 
 def means(absmax: Tensor, block_size: int) -> Tensor:
@@ -91,9 +88,7 @@ check = Check(
     reference=quantize_scales,
     second=in_one_piece,
     misconceptions={
-        "the mean is not taken off: scales are all positive, so half of the levels are never used": but(
-            offset=lambda absmax, size: torch.tensor(0.0)
-        ),
+        "the mean is not taken off: scales are all positive, so half of the levels are never used": but(offset=lambda *_: torch.zeros(())),
         "you took each block's own mean: the offset is one number for the whole tensor": but(offset=means, centred=its_own_mean_off),
         "each block's own mean comes off, and the mean of all scales is returned: take off what you return, one number for the whole "
         "tensor": but(centred=its_own_mean_off),
@@ -113,37 +108,27 @@ check = Check(
         "the offset is the mean, not the median": but(offset=lambda absmax, size: absmax.median()),
         "a block's scale is its largest *absolute* value: a scale far below the mean counts too": but(largest=lambda rest, _: rest.max()),
         "a block's scale keeps the sign of the value that is farthest from zero: take its absolute value": but(
-            largest=lambda rest, block: rest[rest.abs().argmax()]
+            largest=lambda rest, raw: rest[rest.abs().argmax()]
         ),
         "a block's scale is its largest absolute value, so that all of it fits between −1 and 1; you took the standard deviation": but(
-            largest=lambda rest, block: rest.std()
+            largest=lambda rest, raw: rest.std()
         ),
         "a block's scale is its largest absolute value; you took half the distance from the smallest to the largest": but(
-            largest=lambda rest, block: (rest.max() - rest.min()) / 2
+            largest=lambda rest, raw: (rest.max() - rest.min()) / 2
         ),
         "a block's scale is what its values are divided by; you returned the inverse": but(returned=torch.reciprocal),
-        "the code is the index of the nearest level, whatever the levels are; you rounded to evenly spaced ones": but(
-            code=lambda scaled, levels: ((scaled + 1) / 2 * (len(levels) - 1)).round()
-        ),
+        "the code is the index of the nearest level, whatever the levels are; you rounded to evenly spaced ones": but(code=as_if_even),
         "the nearest level has the smallest *absolute* difference": but(code=lambda scaled, levels: (scaled[:, None] - levels).argmin(1)),
-        "the mean comes off first: you took a block's scale from values that still have it": but(
-            largest=lambda rest, block: block.abs().max()
-        ),
-        "the zeros that fill the last block were counted in the mean: take it of the scales alone": but(
-            offset=lambda absmax, size: with_zeros(absmax, size).mean()
-        ),
+        "the mean comes off first: you took a block's scale from values that still have it": but(largest=lambda rest, raw: raw.abs().max()),
+        "the zeros that fill the last block were counted in the mean: take it of the scales alone": but(offset=mean_with_zeros),
         "the last block was filled with zeros before the mean was taken and came off: they were counted in it, and became −mean; fill it "
-        "up once the mean is off": but(offset=lambda absmax, size: with_zeros(absmax, size).mean(), cut=blocks_with_zeros),
-        "zeros were added before the mean came off: they became −mean and set the last block's scale": but(cut=blocks_with_zeros),
+        "up once the mean is off": but(offset=mean_with_zeros, cut=filled_up),
+        "zeros were added before the mean came off: they became −mean and set the last block's scale": but(cut=filled_up),
         "one scale for all: each block of block_size scales has its own": but(cut=lambda absmax, size: [absmax]),
-        "the code is that of the nearest level; you took the next level below": but(
-            code=lambda scaled, levels: (torch.searchsorted(levels, scaled, right=True) - 1).clamp(min=0)
-        ),
-        "the code is that of the nearest level; you took the next level above": but(
-            code=lambda scaled, levels: torch.searchsorted(levels, scaled).clamp(max=len(levels) - 1)
-        ),
+        "the code is that of the nearest level; you took the next level below": but(code=level_below),
+        "the code is that of the nearest level; you took the next level above": but(code=level_above),
         "1e-8 is added to a block's scale: beside scales of 1e-6 that is no longer nothing, and it moves codes; add nothing": but(
-            largest=lambda rest, block: rest.abs().max() + 1e-8
+            largest=lambda rest, raw: rest.abs().max() + 1e-8
         ),
         "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add "
         "nothing": but(divided=lambda centred, scale: centred / (scale + 1e-8)),

@@ -8,7 +8,7 @@ from course.checking import Check, but
 from course.checks.lora.shared import MATCHED_TOO_MUCH, after_dot, is_target, last_word
 
 
-def lora_parameters(shapes, r, targets, *, match=is_target, chosen=list, each=lambda out, into, r: r * (out + into)) -> int:
+def lora_parameters(shapes, r, targets, *, match=is_target, chosen=list, each=lambda out, inn, r: r * (out + inn)) -> int:
     """The worked answer: r·(in + out) for every layer that a target names."""
     names = [name for name in shapes if match(name, targets)]
     return sum(each(*shapes[name], r) for name in chosen(names))
@@ -55,18 +55,16 @@ check = Check(
     reference=lora_parameters,
     second=by_expression,
     misconceptions={
-        "r·in·out is not low rank at all: A has r·in numbers and B has out·r, so r·(in + out)": but(
-            each=lambda out, into, r: r * into * out
-        ),
-        "only A was counted: B has out·r numbers too": but(each=lambda out, into, r: r * into),
-        "only B was counted: A has r·in numbers too": but(each=lambda out, into, r: r * out),
+        "r·in·out is not low rank at all: A has r·in numbers and B has out·r, so r·(in + out)": but(each=lambda out, inn, r: r * inn * out),
+        "only A was counted: B has out·r numbers too": but(each=lambda out, inn, r: r * inn),
+        "only B was counted: A has r·in numbers too": but(each=lambda out, inn, r: r * out),
         "2·r·in takes every matrix for a square one: k_proj and v_proj are narrower under grouped queries, MLPs wider; use r·(in + "
-        "out)": but(each=lambda out, into, r: 2 * r * into),
-        "2·r·out takes every matrix for a square one: use r·(in + out)": but(each=lambda out, into, r: 2 * r * out),
-        "the rank is missing: each of A and B is r times as large": but(each=lambda out, into, r: into + out),
-        "biases were counted: LoRA adds two factors and no bias": but(each=lambda out, into, r: r * (into + out) + out),
-        "the frozen weights were counted: only A and B train": but(each=lambda out, into, r: into * out),
-        "frozen and trained were added: only A and B train": but(each=lambda out, into, r: into * out + r * (into + out)),
+        "out)": but(each=lambda out, inn, r: 2 * r * inn),
+        "2·r·out takes every matrix for a square one: use r·(in + out)": but(each=lambda out, inn, r: 2 * r * out),
+        "the rank is missing: each of A and B is r times as large": but(each=lambda out, inn, r: inn + out),
+        "biases were counted: LoRA adds two factors and no bias": but(each=lambda out, inn, r: r * (inn + out) + out),
+        "the frozen weights were counted: only A and B train": but(each=lambda out, inn, r: inn * out),
+        "frozen and trained were added: only A and B train": but(each=lambda out, inn, r: inn * out + r * (inn + out)),
         **MATCHED_TOO_MUCH,
         "only the last word of a name was compared: a target may hold dots, such as 'mlp.up_proj', or be a full name": but(match=last_word),
         "a full name has no dot before it: the target 'lm_head' names the layer lm_head": but(match=after_dot),

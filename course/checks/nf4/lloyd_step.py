@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, but
-from course.checks.blockwise_quantization import near_a_midpoint
+from course.checks.blockwise_quantization.shared import near_a_midpoint
 from reference.blockwise import midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
 

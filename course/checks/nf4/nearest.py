@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, but
-from course.checks.blockwise_quantization import near_a_midpoint, transposed
+from course.checks.blockwise_quantization.shared import as_if_even, near_a_midpoint, transposed
 from reference.blockwise import midpoints
 
 
@@ -23,10 +23,6 @@ def nearest(
 
 def by_distance(scaled: Tensor, levels: Tensor) -> Tensor:
     return (scaled[..., None].double() - levels.double()).abs().argmin(-1).to(torch.uint8)
-
-
-def as_if_even(scaled: Tensor, levels: Tensor) -> Tensor:
-    return ((scaled + 1) / 2 * (len(levels) - 1)).round().clamp(0, len(levels) - 1).to(torch.uint8)
 
 
 def observe(answer, seed: int) -> Seen:
@@ -56,7 +52,9 @@ check = Check(
         "you take the level above each value: that is rounding up; the nearest changes at the midpoint between two levels": but(
             edges=lambda levels: levels[:-1]
         ),
-        "the codes are those of evenly spaced levels: use the levels that are passed in": as_if_even,
+        "the codes are those of evenly spaced levels: use the levels that are passed in": (
+            lambda scaled, levels: as_if_even(scaled, levels).clamp(0, len(levels) - 1).byte()
+        ),
         "you return the levels: the code is the level's index": but(result=lambda codes, levels: levels[codes]),
         "the codes are right but not uint8: a code of at most 256 levels fits a byte": but(result=lambda codes, levels: codes),
         "the codes are right but flattened: keep the shape of the values": but(result=lambda codes, levels: codes.byte().flatten()),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course.checking import Check, Seen, but
-from course.checks.blockwise_quantization import TINY, off_the_midpoints, transposed
+from course.checks.blockwise_quantization.shared import TINY, filled_up, off_the_midpoints, transposed
 from reference.blockwise import int_codebook, midpoints
 from reference.nf4 import NF4_CODEBOOK, normal_float_codebook
 
@@ -47,10 +47,6 @@ def by_comparing(x: Tensor, levels: Tensor, block_size: int) -> Tensor:
     scaled = (padded / torch.where(scale == 0, 1.0, scale)).view(-1)[:n]
     codes = (scaled[:, None] - levels).abs().argmin(1)
     return (codes[:, None] == torch.arange(len(levels))).float().mean(0)
-
-
-def filled_up(flat: Tensor, block_size: int) -> tuple[Tensor, ...]:
-    return F.pad(flat, (0, -len(flat) % block_size)).split(block_size)
 
 
 def last_divided_by_the_one_before(x: Tensor, levels: Tensor, block_size: int) -> Tensor:

@@ -63,9 +63,7 @@ check = Check(
             fill=lambda codes, spare: [codes, codes.new_full((2 - len(spare),), 7)]
         ),
         "the filling came first, and every code moved by half a byte: append it at the end": but(fill=lambda codes, spare: [spare, codes]),
-        "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": but(
-            join=lambda first, second: first << 4 + second
-        ),
+        "`+` binds tighter than `<<`: a << 4 + b shifts by 4 + b; write (a << 4) + b, or a << 4 | b": but(join=lambda a, b: a << 4 + b),
         "the bytes are right but not uint8": but(dtype=torch.int64),
     },
 )

@@ -69,11 +69,11 @@ def in_float64(q: NF4Tensor, original: Tensor, lora_A: Tensor, lora_B: Tensor, l
     return {"weights": weights, "errors": errors}
 
 
-def its_own_sum(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
+def own_sum(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
     return W + delta
 
 
-def its_own_sum_as_stored(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
+def own_sum_as_stored(decoded: Tensor, delta: Tensor, W: Tensor) -> Tensor:
     return rounded(W + delta, W)
 
 
@@ -118,20 +118,18 @@ check = Check(
         "the update has no scale: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: 1.0),
         "the update is scaled by α: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha),
         "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": but(product=lambda A, B: (B @ A).T),
-        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": but(
-            truth=its_own_sum
-        ),
+        "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": but(truth=own_sum),
         "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": but(
             truth=lambda decoded, delta, W: W.float()
         ),
         "what was trained was rounded to 16 bits before the errors were taken, so that 'dequantized' is compared with itself: compare with "
         "Ŵ + ΔW in float32": but(truth=lambda decoded, delta, W: rounded(decoded + delta, W)),
         "the errors compare with the stored W + ΔW, so that 'original' is compared with itself: the adapter was trained beside the "
-        "dequantized weight, compare with Ŵ + ΔW": but(truth=its_own_sum_as_stored),
+        "dequantized weight, compare with Ŵ + ΔW": but(truth=own_sum_as_stored),
         "the error of 'original' compares it with W + ΔW, the sum that it is made from: compare it with what was trained, Ŵ + ΔW, like the "
-        "others": but(truth_of_original=its_own_sum),
+        "others": but(truth_of_original=own_sum),
         "the error of 'original' is zero: it was compared with itself; compare it with what was trained, Ŵ + ΔW, like the others": but(
-            truth_of_original=its_own_sum_as_stored
+            truth_of_original=own_sum_as_stored
         ),
         "the error of 'original' compares it with W, without the update: compare it with what was trained, Ŵ + ΔW, like the others": but(
             truth_of_original=lambda decoded, delta, W: W.float()
@@ -143,9 +141,7 @@ check = Check(
         "the three ways stand at the top: return {'weights': {…}, 'errors': {…}}, each with the keys 'dequantized', 'requantized' and "
         "'original'": lambda *arguments: three_merges(*arguments)["weights"],
         "the errors compare with Ŵ, without the update: what was trained is Ŵ + ΔW": but(truth=lambda decoded, *_: decoded),
-        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": but(
-            over=lambda delta, merged, true: delta
-        ),
+        "the errors are relative to the update: divide by the norm of the trained weight Ŵ + ΔW": but(over=lambda delta, *_: delta),
         "the errors are relative to the merged weight's own norm: divide by the norm of the trained weight": but(
             over=lambda delta, merged, true: merged
         ),
@@ -183,9 +179,7 @@ check = Check(
         "'requantized' was decoded to 16 bits: decode it to float32, as it would be for a product": but(
             requantize=lambda total, q, delta: rounded(round_trip(total, q.block_size), q)
         ),
-        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": but(
-            requantize=lambda total, *_: total
-        ),
+        "nothing was requantized: Ŵ + ΔW lies between the levels; quantize the sum, then decode it": but(requantize=lambda t, *_: t),
         "the update was quantized by itself: quantize the sum Ŵ + ΔW, since that is what is stored": but(
             requantize=lambda total, q, delta: total - delta + round_trip(delta, q.block_size)
         ),

@@ -151,9 +151,7 @@ check = Check(
         "the interval is laid around the estimate as a share: take its ends in nats, then exp(…) − 1 of each": but(
             interval=lambda nats, half, share: tuple(share(nats) + side * math.exp(nats) * half for side in (-1, 1))
         ),
-        "the variance stands where the standard deviation belongs: take its root": but(
-            spread=lambda lost, *_: lost.var() / math.sqrt(len(lost))
-        ),
+        "the variance stands where the standard deviation belongs: take its root": but(spread=lambda x, *_: x.var() / math.sqrt(len(x))),
         "the sample are the columns: average over the tokens, the second axis": but(differences=lambda b, c: (c - b).mean(0)),
         "the tolerance is always 2 %: use the argument": but(verdict=lambda low, high, *_: at_both_ends(low, high, 0.02)),
         "the confidence is always 95 %: use the argument": but(probability=lambda confidence: 0.975),
