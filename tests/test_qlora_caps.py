@@ -27,8 +27,9 @@ def test_a_cap_that_is_too_small_is_a_row(monkeypatch):
     assert row == {"name": "7B", "error": "CUDA out of memory. Tried to allocate 2.00 GiB."} and "FAILED" in benchmark.table([row])
 
 
-def test_recorded_models_stayed_below_their_caps():
-    for row in recorded.load("qlora_caps")["result"]["rows"]:
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_recorded_models_stayed_below_their_caps(card):
+    for row in recorded.load("qlora_caps", card)["result"]["rows"]:
         case = benchmark.CASES[row["name"]]
         assert row["context"] + row["reserved"] <= row["cap"] == case.cap and row["shape"] == case.shape.name
         assert row["losses"][-1] < row["losses"][0]

@@ -79,7 +79,7 @@ def all_rows(device: str | None = None) -> list[Row]:
 
 
 def table(devices: Sequence[str] = ("h100", "h200")) -> str:
-    """All rows as text, the cards side by side, missed goals said plainly; below them the steps under a cap, which no library's run is beside.
+    """All rows as text, the cards side by side, missed goals said plainly; below them steps under a cap, which have no peer.
 
     Args:
         devices: parts of the names of the devices' folders, as :func:`recorded.load` takes them.
