@@ -1,7 +1,7 @@
 """The course's kernels and steps beside the libraries that people use, on two GPUs, from recorded results.
 
-The two sides of a comparison were measured in one run, on the same card. ``goal`` is how many times as fast as the library the work was meant
-to be; it was set before it was measured, and one that was missed stays in the table. None where no goal was set.
+The two sides of a comparison were measured in one run, on the same card. ``goal`` is how many times as fast as the library the work was
+meant to be; it was set before it was measured, and one that was missed stays in the table. None where no goal was set.
 """
 
 from collections.abc import Sequence
