@@ -10,7 +10,8 @@ turns, so that a clock that changes with temperature changes for all. The time i
 starts, as in a training step whose launches run ahead; "alone" is the time from the first launch on, where a slow CPU leaves gaps.
 
 *Generation*: forward of 1 and of 64 rows through a chain of eight such layers, time per layer. A chain, because a single layer's weight
-(34 MB) would stay in the cache of a large GPU between calls, which no model's does.
+(34 MB) would stay in the cache of a large GPU between calls, which no model's does. "One launch" is the same chain replayed from a CUDA
+graph: what is left of an adapter's cost when nobody waits for launches.
 """
 
 import copy
@@ -119,9 +120,27 @@ def generation(width: int, depth: int, where: torch.device, rounds: int, repeats
             x = torch.randn(rows, width, device=where, dtype=torch.bfloat16)
             with torch.inference_mode():
                 work = {key: (lambda chain=chain, x=x: chain(x)) for key, chain in chains.items()}
-                times = in_turns(work, where, rounds, repeats)
-            result[name][f"{rows} row{'s' * (rows > 1)}"] = {key: value / depth for key, value in times.items()}
+                graphs = {key: replayed(each, where) for key, each in work.items()}
+                times, without_launches = (in_turns(each, where, rounds, repeats) for each in (work, graphs))
+            label = f"{rows} row{'s' * (rows > 1)}"
+            result[name][label] = {key: value / depth for key, value in times.items()}
+            result[name][f"{label}, one launch"] = {key: value / depth for key, value in without_launches.items()}
     return result
+
+
+def replayed(work: Callable[[], object], where: torch.device) -> Callable[[], object]:
+    """``work`` from a CUDA graph, all its launches as one; on a CPU, where there are none, ``work`` itself."""
+    if where.type != "cuda":
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def measure(small: bool = False, where: torch.device | None = None) -> dict:
@@ -150,10 +169,10 @@ def table(result: dict) -> str:
         alone = f"{row['milliseconds_alone']['ours']:13.4f}{row['milliseconds_alone']['peft']:9.4f}"
         lines.append(f"{name:30}{times}{row['ratio']:8.3f}{others}{alone}{kept}")
     lines += ["", "forward without gradients, a layer in a chain: milliseconds"]
-    lines.append(f"{'':40}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
+    lines.append(f"{'':50}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
     for name, sizes in result["generation"].items():
         for rows, times in sizes.items():
-            lines.append(f"{name + ', ' + rows:40}" + "".join(f"{times[key]:9.4f}" for key in ("base", "merged", "ours", "peft")))
+            lines.append(f"{name + ', ' + rows:50}" + "".join(f"{times[key]:9.4f}" for key in ("base", "merged", "ours", "peft")))
     return "\n".join(lines)
 
 
