@@ -5,7 +5,8 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     any  arguments
     00   memory (budget, breakdown, recipes, activations), model_shapes
     01   lowrank (svd, subspace)
-    02   lora (layer, base, conv_embedding, targets, inject, mixed), adapter_format (files, config)
+    02   lora (layer, base, weights, conv_embedding, called, targets, inject, mixed)
+    02   adapter_format (files, keys, config)
     03   blockwise
     04   nf4
     05   double_quant

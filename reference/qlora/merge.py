@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.lora import LoRALayer, LoRALinear, lora_layers, merge_lora, replace_layers
-from reference.lora.base import describe
+from reference.lora.weights import describe
 from reference.qlora.layer import NF4Linear
 
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]
