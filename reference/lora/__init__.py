@@ -5,11 +5,11 @@ from reference.lora.inject import (
     inject_lora,
     lora_state_dict,
     merge_lora,
-    replace_layers,
     thaw,
     trainable_parameters,
 )
 from reference.lora.layer import LoRALayer, LoRALinear
+from reference.lora.replace import replace_layers
 from reference.lora.targets import Targets, find_targets, lora_layers, wrapper_of
 
 __all__ = [

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from reference.lora.base import check
+from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
 
 
@@ -114,6 +115,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
             raise type(error)(f"{name}: {error}") from None
     for layer in unmerged.values():
         layer.merge(keep=False)
+    for layer in layers.values():
+        carry_hooks(layer, layer.base)
     replace_layers(model, {layer: layer.base for layer in layers.values()})
     return model
 
@@ -154,42 +157,3 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def replace_layers(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put ``new[old]`` wherever ``old`` is a child, in place."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # unlike named_children(), every name of it
-            if child in new:
-                parent._modules[name] = new[child]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    _have_called(new[child])
-    for part in model.modules():
-        _tell_untied(part)
-
-
-def _tell_untied(model: nn.Module) -> None:
-    """Have a transformer's config say that its head no longer is the embedding.
-
-    Else the library would tie them again when it resizes the vocabulary, and save one of them.
-    """
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if getattr(head, "weight", None) is not embedding.weight:
-        for config in (model.config, model.config.get_text_config()):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
-
-
-def _have_called(layer: nn.Module) -> None:
-    """Make torch's transformer call ``layer``: one hook inside keeps it from its fast path.
-
-    That path, taken in eval mode, reads the weights of plain linear layers and calls none.
-    """
-    if not isinstance(layer, nn.Linear) and _nothing not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: tuple) -> None:
-    """A hook whose presence is all it is for."""
