@@ -53,7 +53,7 @@ class Wrapper(nn.Module, ABC):
         self.check_factors()
         delta = _finite(self.base, self.delta_weight())
         if hasattr(self.base, "merge_delta"):
-            copy.deepcopy(self.base).merge_delta(delta)
+            _twin(self.base).merge_delta(delta)
         else:
             _sum(self.base, delta)
 
@@ -66,7 +66,7 @@ class Wrapper(nn.Module, ABC):
         """A weight that is set on the wrapper, as tying embeddings does, becomes the base's."""
         if name != "weight":
             return super().register_parameter(name, param)
-        if param.numel() != self.delta_weight().numel():
+        if param.numel() != self.lora_A[0].numel() * len(self.lora_B):
             words = f"a weight of shape {tuple(param.shape)} does not fit its adapter"
             raise ValueError(f"{describe(self)}: {words}; merge_lora(model) first, then resize")
         self.base.weight = param
@@ -96,6 +96,16 @@ class Wrapper(nn.Module, ABC):
         elif self.merged and f"{prefix}lora_A" in state_dict:
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _twin(base: nn.Module) -> nn.Module:
+    """A layer like ``base`` with tensors of its own; hooks, and all else, are the same."""
+    twin = copy.copy(base)
+    twin._parameters, twin._buffers = (
+        {name: copy.deepcopy(tensor) for name, tensor in table.items()}
+        for table in (base._parameters, base._buffers)
+    )
+    return twin
 
 
 def add_to_weight(base: nn.Module, delta: Tensor) -> None:

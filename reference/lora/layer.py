@@ -48,8 +48,8 @@ class LoRALayer(Wrapper):
 
     Raises:
         TypeError: the base or an argument is of another kind, or PiSSA meets a packed weight.
-        ValueError: the base is wrapped already or, for PiSSA, holds NaN or infinity; an argument is
-            out of range.
+        ValueError: the base is wrapped already, computes its weight or has it on the meta device
+            or, for PiSSA, holds NaN or infinity; an argument is out of range.
     """
 
     def __init__(
