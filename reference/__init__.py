@@ -5,11 +5,12 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     any  arguments
     00   memory (budget, breakdown, recipes, activations), model_shapes
     01   lowrank (svd, subspace)
-    02   lora (layer, base, conv_embedding, targets, inject, mixed), adapter_format (files, config)
+    02   lora (layer, base, weights, conv_embedding, called, targets, replace, inject, mixed)
+    02   adapter_format (files, keys, config)
     03   blockwise
     04   nf4
     05   double_quant
-    06   qlora (quantize, layer, merge, product, ops, format), llama (model, loss, step)
+    06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
     07   paging, offload
     08   checkpointing, precision
     09   ewc, rehearsal, progressive

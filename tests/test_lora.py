@@ -816,9 +816,9 @@ def test_per_example_gradients_work():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(r=0), "r must be from 1 to"),
-        (dict(r=5), "r must be from 1 to 4"),
-        (dict(r=-1), "r must be from 1 to"),
+        (dict(r=0), "r must be at least 1"),
+        (dict(r=5, init="pissa"), "r must be from 1 to 4"),
+        (dict(r=-1), "r must be at least 1"),
         (dict(r=2.0), "r must be an integer"),
         (dict(r=True), "r must be an integer"),
         (dict(lora_alpha=0), "lora_alpha"),

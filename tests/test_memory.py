@@ -140,7 +140,7 @@ def test_what_a_real_model_holds_between_steps(recipe):
 # --- bytes of a token
 
 
-def kept_by_autograd(model, ids) -> int:
+def kept_by_autograd(model, ids, mask=None) -> int:
     """Bytes of the distinct storages that a forward pass saves for the backward pass, parameters and buffers aside."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -152,7 +152,7 @@ def kept_by_autograd(model, ids) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids)
+        model(input_ids=ids, labels=ids, attention_mask=mask)
     return sum(count for count, _ in kept.values())
 
 
@@ -176,6 +176,32 @@ def test_kept_bytes_are_exact(shape, targets, dtype, batch, sequence, fused):
     run = Run(batch, sequence, dtype.itemsize, not targets, targets or (), 3, 4, attention="fused" if fused else "math")
     with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
         assert kept_by_autograd(model, torch.randint(37, (batch, sequence))) == activations.kept(shape, run)
+
+
+@settings(max_examples=25)
+@given(shapes, targets_or_none, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(2, 3), st.integers(3, 9), st.booleans())
+def test_kept_bytes_are_exact_with_padding(shape, targets, dtype, batch, sequence, fused):
+    """A mask is kept in each layer, and with one the library repeats keys and values for each head."""
+    model = model_of(shape, dtype)
+    if targets:
+        inject_lora(model, 3, 7, targets)
+    run = Run(batch, sequence, dtype.itemsize, not targets, targets or (), 3, 4, attention="fused" if fused else "math", padding=True)
+    ids, mask = torch.randint(37, (batch, sequence)), torch.ones(batch, sequence, dtype=torch.long)
+    mask[0, : sequence // 2] = 0
+    with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+        assert kept_by_autograd(model, ids, mask) == activations.kept(shape, run)
+
+
+def test_padding_costs_what_the_repeated_keys_and_the_masks_take():
+    """Nothing under attention that stores its scores; in the whole answer, the activations alone grow, and the peak with them."""
+    for shape in (LLAMA_3_8B, LLAMA_2_7B):
+        plain, padded = (training_memory(shape, LORA, 4, 512, padding=padding) for padding in (False, True))
+        repeated = 2 * (shape.heads - shape.kv_heads) * shape.head_dim * 2 * 4 * 512
+        mask = 2 * 4 * 512 * 512
+        assert padded["activations"] - plain["activations"] == shape.layers * (repeated + mask)
+        assert padded.peak - plain.peak == shape.layers * (repeated + mask) and "padding" in padded.title
+        math = (training_memory(shape, LORA, 4, 512, attention="math", padding=padding).peak for padding in (False, True))
+        assert len(set(math)) == 1
 
 
 @pytest.mark.parametrize("targets", [None, ALL, ("q_proj", "v_proj")])

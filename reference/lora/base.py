@@ -4,17 +4,17 @@
 wraps, and what a wrapper needs as a module: attributes and state dicts.
 """
 
-import math
+import copy
 from abc import ABC, abstractmethod
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from reference.arguments import check_integer, check_number
+from reference.lora.weights import check_values, check_weight, describe
 
 INITS = ("kaiming", "gaussian", "pissa")
-SIZES = ("in_features", "out_features", "in_channels", "out_channels")
-SIZES += ("num_embeddings", "embedding_dim")
 
 
 class Wrapper(nn.Module, ABC):
@@ -48,10 +48,28 @@ class Wrapper(nn.Module, ABC):
 
     @torch.no_grad()
     def check_merge(self) -> None:
-        """Raise what ``merge`` would find in the numbers, without changing anything."""
+        """Raise what ``merge`` would, without changing anything."""
+        check_weight(self.base)
+        self.check_factors()
         delta = _finite(self.base, self.delta_weight())
-        if not hasattr(self.base, "merge_delta"):
+        if hasattr(self.base, "merge_delta"):
+            _twin(self.base).merge_delta(delta)
+        else:
             _sum(self.base, delta)
+
+    def check_factors(self) -> None:
+        """Raise if a factor has no values."""
+        for name in ("lora_A", "lora_B"):
+            check_values(f"{describe(self)}.{name}", getattr(self, name))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A weight that is set on the wrapper, as tying embeddings does, becomes the base's."""
+        if name != "weight":
+            return super().register_parameter(name, param)
+        if param.numel() != self.lora_A[0].numel() * len(self.lora_B):
+            words = f"a weight of shape {tuple(param.shape)} does not fit its adapter"
+            raise ValueError(f"{describe(self)}: {words}; merge_lora(model) first, then resize")
+        self.base.weight = param
 
     def _set_merged(self, merged: bool) -> None:
         """Factors that trained on would be another update than the one that was merged."""
@@ -78,6 +96,16 @@ class Wrapper(nn.Module, ABC):
         elif self.merged and f"{prefix}lora_A" in state_dict:
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _twin(base: nn.Module) -> nn.Module:
+    """A layer like ``base`` with tensors of its own; hooks, and all else, are the same."""
+    twin = copy.copy(base)
+    twin._parameters, twin._buffers = (
+        {name: copy.deepcopy(tensor) for name, tensor in table.items()}
+        for table in (base._parameters, base._buffers)
+    )
+    return twin
 
 
 def add_to_weight(base: nn.Module, delta: Tensor) -> None:
@@ -121,48 +149,16 @@ def check(
     if isinstance(base, Wrapper):
         name = type(base).__name__
         raise ValueError(f"base is wrapped already, in a {name}: merge it first, or train that one")
-    check_integer("r", r)
+    check_integer("r", int(r) if isinstance(r, Integral) and not isinstance(r, bool) else r, 1)
     if init not in INITS:
         raise ValueError(f"init must be one of {INITS}, got {init!r}")
     kind.check_base(base, r, init)
-    shape_A, shape_B = kind.factor_shapes(base, r)
-    check_integer("r", r, 1, min(math.prod(shape_A[1:]), shape_B[0]))  # the weight's smaller side
+    check_weight(base)
+    if init == "pissa":  # which takes r singular triples, and a weight has no more than this
+        check_integer("r", r, 1, min(base.weight.shape))
     check_number("lora_alpha", lora_alpha)
     if lora_alpha <= 0:
         raise ValueError(f"lora_alpha must be above 0, got {lora_alpha}")
     check_number("lora_dropout", lora_dropout, 0, 1)
     if lora_dropout == 1:
         raise ValueError("lora_dropout must be below 1, which would drop every input, got 1")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it has ``in_features``, ``out_features`` and a ``weight``, as a linear layer has."""
-    names = ("in_features", "out_features", "weight")
-    return isinstance(module, nn.Module) and all(hasattr(module, name) for name in names)
-
-
-def check_linear(base: nn.Module, r: int, init: str) -> None:
-    """Raise unless ``base`` is a linear layer, and one that PiSSA can take apart if it shall."""
-    if not is_linear(base):
-        words = "a linear layer, with in_features, out_features and a weight"
-        raise TypeError(f"base must be {words}; got {describe(base)}")
-    if init == "pissa" and not base.weight.is_floating_point():
-        words = f"but it is kept as {base.weight.dtype}: apply it before quantizing"
-        raise TypeError(f"init='pissa' takes {describe(base)} apart, {words}")
-    if init == "pissa" and not torch.isfinite(base.weight).all():
-        raise ValueError(f"init='pissa': the weight of {describe(base)} holds NaN or infinity")
-
-
-def refuse_pissa(base: nn.Module, init: str) -> None:
-    """Raise where ``init`` is "pissa" and ``base`` not linear."""
-    if init == "pissa":
-        words = f"is defined for linear layers only, got {describe(base)}"
-        raise ValueError(f"init='pissa' {words}: use 'kaiming' or 'gaussian'")
-
-
-def describe(module: object) -> str:
-    """``LoRALinear(Linear(8, 4))``: type and sizes, for messages."""
-    if isinstance(module, Wrapper):
-        return f"{type(module).__name__}({describe(module.base)})"
-    sizes = ", ".join(str(getattr(module, size)) for size in SIZES if hasattr(module, size))
-    return f"{type(module).__name__}({sizes})"

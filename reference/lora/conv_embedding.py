@@ -1,15 +1,15 @@
-"""LoRA over a convolution and over an embedding: the same s·B·A in other shapes.
+"""LoRA over a convolution, an embedding, a turned linear layer: the same s·B·A in other shapes.
 
-A convolution is a linear layer on patches, an embedding one whose input is a one-hot vector. Scale,
-merging and errors are those of :class:`reference.lora.layer.LoRALayer`; what is here is how A and
-B act and which shape ΔW has.
+A convolution is a linear layer on patches, an embedding one whose input is a one-hot vector; GPT-2
+keeps the weights of its linear layers as (in, out). Scale, merging and errors are those of
+:class:`reference.lora.layer.LoRALayer`; what is here is how A and B act and which shape ΔW has.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.lora.base import describe, refuse_pissa
-from reference.lora.layer import LoRALayer
+from reference.lora.layer import LoRALayer, LoRALinear
+from reference.lora.weights import check_pissa, describe, is_transposed, refuse_pissa
 
 
 class LoRAConv2d(LoRALayer):
@@ -95,4 +95,28 @@ class LoRAEmbedding(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """ΔW = (s·B·A)ᵀ in the shape of the weight, (num_embeddings, embedding_dim)."""
+        return super().delta_weight().T
+
+
+class LoRATransposed(LoRALinear):
+    """LoRA over the ``Conv1D`` of transformers' GPT-2, which is linear: y = x·W + b, W (in, out).
+
+    Shapes: those of :class:`LoRALinear`; only ΔW is turned.
+    """
+
+    @staticmethod
+    def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, base.nx), (base.nf, r)
+
+    @staticmethod
+    def check_base(base: nn.Module, r: int, init: str) -> None:
+        if not is_transposed(base):
+            raise TypeError(f"base must be a Conv1D of transformers, got {describe(base)}")
+        check_pissa(base, init)
+
+    def matrix(self) -> Tensor:
+        return self.base.weight.T
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = (s·B·A)ᵀ in the shape of the weight, (in, out)."""
         return super().delta_weight().T

@@ -8,11 +8,13 @@ Any tree of modules will do: a layer is replaced wherever it is a child, so that
 names stays one. The layers are those of :mod:`reference.lora.layer`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from reference.lora.base import check
+from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
 
 
@@ -32,7 +34,8 @@ def inject_lora(
         target_modules: which layers, by peft's rules. A list: full names ("encoder.0.query") or
             ends of names after a dot ("query"). One string: a regular expression that must match
             the full name. "all-linear": every linear layer except the output head that a model
-            names in ``get_output_embeddings()``.
+            names in ``get_output_embeddings()``, and those that can't be adapted, which
+            ``find_targets(model, "all-linear").skipped`` names with reasons.
         r, lora_alpha, lora_dropout, use_rslora, init: see :class:`reference.lora.LoRALayer`.
 
     Returns:
@@ -40,7 +43,8 @@ def inject_lora(
         two names is wrapped once, for both, and returned under the first.
 
     Raises:
-        ValueError: nothing matches; a match is wrapped already or can't be; ``model`` itself is
+        ValueError: nothing matches; a match is wrapped already or can't be: it is never called, its
+            forward is its own, its weight is computed or on the meta device; ``model`` itself is
             the layer to wrap; an argument is out of range.
         TypeError: PiSSA on a packed weight, or an argument of the wrong type. In every case the
             model is left as it was.
@@ -52,7 +56,8 @@ def inject_lora(
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
     settings = (r, lora_alpha, lora_dropout, use_rslora, init)
-    adapted = {layer: wrapper_of(layer)(layer, *settings) for layer in targets.values()}
+    with _undone_on_error(model, targets.values()):
+        adapted = {layer: wrapper_of(layer)(layer, *settings) for layer in targets.values()}
     present = [layer for _, layer in lora_layers(model)]
     factors = {id(factor) for layer in present for factor in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
@@ -61,13 +66,31 @@ def inject_lora(
     return list(targets)
 
 
+@contextmanager
+def _undone_on_error(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """What no check foresees, a lack of memory or an SVD that does not converge, changes nothing.
+
+    Wrapping freezes a layer, and PiSSA gives it a new weight: both are taken back.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    weights = [(layer, layer.weight) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, weight in weights:
+            layer.weight = weight
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """Merge every adapted layer and put the plain layers back, in place.
 
     A weight shared with a layer that is not adapted (an output head tied to the embedding) is
-    shared no longer: each keeps its own values. All parameters stay frozen;
-    ``model.requires_grad_(True)`` thaws them. No old weight is kept: beside the model, the sums of
-    one layer at a time need memory.
+    shared no longer: each keeps its own values, and a transformer's config says so. All parameters
+    stay frozen; :func:`thaw` makes them trainable. No old weight is kept: beside the model, the
+    sums of one layer at a time need memory.
 
     Returns:
         ``model``, which holds no trace of LoRA any more.
@@ -92,8 +115,25 @@ def merge_lora(model: nn.Module) -> nn.Module:
             raise type(error)(f"{name}: {error}") from None
     for layer in unmerged.values():
         layer.merge(keep=False)
+    for layer in layers.values():
+        carry_hooks(layer, layer.base)
     replace_layers(model, {layer: layer.base for layer in layers.values()})
     return model
+
+
+def thaw(model: nn.Module) -> list[str]:
+    """Let every parameter of ``model`` be trained, after merging or injecting.
+
+    Returns:
+        The names of those that can't be: weights that are packed, which hold no real numbers.
+    """
+    packed = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+        else:
+            packed.append(name)
+    return packed
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -117,26 +157,3 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def replace_layers(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put ``new[old]`` wherever ``old`` is a child, in place."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # unlike named_children(), every name of it
-            if child in new:
-                parent._modules[name] = new[child]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    _have_called(new[child])
-
-
-def _have_called(layer: nn.Module) -> None:
-    """Make torch's transformer call ``layer``: one hook inside keeps it from its fast path.
-
-    That path, taken in eval mode, reads the weights of plain linear layers and calls none.
-    """
-    if not isinstance(layer, nn.Linear) and _nothing not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: tuple) -> None:
-    """A hook whose presence is all it is for."""

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.lora.base import Wrapper, add_to_weight, check, check_linear, describe
+from reference.lora.base import Wrapper, add_to_weight, check
 from reference.lora.mixed import add_update
+from reference.lora.weights import check_linear, check_weight, describe
 from reference.lowrank import truncated_svd
 
 
@@ -31,7 +32,8 @@ class LoRALayer(Wrapper):
 
     Args:
         base: the layer to adapt; frozen here. Its attributes are read through the adapter.
-        r: rank, from 1 to the smaller side of the weight.
+        r: rank, at least 1. Above the smaller side of the weight it adds nothing, and PiSSA, which
+            takes r singular triples, refuses it.
         lora_alpha: α, above 0; the update is scaled by s = α/r.
         lora_dropout: probability, in [0, 1), of dropping an input of A; never one of the base.
         use_rslora: scale by s = α/√r, so that the update keeps its size as r grows.
@@ -46,8 +48,8 @@ class LoRALayer(Wrapper):
 
     Raises:
         TypeError: the base or an argument is of another kind, or PiSSA meets a packed weight.
-        ValueError: the base is wrapped already or, for PiSSA, holds NaN or infinity; an argument is
-            out of range.
+        ValueError: the base is wrapped already, computes its weight or has it on the meta device
+            or, for PiSSA, holds NaN or infinity; an argument is out of range.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LoRALayer(Wrapper):
         check(type(self), base, r, lora_alpha, lora_dropout, init)
         super().__init__()
         self.base = base.requires_grad_(False)
+        r = int(r)  # numpy's integers are taken too
         self.r, self.lora_alpha, self.use_rslora, self.init = r, lora_alpha, use_rslora, init
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
@@ -119,11 +122,13 @@ class LoRALayer(Wrapper):
             keep: hold W for ``unmerge``, at the cost of the weight's bytes once more while merged.
 
         Raises:
-            ValueError: merged already, or ΔW or the sum holds NaN or infinity.
+            ValueError: merged already; ΔW or the sum holds NaN or infinity; the weight is computed
+                or on the meta device.
             TypeError: the weight is packed and the base has no ``merge_delta``.
         """
         if self.merged:
             raise ValueError(f"{describe(self)} is merged already: merging again adds ΔW twice")
+        check_weight(self.base)
         weight, own_way = self.base.weight, hasattr(self.base, "merge_delta")
         add_to_weight(self.base, self.delta_weight())
         self.unmerged_weight = weight.detach() if keep and not own_way else None
@@ -167,11 +172,15 @@ class LoRALinear(LoRALayer):
     def start(self) -> None:
         if self.init != "pissa":
             return super().start()
-        W, root = self.base.weight.to(self.lora_A.dtype), math.sqrt(self.scaling)
+        W, root = self.matrix().to(self.lora_A.dtype), math.sqrt(self.scaling)
         B, A = truncated_svd(W, self.r)  # W ≈ B·A, the best of rank r
         self.lora_A.copy_(A / root)
         self.lora_B.copy_(B / root)
         add_to_weight(self.base, -self.delta_weight())  # W = (W − s·B·A) + s·B·A: no output changes
+
+    def matrix(self) -> Tensor:
+        """W, (out, in)."""
+        return self.base.weight
 
     def down(self, x: Tensor) -> Tensor:
         return F.linear(self.lora_dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)

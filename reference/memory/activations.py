@@ -17,8 +17,10 @@ silu its input, softmax its output. One layer of a model trained in full keeps, 
 for n tokens of c bytes a number; h hidden, q = heads·head_dim, kv = kv_heads·head_dim, m MLP width.
 In :func:`layer` each group stands with the condition under which it is kept. The layer is that of
 the Hugging Face library: RMSNorm in float32, rotary positions, scaled-dot-product attention, loss
-in float32. The tests count the same bytes in real models, tensor by tensor. (Korthikanti et al.
-2022 do this for GPT. Checkpointing: Chen et al. 2016.)
+in float32. A batch with padding needs a mask, and with a mask that library repeats k and v for
+every head: q for kv above, and the mask itself in each layer. The tests count the same bytes in
+real models, tensor by tensor. (Korthikanti et al. 2022 do this for GPT. Checkpointing: Chen et al.
+2016.)
 """
 
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ class Run:
             input in its own dtype.
         attention: "fused" (flash, memory-efficient) never stores the sequence × sequence scores;
             "math" does.
+        padding: rows differ in length, so attention gets a mask. A fused one then keeps it, batch ×
+            sequence × sequence, and reads k and v repeated for each head.
     """
 
     batch: int
@@ -52,6 +56,7 @@ class Run:
     adapter_bytes: int = 4
     input_copies: bool = False
     attention: str = "fused"
+    padding: bool = False
 
     def __post_init__(self) -> None:
         check_integer("batch", self.batch, 1)
@@ -88,7 +93,7 @@ def layer(shape: ModelShape, run: Run, inflow: bool = True) -> dict[str, int]:
     gate_flows, up_flows = (after_attention or name in run.targets for name in MLP_INPUTS)
     fused = run.attention == "fused"
     if fused:  # keeps all that it read, whichever needs a gradient, and one log-sum a row of scores
-        attended, row = c * n * (q + 2 * kv) * in_attention, 1
+        attended, row = c * n * (q + 2 * (q if run.padding else kv)) * in_attention, 1
     else:  # in float32, k and v repeated for each head; a factor is kept for the other's gradient
         attended = 4 * n * q * (q_flows + k_flows + (q_flows or k_flows))
         row = run.sequence  # the whole row of scores
@@ -99,6 +104,7 @@ def layer(shape: ModelShape, run: Run, inflow: bool = True) -> dict[str, int]:
         "input of q, k, v": c * n * h * run.keeps_input_of(*ATTENTION_INPUTS),
         "queries, keys, values": attended,
         "softmax, float32": 4 * n * shape.heads * row * in_attention,
+        "mask": c * n * run.sequence * (fused and run.padding and in_attention),
         "attention output": c * n * q * ((fused and in_attention) or run.keeps_input_of("o_proj")),
         "input of gate, up": c * n * h * run.keeps_input_of(*MLP_INPUTS),
         "gate, silu(gate), up": c * n * m * (2 * gate_flows * shape.gated + up_flows),
@@ -148,7 +154,7 @@ def done_before_attention(shape: ModelShape, run: Run, inflow: bool = True) -> i
     They are those of the MLP, its norm and o_proj.
     """
     groups = layer(shape, run, inflow)
-    later = "input of q, k, v", "queries, keys, values", "softmax, float32"
+    later = "input of q, k, v", "queries, keys, values", "softmax, float32", "mask"
     done = sum(count for name, count in groups.items() if name not in later)
     return done - groups.get("norm inputs, float32", 0) // 2
 

@@ -38,6 +38,7 @@ def training_memory(
     targets: str | Iterable[str] = "all-linear",
     checkpointing: bool = False,
     attention: str = "fused",
+    padding: bool = False,
 ) -> Breakdown:
     """Memory of a training step after the first, in bytes.
 
@@ -50,6 +51,7 @@ def training_memory(
         rank, targets: of LoRA; ignored by recipes that train the base.
         checkpointing: every decoder layer keeps its input alone and runs again on the way back.
         attention: "fused" or "math"; see :class:`reference.memory.activations.Run`.
+        padding: the rows are padded to ``sequence``, and attention is masked.
 
     Raises:
         TypeError: ``batch`` or ``sequence`` is not an integer.
@@ -69,6 +71,7 @@ def training_memory(
         adapter_bytes=recipe.adapter_bytes,
         input_copies=recipe.input_copies,
         attention=attention,
+        padding=padding,
     )
     tensors = trained_tensors(shape, recipe, rank, names)
     lines = parameter_lines(shape, recipe, tensors)
@@ -77,7 +80,8 @@ def training_memory(
     step = _Step(shape, run, recipe, checkpointing, {kind: lines[kind].bytes for kind in lines})
     where = "all linears" if len(names) == len(shape.linears) else ", ".join(names)
     title = f"{shape.name} · {recipe.name}{f' r = {rank} on {where}' * lora}"
-    title += f" · {batch} × {sequence:,} tokens{' · checkpointing' * checkpointing}"
+    title += f" · {batch} × {sequence:,} tokens{' · padding' * padding}"
+    title += " · checkpointing" * checkpointing
     return Breakdown(title, lines, _moments(step))
 
 

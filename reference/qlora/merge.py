@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.lora import LoRALayer, LoRALinear, lora_layers, merge_lora, replace_layers
-from reference.lora.base import describe
+from reference.lora.replace import carry_hooks
+from reference.lora.weights import check_values, describe
 from reference.qlora.layer import NF4Linear
 
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]
@@ -136,12 +137,18 @@ def _to_plain(model: nn.Module, merged: Merged, original: bool = False) -> nn.Mo
     plain = {}
     for name, outer in found.items():
         base = outer.base if isinstance(outer, LoRALayer) else outer
+        check_values(f"{name}.weight", base.weight)
+        if isinstance(outer, LoRALayer):
+            outer.check_factors()
         adapted = isinstance(outer, LoRALayer) and (original or not outer.merged)
         weight = merged(name, base, outer.delta_weight().float() if adapted else None)
         if not torch.isfinite(weight).all():
             reason = f"the adapter is broken, or {weight.dtype} is too narrow for it"
             raise ValueError(f"{name}.weight would hold NaN or infinity: {reason}")
         plain[outer] = _linear(weight, base)
+    for outer, linear in plain.items():
+        for old in {outer, outer.base if isinstance(outer, LoRALayer) else outer}:
+            carry_hooks(old, linear)
     replace_layers(model, plain)
     return merge_lora(model) if others else model
 

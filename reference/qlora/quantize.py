@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from reference.blockwise import DTYPES
 from reference.lora import lora_layers, replace_layers
+from reference.lora.replace import carry_hooks, check_replaceable
+from reference.qlora.dense import left_dense
 from reference.qlora.layer import NF4Linear
 
 Weights = Callable[[str], Tensor]
@@ -46,8 +48,11 @@ def quantize_linears(
 
     Embeddings, norms and the skipped layers keep their dtype and place. A layer under several names
     is quantized once, for all of them; a weight that it shares with another layer is shared no
-    longer. Layers that are quantized already, and subclasses of ``nn.Linear``, whose forward may be
-    their own, are left alone.
+    longer. Its hooks around forward and backward go over to the new layer. Left alone are layers
+    that are quantized already; subclasses of ``nn.Linear``, whose forward may be their own; layers
+    whose weight is computed, or read by the code around them (T5 asks for ``wo.weight.dtype``); and
+    what is no ``nn.Linear``. That may be most of a model: a mixture's experts are often one tensor
+    of three axes. ``print(dense_report(model))`` tells what stays dense, and how much it is.
 
     Args:
         skip: layers to leave alone: a full name or whole parts of one ("lm_head", "vision_tower",
@@ -64,14 +69,20 @@ def quantize_linears(
 
     Raises:
         ValueError: nothing to quantize; a weight with NaN or infinity (by name); a layer inside an
-            adapter; a tensor on the meta device without ``weights``; an argument out of range. All
-            that is at hand is checked before anything is changed. What ``weights`` gives is checked
-            when it comes: layers before it are then quantized, the rest is untouched, and a second
-            call goes on there.
+            adapter, with a state-dict hook, or with a forward put on it from outside; a tensor on
+            the meta device without ``weights``; an argument out of range. All that is at hand is
+            checked before anything is changed. What ``weights`` gives is checked when it comes:
+            layers before it are then quantized, the rest is untouched, and a second call goes on
+            there.
         TypeError: a weight is not float32, float16 or bfloat16.
     """
     skip = [skip] if isinstance(skip, str) else list(skip)
-    linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
+    dense = left_dense(model)
+    linears = (
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module not in dense
+    )
     names = [name for name in linears if not any(f".{part}." in f".{name}." for part in skip)]
     _check(model, names, weights)
     options = (block_size, double_quant, compute_dtype)
@@ -98,6 +109,7 @@ def _quantize(
     if bias is not None and bias is not linear.bias:
         bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
     layer = NF4Linear.from_weight(weight, bias, *options).train(linear.training)
+    carry_hooks(linear, layer)
     replace_layers(model, {linear: layer})
 
 
@@ -150,6 +162,7 @@ def _check(model: nn.Module, names: list[str], weights: Weights | None) -> None:
         if id(linear) in inside or {"lora_A", "lora_B"} & set(name.split(".")):
             reason = "quantize first, then inject; an adapter fits the base it was trained on"
             raise ValueError(f"{inside.get(id(linear), name)} is adapted already: {reason}")
+        check_replaceable(name, linear)
         if not linear.weight.is_meta:
             _check_weight(f"{name}.weight", linear.weight)
         for key, tensor in linear._parameters.items():
