@@ -1,6 +1,8 @@
 """The judge's core: what it compares, in which order, and which words a learner reads."""
 
 import contextlib
+import json
+import linecache
 import random
 import signal
 import threading
@@ -15,6 +17,7 @@ import torch
 
 from course import checking
 from course.checking import Check, NotYet, Raised, first_difference, raised, unpacked
+from course.observations import pack, unpack
 
 
 @pytest.mark.parametrize(
@@ -469,3 +472,151 @@ def test_a_known_mistake_that_is_refused_in_other_words_is_not_the_learners():
 
     check = Check("strict", strict, scale, scale, {"you added 3": added, "you took it as it is": lambda x: x})
     assert refusal(lambda x: x.clone(), check) == "you took it as it is"
+
+
+# two mistakes at once
+
+
+def described(answer, seed):
+    """Shape before values; what comes out of zeros last."""
+    x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+    return {
+        "it is a tensor": isinstance(answer(x), torch.Tensor),
+        "the shape": tuple(answer(x).shape),
+        "the result": answer(x),
+        "for zeros": answer(torch.zeros(4)),
+        "an empty one": answer(torch.zeros(0)),
+    }
+
+
+ONES = "zeros became ones"
+
+
+def ones_for_zeros(x):
+    return 3 * x if x.any() else torch.ones_like(x)
+
+
+def test_of_two_mistakes_the_one_that_is_met_first_is_named():
+    check = Check("scale by 3", described, scale, scale, {ONES: ones_for_zeros, ADDED: added})
+    assert refusal(lambda x: x + 3 if x.any() else x + 5, check) == ADDED
+    assert refusal(lambda x: x + 3, check) == ADDED
+    assert refusal(lambda x: 3 * x if x.any() else x + 1, check) == ONES
+
+
+def test_the_longest_beginning_is_named_and_of_two_that_fit_alike_neither():
+    later = "you added 3, and zeros became ones"
+    half_way = lambda x: x + 3 if x.any() else torch.ones_like(x)  # noqa: E731
+    both = lambda x: x + 3 if x.any() else torch.ones_like(x) if len(x) else x + torch.ones(1, 1)  # noqa: E731
+    assert refusal(both, Check("scale by 3", described, scale, scale, {ADDED: added, later: half_way})) == later
+    twice = Check("scale by 3", described, scale, scale, {ADDED: added, "the same in other words": lambda x: x + 3})
+    assert refusal(both, twice).startswith("the result: values differ")
+
+
+def test_a_shape_or_a_no_alone_names_no_mistake():
+    row = {"you made a row of it": lambda x: (3 * x)[None]}
+    check = Check("scale by 3", described, scale, scale, row)
+    said = refusal(lambda x: (x + 7)[None], check)
+    assert said.startswith("the shape: ") and "row" not in said
+
+
+# where a learner's own error was raised
+
+
+def written_in_a_cell(source: str):
+    """What the cell defines as ``answer``, as in Jupyter: in the module __main__, its lines kept by linecache."""
+    names = {"__name__": "__main__"}
+    linecache.cache["<a cell>"] = (len(source), None, source.splitlines(keepends=True), "<a cell>")
+    exec(compile(source, "<a cell>", "exec"), names)
+    return names["answer"]
+
+
+def test_the_line_of_the_learners_cell_is_shown():
+    answer = written_in_a_cell("def answer(x):\n    y = helper(x)\n    return y\n\n\ndef helper(x):\n    return x[9]\n")
+    assert refusal(answer) == (
+        "your code raised IndexError: index 9 is out of bounds for dimension 0 with size 4 (line 7 of your cell: `return x[9]`)"
+    )
+    inside_torch = written_in_a_cell("def answer(x):\n    return x.reshape(7, 7, 7)\n")
+    assert refusal(inside_torch).endswith(" (line 2 of your cell: `return x.reshape(7, 7, 7)`)")
+    assert "line" not in refusal(lambda x: x[9]), "this one is in no cell"
+
+
+# observations on their way between processes
+
+
+class Odd(int):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 3, 10**30, 2.5, float("inf"), "α/r", [1, (2.5, "a")], {"b", "a"}, frozenset({1}), {"w": {1: [None]}},
+        torch.randn(2, 3), torch.tensor(1.5), torch.zeros(0, 3), torch.tensor([True]), torch.randn(3).bfloat16(), torch.randn(3).half(),
+        torch.tensor([1 + 2j]).conj(), torch.arange(6).reshape(2, 3).T, torch.ones(2, requires_grad=True),
+        torch.nn.Parameter(torch.ones(2)), [torch.ones(2, dtype=torch.uint8), {"x": torch.tensor(2.0)}],
+    ],
+)  # fmt: skip
+def test_observations_arrive_as_they_were(value):
+    arrived = unpack(json.loads(json.dumps(pack(value))))
+    assert first_difference(arrived, value, 0, 0) is None
+    assert arrived is value or type(arrived) is type(value) or type(arrived) is torch.Tensor
+
+
+def test_what_is_not_plain_arrives_as_a_number_or_a_stand_in():
+    class Strange:
+        def __eq__(self, other):
+            return True
+
+        def __repr__(self):
+            return "strange"
+
+    assert [unpack(pack(value)) for value in (Odd(3), np.int64(3), np.float32(2.5))] == [3, 3, 2.5]
+    arrived = unpack(json.loads(json.dumps(pack(Strange()))))
+    assert (type(arrived).__name__, repr(arrived)) == ("Strange", "strange") and arrived != 1
+    assert first_difference(unpack(pack(torch.ones(2).to_sparse())), torch.ones(2)) == "expected a tensor, got Tensor"
+    large = unpack(pack(torch.ones(5_000_000)))
+    assert first_difference(large, torch.ones(2)) == "expected shape (2,), got (5000000,)"
+
+
+@pytest.mark.parametrize("forged", [{"x": 1}, {}, [1], {"map": 3}, {"tensor": ["load", [1], None]}, {"tensor": ["float32", [9], "AAAA"]}])
+def test_what_is_no_observation_is_refused(forged):
+    with pytest.raises(ValueError, match="no observations"):
+        unpack(forged)
+    for sent in (forged, {"changed": [], "seen": forged}):
+        with pytest.raises(NotYet, match="got between the judge"):
+            CHECK.verdict(sent, 3)
+
+
+def error_of(kind):
+    return Check("errors", lambda answer, seed: {"for zeros": raised(answer, torch.zeros(2))}, kind, kind)
+
+
+def test_witness_and_verdict_together_say_what_the_check_says():
+    class Mine(ValueError):
+        pass
+
+    class Other(TypeError):
+        pass
+
+    def raising(kind):
+        def answer(x):
+            raise kind
+
+        return answer
+
+    def in_two_parts(check, answer):
+        check.verdict(json.loads(json.dumps(check.witness(answer, 5))), 5)
+
+    for check, answers in (
+        (CHECK, [scale, added, in_half, lambda x: x.add_(3), lambda x: None, lambda x: x[9]]),
+        (error_of(raising(ValueError)), [raising(ValueError), raising(Mine), raising(Other), lambda x: x]),
+    ):
+        for answer in answers:
+            try:
+                check._judge(answer, 5)
+            except NotYet as said:
+                with pytest.raises(NotYet) as heard:
+                    in_two_parts(check, answer)
+                assert str(heard.value) == str(said)
+            else:
+                in_two_parts(check, answer)
