@@ -379,6 +379,16 @@ def test_another_notebook_no_notebook_and_no_exercise(unit: Unit, tmp_path: Path
         grading.grade(other, find("cubes", unit.root))
 
 
+def test_a_markdown_cell_that_once_was_code_and_odd_marks_are_no_obstacle(unit: Unit):
+    work = json.loads(hand_in(unit, **ANSWERS).read_text())
+    work["cells"][0] |= {"outputs": [], "execution_count": None}
+    work["cells"][2]["metadata"]["nbgrader"] = "x"
+    path = unit.root / "mine.ipynb"
+    path.write_text(json.dumps(work))
+    assert "outputs" not in read(path).cells[0]
+    assert grading.grade(path, unit).full
+
+
 # units by name
 
 
