@@ -3,7 +3,7 @@
 A check never guesses. It runs the learner's answer and the right one on the same fresh random inputs and compares what was observed, in
 order: type, shape, dtype, value. On a difference it runs the *known wrong answers* on the same inputs too; where one of them gives what
 the learner's answer gave, the learner reads that mistake's own words. So does who made two mistakes: if no known one gives all of it, the
-one counts that gives the longest beginning, with the first wrong value in it. Otherwise the first difference is named.
+one counts that gives the longest beginning, if two or more wrong observations are in it. Otherwise the first difference is named.
 
 In Jupyter all this happens where the learner's code is. For points (``course check``, nbgrader) :meth:`Check.witness` is called there,
 which only observes, and :meth:`Check.verdict` in a process that the learner's code never enters: see ``course/witness.py``.
@@ -199,6 +199,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 GIVEN = "what your code was given"
+CLOSER = 10.0  # times, than two right answers: what is to name a mistake by a beginning alone
 LIMIT_SECONDS = 60.0  # for one run of an answer; the worked ones take less than a tenth of a second
 
 
@@ -250,7 +251,7 @@ def mistaken(answer: Any, **parts: Any) -> Any:
 
 
 def _holds_value(observed: Any) -> bool:
-    """Whether it says which mistake was made: a tensor or a number does. A shape, a "no" or an error has many causes."""
+    """Whether it can say which mistake was made: a tensor or a number can. A shape, a "no" or an error has many causes."""
     if isinstance(observed, Mapping):
         observed = tuple(observed.values())
     if isinstance(observed, (list, tuple)):
@@ -375,17 +376,18 @@ class Check:
         expected = self._run(self.reference, seed)
         if (first := self._first(actual, expected)) is None:
             return
-        beginnings: dict[str, int] = {}  # known mistakes that give a part of it -> how many observations
+        beginnings: dict[str, int] = {}  # known mistakes that give a beginning of it -> how many observations
         for message in self.misconceptions:
             try:
                 known = self._run(self.wrong(message), seed)
+                full = self._first(actual, known) is None
+                alike = list(itertools.takewhile(lambda label, known=known: self._alike(actual, known, label, CLOSER), known))
             except Exception:  # this mistake fails on these inputs, so it is not the learner's
                 continue
-            if (parted := self._first(actual, known)) is None:
+            if full:
                 raise NotYet(message)
-            alike = list(itertools.takewhile(lambda label, end=parted[0]: label != end, known))
-            wrong = [label for label in alike if label not in expected or not self._alike(actual[label], expected[label])]
-            if first[0] in alike and any(_holds_value(actual[label]) for label in wrong):
+            wrong = [label for label in alike if not self._alike(actual, expected, label)]
+            if first[0] in wrong and len(wrong) > 1 and any(_holds_value(actual[label]) for label in wrong):
                 beginnings[message] = len(alike)
         longest = [message for message, count in beginnings.items() if count == max(beginnings.values())]
         if len(longest) == 1:  # of two that fit alike neither is named
@@ -409,5 +411,7 @@ class Check:
                 return label, difference
         return None
 
-    def _alike(self, actual: Any, expected: Any) -> bool:
-        return first_difference(actual, expected, self.rtol, self.atol) is None
+    def _alike(self, actual: Observations, other: Observations, label: str, closer: float = 1.0) -> bool:
+        if label not in actual or label not in other:
+            return False
+        return first_difference(actual[label], other[label], self.rtol / closer, self.atol / closer) is None
