@@ -104,6 +104,7 @@ def assemble(learner: NotebookNode, released: NotebookNode) -> tuple[NotebookNod
 
 def grade(learner: Path, unit: Unit, limits: Limits = LIMITS, before_cell=lambda index, count: None) -> Report:
     """Judge the learner's notebook, a file, as :func:`judge` does."""
+    _must_have_exercises(unit)
     return judge(read(learner), learner.resolve().parent, unit, limits, before_cell)
 
 
@@ -119,8 +120,7 @@ def judge(learner: NotebookNode, folder: Path, unit: Unit, limits: Limits = LIMI
     Raises:
         CourseError: the unit has no exercises, or the notebook is another one's.
     """
-    if not unit.solution.exists():
-        raise CourseError(f"unit {unit.number} has no exercises")
+    _must_have_exercises(unit)
     released = build.exercise(read(unit.solution))
     notebook, notes = assemble(learner, released)
     report, count = Report([], notes), len(notebook.cells)
@@ -132,7 +132,8 @@ def judge(learner: NotebookNode, folder: Path, unit: Unit, limits: Limits = LIMI
         checks = loading.load(unit.checks.parent, unit.topic)
         for name, place in _exercises(released, notebook).items():
             check = getattr(checks, place.called)
-            while True:
+            hearing = Hearing()
+            while limits.total_seconds is None or report.seconds < limits.total_seconds:
                 cells = _cells(notebook, place, fatal.keys())
                 hearing = witness.hear(
                     folder,
@@ -149,10 +150,15 @@ def judge(learner: NotebookNode, folder: Path, unit: Unit, limits: Limits = LIMI
                 if hearing.ended_in in (None, place.check, *place.answers.values()) or len(fatal) >= RESTARTS:
                     break
                 fatal[hearing.ended_in] = hearing.troubles[hearing.ended_in]
-                if limits.total_seconds is not None and report.seconds >= limits.total_seconds:
-                    break
+            if not hearing.passed and not hearing.troubles:
+                hearing.troubles[place.check] = Trouble(place.check, "Stopped", f"not run: {limits.over}")
             report.outcomes.append(_outcome(name, place, notebook, hearing, fatal))
     return report
+
+
+def _must_have_exercises(unit: Unit) -> None:
+    if not unit.solution.exists():
+        raise CourseError(f"unit {unit.number} has no exercises")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class Limits:
     memory_bytes: int | None = None
     spent_seconds: float = 0.0  # of the total, by earlier runs
 
+    @property
+    def over(self) -> str:
+        return f"the time for the whole notebook, {self.total_seconds:g} s, was over"
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -126,7 +130,7 @@ class Watch(threading.Thread):
         if limits.memory_bytes is not None and held > limits.memory_bytes:
             self._kill(f"stopped: it used more than {limits.memory_bytes / 1e9:.1f} GB of memory")
         elif limits.total_seconds is not None and now - self._began > limits.total_seconds - limits.spent_seconds:
-            self._kill(f"stopped: the time for the whole notebook, {limits.total_seconds:g} s, was over")
+            self._kill(f"stopped: {limits.over}")
         elif self._interrupted_at is not None and self._cell_began is not None:
             if now - self._interrupted_at > GRACE_SECONDS:
                 self._kill(self.reason)

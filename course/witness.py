@@ -50,13 +50,13 @@ class Kept:
         for module in [*self.modules.values(), builtins]:
             self._keep(module)
             for value in list(vars(module).values()):
-                if isinstance(value, type) and _RELIED_ON.fullmatch(value.__module__ or ""):
+                if (isinstance(value, type) and _RELIED_ON.fullmatch(value.__module__ or "")) or hasattr(value, "witness"):
                     self._keep(value)
         functions = {value for _, held, _ in self.held.values() for value in held.values() if isinstance(value, types.FunctionType)}
         self.code = {function: _code(function) for function in functions}
 
     def _keep(self, owner: Any) -> None:
-        data = isinstance(owner, types.ModuleType) and not owner.__name__.startswith(("torch", "builtins"))  # our constants too
+        data = not isinstance(owner, type) and not getattr(owner, "__name__", "").startswith(("torch", "builtins"))  # our constants too
         held = {name: value for name, value in vars(owner).items() if data or callable(value) or isinstance(value, _PARTS)}
         if owner is sys.modules.get("torch"):
             held.pop("manual_seed")  # torch wraps it itself when its compiler is first loaded
@@ -72,11 +72,11 @@ class Kept:
                 if now.get(name) is not value:
                     _set(owner, name, value)
                     if callable(value) or isinstance(value, _PARTS):  # not what a module remembers
-                        replaced.append(f"{owner.__name__}.{name}")
+                        replaced.append(f"{_name(owner)}.{name}")
             for name in now.keys() - names:
                 if _hides(owner, name, now[name]):
                     type.__delattr__(owner, name) if isinstance(owner, type) else delattr(owner, name)
-                    replaced.append(f"{owner.__name__}.{name}")
+                    replaced.append(f"{_name(owner)}.{name}")
         for function, code in self.code.items():
             if any(now is not before for now, before in zip(_code(function), code, strict=True)):
                 function.__code__, function.__defaults__, function.__kwdefaults__ = code
@@ -88,13 +88,17 @@ def _code(function: types.FunctionType) -> tuple:
     return function.__code__, function.__defaults__, function.__kwdefaults__
 
 
+def _name(owner: Any) -> str:
+    return getattr(owner, "__name__", type(owner).__name__)
+
+
 def _set(owner: Any, name: str, value: Any) -> None:
     type.__setattr__(owner, name, value) if isinstance(owner, type) else vars(owner).__setitem__(name, value)
 
 
 def _hides(owner: Any, name: str, value: Any) -> bool:
     """Whether something new in a module or class takes the place of what a lookup would find otherwise."""
-    if isinstance(owner, type):
+    if not isinstance(owner, types.ModuleType):
         return callable(value) or isinstance(value, _PARTS)
     return owner is not builtins and hasattr(builtins, name)
 

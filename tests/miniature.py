@@ -21,21 +21,21 @@ class Check:
         self.expected = expected
 
     def __call__(self, answer):
-        self.verdict(self.witness(answer, 3), 3)
+        self.verdict(self.witness(answer, 0), 0)
         print("right")
 
     def witness(self, answer, seed):
         try:
-            return answer(seed % 7)
+            return answer(3)
         except NotImplementedError:
             raise NotYet("nothing here yet") from None
 
     def verdict(self, plain, seed):
-        if plain != self.expected(seed % 7):
-            raise NotYet(f"of {seed % 7}: expected {self.expected(seed % 7)}, got {plain}")
+        if plain != self.expected:
+            raise NotYet(f"expected {self.expected}, got {plain}")
 
 
-square, double = Check(lambda x: x * x), Check(lambda x: 2 * x)
+square, double = Check(9), Check(6)
 '''
 
 SETUP = "from course.checks import squares as check"

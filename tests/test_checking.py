@@ -478,45 +478,59 @@ def test_a_known_mistake_that_is_refused_in_other_words_is_not_the_learners():
 
 
 def described(answer, seed):
-    """Shape before values; what comes out of zeros last."""
+    """Shape before values; what comes out of zeros, and of nothing, last."""
     x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
     return {
-        "it is a tensor": isinstance(answer(x), torch.Tensor),
         "the shape": tuple(answer(x).shape),
         "the result": answer(x),
+        "the result for twice as much": answer(2 * x),
         "for zeros": answer(torch.zeros(4)),
-        "an empty one": answer(torch.zeros(0)),
+        "for no numbers": answer(torch.zeros(0)),
     }
 
 
-ONES = "zeros became ones"
+TAKEN_FOR_ONES, AT_ZERO = "zeros were taken for ones", "you added 3, but not to zeros"
 
 
-def ones_for_zeros(x):
-    return 3 * x if x.any() else torch.ones_like(x)
+def zeros_as_ones(x):
+    return 3 * torch.where(x == 0, 1, x)
 
 
-def test_of_two_mistakes_the_one_that_is_met_first_is_named():
-    check = Check("scale by 3", described, scale, scale, {ONES: ones_for_zeros, ADDED: added})
-    assert refusal(lambda x: x + 3 if x.any() else x + 5, check) == ADDED
-    assert refusal(lambda x: x + 3, check) == ADDED
-    assert refusal(lambda x: 3 * x if x.any() else x + 1, check) == ONES
+def added_but_at_zero(x):
+    return torch.where(x == 0, x, x + 3)
+
+
+def with_another_mistake(answer):
+    """For an empty tensor, the last thing that is looked at."""
+    return lambda x: answer(x) if len(x) else torch.ones(7)
+
+
+def test_of_two_mistakes_the_known_one_is_named():
+    check = Check("scale by 3", described, scale, scale, {TAKEN_FOR_ONES: zeros_as_ones, ADDED: added})
+    for mistake in (added, with_another_mistake(added), lambda x: x + 3 if x.any() else x + 5):
+        assert refusal(mistake, check) == ADDED
+    assert refusal(with_another_mistake(scale), check) == "for no numbers: expected shape (0,), got (7,)"
+
+
+def test_one_wrong_value_in_common_names_no_mistake():
+    check = Check("scale by 3", described, scale, scale, {TAKEN_FOR_ONES: zeros_as_ones})
+    assert refusal(zeros_as_ones, check) == TAKEN_FOR_ONES
+    assert refusal(with_another_mistake(zeros_as_ones), check).startswith("for zeros: values differ")
 
 
 def test_the_longest_beginning_is_named_and_of_two_that_fit_alike_neither():
-    later = "you added 3, and zeros became ones"
-    half_way = lambda x: x + 3 if x.any() else torch.ones_like(x)  # noqa: E731
-    both = lambda x: x + 3 if x.any() else torch.ones_like(x) if len(x) else x + torch.ones(1, 1)  # noqa: E731
-    assert refusal(both, Check("scale by 3", described, scale, scale, {ADDED: added, later: half_way})) == later
-    twice = Check("scale by 3", described, scale, scale, {ADDED: added, "the same in other words": lambda x: x + 3})
-    assert refusal(both, twice).startswith("the result: values differ")
+    answer = with_another_mistake(added_but_at_zero)
+    check = Check("scale by 3", described, scale, scale, {ADDED: added, AT_ZERO: added_but_at_zero})
+    assert refusal(answer, check) == AT_ZERO
+    twice = Check("scale by 3", described, scale, scale, {AT_ZERO: added_but_at_zero, "in other words": lambda x: added_but_at_zero(x)})
+    assert refusal(answer, twice).startswith("the result: values differ")
 
 
-def test_a_shape_or_a_no_alone_names_no_mistake():
-    row = {"you made a row of it": lambda x: (3 * x)[None]}
-    check = Check("scale by 3", described, scale, scale, row)
-    said = refusal(lambda x: (x + 7)[None], check)
-    assert said.startswith("the shape: ") and "row" not in said
+def test_shapes_alone_name_no_mistake():
+    rows = {"you made a row of it": lambda x: (3 * x)[None]}
+    shapes = Check("scale by 3", lambda answer, seed: {n: tuple(answer(torch.ones(n)).shape) for n in (2, 3, 4)}, scale, scale, rows)
+    said = refusal(lambda x: x[None] if len(x) < 4 else x[None, None], shapes)
+    assert said.startswith("2: expected 1 values, got 2")
 
 
 # where a learner's own error was raised
