@@ -102,6 +102,8 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             actual = actual.item()
         if isinstance(actual, bool) or not isinstance(actual, numbers.Real):  # numpy's numbers are Real, and not all are float or int
             return f"expected a number, got {type(actual).__name__}"
+        if isinstance(actual, int) and actual.bit_length() > 1000:
+            return f"expected {expected:.6g}, got a number of {actual.bit_length()} bits"
         both_nan = math.isnan(actual) and math.isnan(expected)
         return None if both_nan or math.isclose(actual, expected, rel_tol=rtol, abs_tol=atol) else _two_numbers(actual, expected)
     if isinstance(expected, (list, tuple)):

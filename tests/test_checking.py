@@ -69,6 +69,7 @@ def test_equal_observations_have_no_difference(actual, expected):
         (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf, first at [0]: expected inf, got 1"),
         (2.5, 3, "expected 3, got 2.5"),
         (np.int64(4), 3, "expected 3, got 4"),
+        (10**400, 3, "expected 3, got a number of 1329 bits"),
         ("3", 3, "expected a number, got str"),
         (True, 1, "expected a number, got bool"),
         (1, True, "expected True, got 1"),

@@ -443,8 +443,8 @@ NOISE = {
     "sys.modules": "import sys, types\nsys.modules['course.checks.squares'] = types.SimpleNamespace(square=print, double=print)",
     "SystemRandom": "import random\nrandom.SystemRandom = lambda: random.Random(0)",
     "json": "import json\njson.dumps = lambda *a, **k: '{}'",
-    "builtins": "import builtins\nbuiltins.eval = builtins.getattr = lambda *a, **k: (lambda *b: 9)",
-    "answers that equal everything": "class Nine(int):\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n    __hash__ = None",
+    "builtins": "import builtins\nbuiltins.eval = builtins.getattr = lambda *a, **k: (lambda *b: 12)",
+    "answers that equal everything": "class Nine(int):\n    __eq__ = lambda *a: True\n    __ne__ = lambda *a: False",
 }  # fmt: skip
 WRONG = {"square": "def square(x):\n    return globals().get('Nine', int)(12)", "double": "def double(x):\n    return 12"}
 
@@ -495,7 +495,7 @@ REPLACES = {
         "own = c.merge.observe\n"
         "object.__setattr__(c.merge, 'observe', lambda answer, seed: own(c.merge.reference, seed))"
     ),
-    "the check's method": "import course.checks.lora as c\nown = c.merge._run\nvars(c.merge)['_run'] = lambda a, s: own(c.merge.reference, s)",
+    "its method": "import course.checks.lora as c\nrun = c.merge._run\nvars(c.merge)['_run'] = lambda a, s: run(c.merge.reference, s)",
     "observe's code": "import course.checks.lora as c\nc.merge.observe.__code__ = (lambda answer, seed: {}).__code__",
     "a built-in": "import course.checks.lora, sys\nvars(sys.modules['course.checks.lora.merge'])['str'] = lambda x: 'torch.bfloat16'",
 }  # fmt: skip
