@@ -71,7 +71,7 @@ class Witness:
         check: str,
         answer: str,
         at: int,
-        judge: Callable[[object], None],
+        judge: Callable[[object, int], None],
         seeds: list[int],
         limits: Limits,
         before_cell: Callable[[int], None] = lambda index: None,
@@ -117,13 +117,14 @@ class Witness:
 
     def _listen(self, talk: "_Talk", job: dict, hearing: Hearing, judge, seeds: list[int], limits: Limits, before_cell) -> None:
         at = cell = job["at"]
+        known = {at, *dict(job["cells"])}
         for message in talk.messages():
             if talk.watch is None:  # it says its number before anything of the learner's runs
                 talk.watch = Watch(message["pid"], limits)
                 talk.watch.start()
                 talk.send(job)
             elif "cell" in message:
-                cell = message["cell"]
+                cell = message["cell"] if message["cell"] in known else cell
                 before_cell(cell)
                 talk.watch.cell_begins()
             else:
