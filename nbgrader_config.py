@@ -4,21 +4,18 @@ nbgrader generate_assignment 02_lora
 nbgrader autograde 02_lora
 nbgrader export
 
-Submissions go to classroom/submitted/STUDENT/02_lora/02_lora.ipynb. The layout that nbgrader needs is written from solutions/ by each
-command.
+Submissions go to classroom/submitted/STUDENT/02_lora/02_lora.ipynb, or through nbgrader's exchange, classroom/exchange. The layout that
+nbgrader needs is written from solutions/ by each command. The points are those of `course check`: its judge replaces nbgrader's own.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from course import ROOT, build
+from course import ROOT, classroom
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
 c = get_config()  # noqa: F821 (nbgrader provides it)
+classroom.configure(c, ROOT / "classroom")
 if "nbgrader" in sys.argv[0]:  # JupyterLab reads this file too, for learners
-    build.lay_out_classroom(ROOT / "classroom")
-c.CourseDirectory.root = str(ROOT / "classroom")
-c.CourseDirectory.course_id = "peft-course"
-c.ClearSolutions.code_stub = {"python": build.STUB}
-c.Execute.timeout = 300
+    classroom.lay_out(ROOT / "classroom")

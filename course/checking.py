@@ -2,13 +2,20 @@
 
 A check never guesses. It runs the learner's answer and the right one on the same fresh random inputs and compares what was observed, in
 order: type, shape, dtype, value. On a difference it runs the *known wrong answers* on the same inputs too; where one of them gives what
-the learner's answer gave, the learner reads that mistake's own words. Otherwise the first difference is named.
+the learner's answer gave, the learner reads that mistake's own words. So does who made two mistakes: if no known one gives all of it, the
+one counts that gives the longest beginning, if two or more wrong observations are in it. Otherwise the first difference is named.
+
+In Jupyter all this happens where the learner's code is. For points (``course check``, nbgrader) :meth:`Check.witness` is called there,
+which only observes, and :meth:`Check.verdict` in a process that the learner's code never enters: see ``course/witness.py``.
 """
 
+import builtins
 import contextlib
 import copy
 import functools
 import inspect
+import itertools
+import linecache
 import math
 import numbers
 import random
@@ -22,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from course.observations import pack, unpack
 
 Observations = Mapping[str, Any]  # label, written for the learner -> what was observed
 Seen = Iterable[tuple[str, Any]]  # the same, as pairs: what a generator yields while it looks
@@ -84,7 +93,7 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             return f"expected a {expected.kind.__name__}, but the call was accepted"
         return None if issubclass(actual.kind, expected.kind) else f"expected a {expected.kind.__name__}, got a {actual.kind.__name__}"
     if isinstance(expected, Changed):
-        return f"{actual.names[0]} was changed in place; work on a copy" if actual != expected else None
+        return f"{next(iter(actual.names), 'nothing')} was changed in place; work on a copy" if actual != expected else None
     if isinstance(expected, Tensor):
         return _tensor_difference(actual, expected, rtol, atol)
     if isinstance(expected, bool) or expected is None or isinstance(expected, (str, set, frozenset)):
@@ -94,6 +103,8 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             actual = actual.item()
         if isinstance(actual, bool) or not isinstance(actual, numbers.Real):  # numpy's numbers are Real, and not all are float or int
             return f"expected a number, got {type(actual).__name__}"
+        if isinstance(actual, int) and actual.bit_length() > 1000:
+            return f"expected {expected:.6g}, got a number of {actual.bit_length()} bits"
         both_nan = math.isnan(actual) and math.isnan(expected)
         return None if both_nan or math.isclose(actual, expected, rel_tol=rtol, abs_tol=atol) else _two_numbers(actual, expected)
     if isinstance(expected, (list, tuple)):
@@ -191,6 +202,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 GIVEN = "what your code was given"
+CLOSER = 10.0  # times, than two right answers: what is to name a mistake by a beginning alone
 LIMIT_SECONDS = 60.0  # for one run of an answer; the worked ones take less than a tenth of a second
 
 
@@ -246,6 +258,45 @@ def but(**parts: Any) -> dict[str, Any]:
     return parts
 
 
+def _holds_value(observed: Any) -> bool:
+    """Whether it can say which mistake was made: a tensor or a number can. A shape, a "no" or an error has many causes."""
+    if isinstance(observed, Mapping):
+        observed = tuple(observed.values())
+    if isinstance(observed, (list, tuple)):
+        return any(_holds_value(each) for each in observed if not isinstance(each, int))
+    return isinstance(observed, (Tensor, numbers.Real)) and not isinstance(observed, bool)
+
+
+def _where(error: Exception) -> str:
+    """The line of the learner's cell that raised it, the innermost one; empty where no cell is to blame."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        code, number = trace.tb_frame.f_code, trace.tb_lineno
+        if trace.tb_frame.f_globals.get("__name__") == "__main__" and (line := linecache.getline(code.co_filename, number).strip()):
+            found = f" (line {number} of your cell: `{line}`)"
+        trace = trace.tb_next
+    return found
+
+
+_RAISED = "raised"
+
+
+def _named(value: Any) -> Any:
+    """An observed error as its type's name with the built-in type that it is a kind of; anything else as it is."""
+    if not isinstance(value, Raised):
+        return value
+    return {_RAISED: (value.kind.__name__, next(kind.__name__ for kind in value.kind.__mro__ if kind.__module__ == "builtins"))}
+
+
+def _raised_of(value: Any) -> Any:
+    """What :func:`_named` made ``value`` of."""
+    if not (isinstance(value, dict) and set(value) == {_RAISED}):
+        return value
+    name, base = value[_RAISED]
+    kind = getattr(builtins, base)
+    return Raised(kind if name == base else type(name, (kind,), {}))
+
+
 def fresh_seed() -> int:
     """Not one that the learner knows or sets: nothing can be tuned to it."""
     return random.SystemRandom().randrange(2**31)
@@ -295,11 +346,31 @@ class Check:
             for message, parts in self.misconceptions.items()
         }
 
+    def witness(self, answer: Any, seed: int) -> Any:
+        """What ``answer`` does, as plain data that JSON takes.
+
+        Raises:
+            NotYet: it fails, takes too long, or is refused by what observes it.
+        """
+        seen = self._observed(answer, seed)
+        return {"changed": list(seen[GIVEN].names), "seen": pack({label: _named(value) for label, value in seen.items() if label != GIVEN})}
+
+    def verdict(self, plain: Any, seed: int) -> None:
+        """Raise ``NotYet`` if :meth:`witness` did not give ``plain`` of a right answer. Runs nothing but the course's own code."""
+        try:
+            changed = Changed(tuple(map(str, plain["changed"])))
+            seen = {str(label): _raised_of(value) for label, value in unpack(plain["seen"]).items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise NotYet("your code got between the judge and what it observes") from None
+        self._compare({GIVEN: changed, **seen}, seed)
+
     def _judge(self, answer: Any, seed: int) -> None:
-        expected = self._run(self.reference, seed)
+        self._compare(self._observed(answer, seed), seed)
+
+    def _observed(self, answer: Any, seed: int) -> Observations:
         try:
             with _time_limit(LIMIT_SECONDS):
-                actual = self._run(answer, seed)
+                return self._run(answer, seed)
         except NotYet:
             raise
         except _TooLong:
@@ -307,18 +378,30 @@ class Check:
         except Exception as error:
             if unwritten(error):
                 raise NotYet("nothing here yet: replace the NotImplementedError with your answer") from None
-            raise NotYet(f"your code raised {type(error).__name__}: {error}") from error
-        label_and_difference = self._first(actual, expected)
-        if label_and_difference is None:
+            raise NotYet(f"your code raised {type(error).__name__}: {error}{_where(error)}") from error
+
+    def _compare(self, actual: Observations, seed: int) -> None:
+        """Raise ``NotYet`` unless ``actual`` is what the worked answer gives."""
+        expected = self._run(self.reference, seed)
+        if (first := self._first(actual, expected)) is None:
             return
+        beginnings: dict[str, int] = {}  # known mistakes that give a beginning of it -> how many observations
         for message in self.misconceptions:
             try:
-                same = self._first(actual, self._run(self.wrong(message), seed)) is None
+                known = self._run(self.wrong(message), seed)
+                full = self._first(actual, known) is None
+                alike = list(itertools.takewhile(lambda label, known=known: self._alike(actual, known, label, CLOSER), known))
             except Exception:  # this mistake fails on these inputs, so it is not the learner's
                 continue
-            if same:
+            if full:
                 raise NotYet(message)
-        raise NotYet(f"{label_and_difference[0]}: {label_and_difference[1]}")
+            wrong = [label for label in alike if not self._alike(actual, expected, label)]
+            if first[0] in wrong and len(wrong) > 1 and any(_holds_value(actual[label]) for label in wrong):
+                beginnings[message] = len(alike)
+        longest = [message for message, count in beginnings.items() if count == max(beginnings.values())]
+        if len(longest) == 1:  # of two that fit alike neither is named
+            raise NotYet(longest[0])
+        raise NotYet(f"{first[0]}: {first[1]}")
 
     def _run(self, answer: Any, seed: int) -> Observations:
         # A check leaves the notebook's random numbers as they were. A warning is no mistake, but nbgrader takes points for it.
@@ -336,3 +419,8 @@ class Check:
             if (difference := first_difference(actual[label], value, self.rtol, self.atol)) is not None:
                 return label, difference
         return None
+
+    def _alike(self, actual: Observations, other: Observations, label: str, closer: float = 1.0) -> bool:
+        if label not in actual or label not in other:
+            return False
+        return first_difference(actual[label], other[label], self.rtol / closer, self.atol / closer) is None

@@ -1,19 +1,24 @@
-"""Judge a learner's notebook in a process of its own: what passed, what failed and why, and the score.
+"""Judge a learner's notebook: what passed, what failed and why, and the score.
 
-The check cells come from the solution and are found by their grade ids, so that a check cell that was edited or deleted counts as it was
-written. A cell that never ends, crashes the kernel or takes too much memory costs its own points and no others: the kernel is started again
-and the notebook run without that cell.
+The checks come from the solution and are found by their grade ids, so that a check cell that was edited or deleted counts as it was
+written. Each exercise is run in a process of its own (``course/witness.py``) and judged here, where none of the learner's code runs. Its
+process runs the cells above its check, but of the other exercises' answers only those whose names it uses. So what is wrong in one
+exercise costs its own points and no others.
 """
 
+import ast
+import symtable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 from course import build
+from course.hearing import Hearing, Witness
 from course.notebooks import is_answer, is_check, marks, read, title_above
-from course.running import Limits, Trouble, execute
+from course.running import Limits, Trouble
 from course.units import CourseError, Unit
 
 RESTARTS = 6
@@ -98,54 +103,73 @@ def assemble(learner: NotebookNode, released: NotebookNode) -> tuple[NotebookNod
 
 
 def grade(learner: Path, unit: Unit, limits: Limits = LIMITS, before_cell=lambda index, count: None) -> Report:
-    """Run the learner's notebook against the checks of ``unit``.
+    """Judge the learner's notebook, a file, as :func:`judge` does."""
+    _must_have_exercises(unit)
+    return judge(read(learner), learner.resolve().parent, unit, limits, before_cell)
+
+
+def judge(learner: NotebookNode, folder: Path, unit: Unit, limits: Limits = LIMITS, before_cell=lambda index, count: None) -> Report:
+    """Judge a notebook against the checks of ``unit``.
 
     Args:
         learner: the notebook; it is not changed.
-        limits: a cell over its time is stopped; the whole over its time, or over its memory, ends.
+        folder: where its cells run.
+        limits: a cell over its time is stopped; an exercise over its memory, or over the time for the whole, ends.
         before_cell: called before each code cell with its index and the number of cells.
 
     Raises:
-        CourseError: there is no such notebook, or the unit has no exercises, or the notebook is another one's.
+        CourseError: the unit has no exercises, or the notebook is another one's.
     """
+    _must_have_exercises(unit)
+    released = build.exercise(read(unit.solution))
+    notebook, notes = assemble(learner, released)
+    report, count = Report([], notes), len(notebook.cells)
+    fatal: dict[int, Trouble] = {}  # cells that ended the process of an exercise which is not their own
+    with Witness(unit) as witness:
+        from course import checking  # torch: loaded here while the witness loads it too
+        from course import witness as loading
+
+        checks = loading.load(unit.checks.parent, unit.topic)
+        for name, place in _exercises(released, notebook).items():
+            check = getattr(checks, place.called)
+            hearing = Hearing()
+            while limits.total_seconds is None or report.seconds < limits.total_seconds:
+                cells = _cells(notebook, place, fatal.keys())
+                hearing = witness.hear(
+                    folder,
+                    [(index, notebook.cells[index].source) for index in cells],
+                    place.called,
+                    place.argument,
+                    place.check,
+                    check.verdict,
+                    [checking.fresh_seed() for _ in range(check.rounds)],
+                    Limits(limits.cell_seconds, limits.total_seconds, limits.memory_bytes, report.seconds),
+                    lambda index: before_cell(index, count),
+                )
+                report.seconds += hearing.seconds
+                if hearing.ended_in in (None, place.check, *place.answers.values()) or len(fatal) >= RESTARTS:
+                    break
+                fatal[hearing.ended_in] = hearing.troubles[hearing.ended_in]
+            if not hearing.passed and not hearing.troubles:
+                hearing.troubles[place.check] = Trouble(place.check, "Stopped", f"not run: {limits.over}")
+            report.outcomes.append(_outcome(name, place, notebook, hearing, fatal))
+    return report
+
+
+def _must_have_exercises(unit: Unit) -> None:
     if not unit.solution.exists():
         raise CourseError(f"unit {unit.number} has no exercises")
-    worked = read(unit.solution)
-    released = build.exercise(worked)
-    notebook, notes = assemble(read(learner), released)
-    report = Report([], notes)
-    fatal: dict[int, Trouble] = {}
-    while True:
-        for index in fatal:
-            notebook.cells[index].metadata["tags"] = ["skip-execution"]
-        left = None if limits.total_seconds is None else limits.total_seconds - report.seconds
-        run = execute(
-            notebook,
-            learner.resolve().parent,
-            Limits(limits.cell_seconds, left, limits.memory_bytes),
-            allow_errors=True,
-            before_cell=lambda index: before_cell(index, len(notebook.cells)),
-        )
-        report.seconds += run.seconds
-        over = limits.total_seconds is not None and report.seconds >= limits.total_seconds
-        if not run.died:
-            break
-        fatal[run.troubles[-1].cell] = run.troubles[-1]
-        if over or len(fatal) > RESTARTS:
-            break
-    troubles = {trouble.cell: trouble for trouble in run.troubles} | fatal
-    reached = run.troubles[-1].cell if run.died else len(notebook.cells)
-    report.outcomes = [_outcome(name, cells, notebook, troubles, reached) for name, cells in _exercises(released, notebook).items()]
-    return report
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an exercise stands in the notebook that was run."""
+    """Where an exercise stands in the notebook that was put together."""
 
     title: str
     points: float
     check: int
+    called: str  # the check's name
+    argument: str  # the expression that it is called with
     answers: dict[str, int | None]  # grade id -> index; None: missing
 
 
@@ -160,14 +184,71 @@ def _exercises(released: NotebookNode, notebook: NotebookNode) -> dict[str, _Pla
             answers[name] = where.get(name)
         elif is_check(cell):
             points = float(marks(cell).get("points", 0))
-            found[name] = _Place(title or title_above(released, index) or name, points, where[name], answers)
+            found[name] = _Place(title or title_above(released, index) or name, points, where[name], *_called(name, cell.source), answers)
             following = index + 1 < len(released.cells) and is_check(released.cells[index + 1])
             answers = answers if following else {}  # several checks may stand behind one answer
     return found
 
 
-def _outcome(name: str, place: _Place, notebook: NotebookNode, troubles: dict[int, Trouble], reached: int) -> Outcome:
-    why = None
+def _called(name: str, source: str) -> tuple[str, str]:
+    """Of ``check.forward(LoRALinear)``: forward and LoRALinear.
+
+    Raises:
+        CourseError: it is no such call.
+    """
+    try:
+        call = ast.parse(source.strip(), mode="eval").body
+        (argument,) = call.args
+        return call.func.attr, ast.unparse(argument)
+    except (SyntaxError, AttributeError, ValueError):
+        raise CourseError(f"the check cell {name!r} must be one call such as check.forward(LoRALinear), not {source!r}") from None
+
+
+def _cells(notebook: NotebookNode, place: _Place, without: object) -> list[int]:
+    """The cells that an exercise's process runs, without those that have ended one."""
+    above = [
+        index
+        for index, cell in enumerate(notebook.cells[: place.check])
+        if cell.cell_type == "code"
+        and not is_check(cell)
+        and index not in without
+        and "skip-execution" not in cell.metadata.get("tags", [])
+    ]
+    own = [index for index in above if index in place.answers.values()]
+    names = {index: _names(notebook.cells[index].source) for index in above}
+    kept, wanted = set(own), _names(place.argument)[1].union(*(names[index][1] for index in own))
+    while more := [index for index in above if index not in kept and names[index][0] & wanted]:
+        kept |= set(more)
+        wanted = wanted.union(*(names[index][1] for index in more))
+    others = [index for index in above if is_answer(notebook.cells[index]) and index not in kept]
+    absent = set().union(*(names[index][0] for index in others)) - set().union(*(names[index][0] for index in kept))
+    run = []
+    for index in above:
+        if index in kept or not (index in others or names[index][1] & absent):
+            run.append(index)
+        elif index not in others:
+            absent |= names[index][0]  # it tries what is not there
+    return run
+
+
+def _names(source: str) -> tuple[set[str], set[str]]:
+    """The names that a cell binds, and those that it uses and does not bind itself; none where it is no Python."""
+    try:
+        table = symtable.symtable(TransformerManager().transform_cell(source), "cell", "exec")
+    except SyntaxError:
+        return set(), set()
+    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()}
+    tables = table.get_children()
+    while tables:
+        inner = tables.pop()
+        used |= {symbol.get_name() for symbol in inner.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+        tables += inner.get_children()
+    return bound, used - bound
+
+
+def _outcome(name: str, place: _Place, notebook: NotebookNode, hearing: Hearing, fatal: dict[int, Trouble]) -> Outcome:
+    why, troubles = None, hearing.troubles
     own = troubles.get(place.check)
     if missing := [answer for answer, index in place.answers.items() if index is None]:
         why = f"the answer cell {missing[0]!r} is missing: copy it from a fresh exercise"
@@ -177,8 +258,10 @@ def _outcome(name: str, place: _Place, notebook: NotebookNode, troubles: dict[in
     elif own is not None:
         why = own.message if own.kind == "NotYet" else str(own)
         if own.kind == "NameError":
-            failed = [trouble for index, trouble in sorted(troubles.items()) if index < place.check and not marks(notebook.cells[index])]
+            failed = [
+                trouble for index, trouble in sorted((troubles | fatal).items()) if index < place.check and not marks(notebook.cells[index])
+            ]
             why += f". An earlier cell failed: {failed[0]}" if failed else ". The cell that defines it is missing or stands below"
-    elif place.check > reached:
-        why = "not run: the notebook ended before it"
+    elif not hearing.passed:
+        why = f"not run: the notebook ended before it, in another cell: {troubles[hearing.ended_in]}"
     return Outcome(name, place.title, place.points, why)

@@ -32,6 +32,10 @@ def read(path: Path) -> NotebookNode:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about missing and repeated cell ids, which normalize mends
             notebook = nbformat.reads(text, as_version=4)
+            for cell in notebook.cells:
+                if cell.cell_type != "code":  # a cell that once was code; Jupyter opens it too
+                    for name in ("outputs", "execution_count"):
+                        cell.pop(name, None)
             _, notebook = nbformat.validator.normalize(notebook)
             nbformat.validate(notebook)
     except Exception as error:  # nbformat raises half a dozen kinds, KeyError and TypeError among them
@@ -63,8 +67,9 @@ def as_text(notebook: NotebookNode) -> str:
 
 
 def marks(cell: NotebookNode) -> dict:
-    """The cell's nbgrader metadata; empty if it has none."""
-    return cell.metadata.get("nbgrader") or {}
+    """The cell's nbgrader metadata; empty if it has none, or something else under that name."""
+    found = cell.metadata.get("nbgrader")
+    return found if isinstance(found, dict) else {}
 
 
 def is_check(cell: NotebookNode) -> bool:

@@ -3,6 +3,9 @@
 The kernel is a separate process. A thread here samples it and keeps the limits: a cell that takes too long is interrupted, as by the stop
 button, and what doesn't stop then is killed; so is a kernel that holds too much memory or runs past the time for the whole notebook. Memory
 is limited by watching it and not by ``RLIMIT_AS``, since CUDA reserves far more addresses than it uses.
+
+Whether a cell failed is what the kernel replies. Its output says less: a cell may print so much that the error is cut off, or replace what
+shows errors.
 """
 
 import contextlib
@@ -43,6 +46,11 @@ class Limits:
     cell_seconds: float | None = 600.0
     total_seconds: float | None = None
     memory_bytes: int | None = None
+    spent_seconds: float = 0.0  # of the total, by earlier runs
+
+    @property
+    def over(self) -> str:
+        return f"the time for the whole notebook, {self.total_seconds:g} s, was over"
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,13 @@ class Execution:
     died: bool = False  # the kernel ended before the notebook did
 
 
-class _Watch(threading.Thread):
-    """Samples the kernel's process with its children, and ends what goes over a limit."""
+class Watch(threading.Thread):
+    """Samples a process with all that it started, and ends what goes over a limit."""
 
     def __init__(self, pid: int, limits: Limits):
         super().__init__(daemon=True)
         self.process, self.limits = psutil.Process(pid), limits
+        self.started: set[psutil.Process] = set()  # by it, ever; what left its process group or lost its parent too
         self.peak_bytes = 0
         self.reason: str | None = None  # why the present cell was stopped
         self.killed = False
@@ -106,11 +115,12 @@ class _Watch(threading.Thread):
         while not self._over.wait(SAMPLE_SECONDS):
             try:
                 held = self.process.memory_info().rss
-                for child in self.process.children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        held += child.memory_info().rss
+                self.started |= set(self.process.children(recursive=True))
             except psutil.Error:  # the kernel is gone
                 return
+            for child in self.started:
+                with contextlib.suppress(psutil.Error):
+                    held += child.memory_info().rss
             self.peak_bytes = max(self.peak_bytes, held)
             with self._lock:
                 self._keep_limits(held)
@@ -119,8 +129,8 @@ class _Watch(threading.Thread):
         limits, now = self.limits, time.monotonic()
         if limits.memory_bytes is not None and held > limits.memory_bytes:
             self._kill(f"stopped: it used more than {limits.memory_bytes / 1e9:.1f} GB of memory")
-        elif limits.total_seconds is not None and now - self._began > limits.total_seconds:
-            self._kill(f"stopped: the time for the whole notebook, {limits.total_seconds:g} s, was over")
+        elif limits.total_seconds is not None and now - self._began > limits.total_seconds - limits.spent_seconds:
+            self._kill(f"stopped: {limits.over}")
         elif self._interrupted_at is not None and self._cell_began is not None:
             if now - self._interrupted_at > GRACE_SECONDS:
                 self._kill(self.reason)
@@ -131,12 +141,20 @@ class _Watch(threading.Thread):
 
     def _kill(self, reason: str) -> None:
         self.reason, self.killed = reason, True
-        self.kill_group()
+        self.kill_all()
 
-    def kill_group(self) -> None:
-        """Kill the kernel and what it started: Jupyter makes a kernel the leader of a process group."""
+    def kill_all(self) -> None:
+        """Kill the process, its group (it is the leader of one), and what it started that left the group."""
+        with contextlib.suppress(psutil.Error):
+            self.started |= set(self.process.children(recursive=True))
+        for child in self.started:
+            with contextlib.suppress(psutil.Error):
+                self.started = self.started | set(child.children(recursive=True))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for child in self.started:
+            with contextlib.suppress(psutil.Error):
+                child.kill()  # psutil looks whether the number is still this process's
 
 
 class _Client(NotebookClient):
@@ -148,11 +166,12 @@ class _Client(NotebookClient):
         silent.propagate = False  # what it would log we say ourselves, once
         super().__init__(notebook, log=silent, **settings)
         self.limits, self.before_cell = limits, before_cell
-        self.watch: _Watch | None = None
+        self.watch: Watch | None = None
         self.process = None
         self.cell = 0
         self.printed = 0
         self.reasons: dict[int, str] = {}
+        self.errors: dict[int, dict] = {}
         self.on_cell_execute = self._begins
         self.on_cell_executed = self._ends
 
@@ -165,7 +184,7 @@ class _Client(NotebookClient):
     async def async_start_new_kernel(self, **settings) -> None:
         await super().async_start_new_kernel(**settings)
         self.process = self.km.provisioner.process
-        self.watch = _Watch(self.process.pid, self.limits)
+        self.watch = Watch(self.process.pid, self.limits)
         self.watch.start()
 
     async def async_start_new_kernel_client(self) -> AsyncKernelClient:
@@ -190,8 +209,10 @@ class _Client(NotebookClient):
 
     def _ends(self, cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
         self.watch.cell_ends()
-        if self.watch.reason and execute_reply["content"]["status"] == "error":
-            self.reasons[cell_index] = self.watch.reason
+        if execute_reply["content"]["status"] == "error":
+            self.errors[cell_index] = execute_reply["content"]
+            if self.watch.reason:
+                self.reasons[cell_index] = self.watch.reason
 
     def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> NotebookNode | None:
         self.printed += len(msg["content"].get("text", ""))
@@ -240,21 +261,21 @@ def execute(
         pass  # the cell's own output tells
     except DeadKernelError:
         result.died = True
-        client.reasons[client.cell] = (client.watch.reason if client.watch.killed else None) or _cause_of_death(client.process.poll())
+        client.reasons[client.cell] = (client.watch.reason if client.watch.killed else None) or cause_of_death(client.process.poll())
     finally:
         if client.watch is not None:
             client.watch.end()
-            client.watch.kill_group()  # a cell may have started processes that outlive the kernel
+            client.watch.kill_all()  # a cell may have started processes that outlive the kernel
             result.peak_bytes = client.watch.peak_bytes
     result.seconds = time.monotonic() - began
-    for index, cell in enumerate(notebook.cells):
-        error = next((output for output in cell.get("outputs", []) if output.output_type == "error"), None)
+    for index in sorted(client.reasons | client.errors):
         if index in client.reasons:
             dead = result.died and index == client.cell and not client.watch.killed
             result.troubles.append(Trouble(index, "KernelDied" if dead else "Stopped", client.reasons[index]))
-        elif error is not None and "raises-exception" not in cell.metadata.get("tags", []):
-            line = _LINE.search(_ANSI.sub("", "\n".join(error.traceback)))
-            result.troubles.append(Trouble(index, error.ename, error.evalue, int(line[1]) if line else None))
+        elif "raises-exception" not in notebook.cells[index].metadata.get("tags", []):
+            error = client.errors[index]
+            line = _LINE.search(_ANSI.sub("", "\n".join(error["traceback"])))
+            result.troubles.append(Trouble(index, error["ename"], error["evalue"], int(line[1]) if line else None))
     return result
 
 
@@ -266,11 +287,11 @@ def _outside_main_thread(client: _Client) -> None:
             running.result()
         except KeyboardInterrupt:
             if client.watch is not None:
-                client.watch.kill_group()
+                client.watch.kill_all()
             raise
 
 
-def _cause_of_death(status: int | None) -> str:
+def cause_of_death(status: int | None) -> str:
     if status is None or status == 0:
         return "the kernel ended"
     if status > 0:

@@ -16,7 +16,7 @@ import nbformat
 from jinja2 import pass_context
 from nbconvert import HTMLExporter
 from nbconvert.filters import Highlight2HTML
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.filters.markdown_mistune import InvalidNotebook, IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import TagRemovePreprocessor
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
@@ -60,20 +60,26 @@ class _Renderer(IPythonRenderer):
     def inline_math(self, body: str) -> str:
         return mathml(body)
 
+    def image(self, text: str, url: str, title: str | None = None) -> str:
+        try:
+            return super().image(text, url, title)
+        except InvalidNotebook:  # pasted into another notebook, from which only the text was copied
+            return f"<em>(A picture that this notebook does not hold: {text or html.escape(url)}.)</em>"
+
     def heading(self, text: str, level: int, **attributes) -> str:
         words = re.sub(r"[^\w\- ]", "", re.sub(r"<[^>]+>", "", html.unescape(text)).lower())
         return f'<h{level} id="{words.replace(" ", "-")}">{text}</h{level}>\n'
 
 
-def markdown(text: str) -> str:
-    """GitHub-flavoured Markdown with formulas, as HTML."""
-    return MarkdownWithMath(_Renderer(escape=False)).render(_COMMENT.sub("", text))
+def markdown(text: str, attachments: dict[str, dict[str, str]] | None = None) -> str:
+    """GitHub-flavoured Markdown with formulas, as HTML. ``attachments`` are pictures that were pasted into a notebook's cell."""
+    return MarkdownWithMath(_Renderer(escape=False, attachments=attachments)).render(_COMMENT.sub("", text))
 
 
 class _Exporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        return markdown(source)
+        return markdown(source, context.get("cell", {}).get("attachments"))
 
 
 def notebook_body(notebook: NotebookNode) -> str:

@@ -7,19 +7,38 @@ from nbformat import NotebookNode, v4
 from course.notebooks import as_text, tidy
 from course.units import Unit, find
 
-SETUP = """\
+CHECKS = '''\
 class NotYet(AssertionError):
     pass
 
 
-def check(answer, expected):
-    try:
-        given = answer(3)
-    except NotImplementedError:
-        raise NotYet("nothing here yet") from None
-    if given != expected:
-        raise NotYet(f"expected {expected}, got {given}")
-    print("right")"""
+class Check:
+    """The two halves of a check, as course.checking has them."""
+
+    rounds = 2
+
+    def __init__(self, expected):
+        self.expected = expected
+
+    def __call__(self, answer):
+        self.verdict(self.witness(answer, 0), 0)
+        print("right")
+
+    def witness(self, answer, seed):
+        try:
+            return answer(3)
+        except NotImplementedError:
+            raise NotYet("nothing here yet") from None
+
+    def verdict(self, plain, seed):
+        if plain != self.expected:
+            raise NotYet(f"expected {self.expected}, got {plain}")
+
+
+square, double = Check(9), Check(6)
+'''
+
+SETUP = "from course.checks import squares as check"
 
 SQUARE = """\
 def square(x):
@@ -77,11 +96,11 @@ def solution() -> NotebookNode:
             nbgrader_cell(v4.new_code_cell(SETUP), "setup"),
             v4.new_markdown_cell("## 1. Square\n**●○○○○ · 2 minutes · asked rarely**"),
             nbgrader_cell(v4.new_code_cell(SQUARE), "square", solution=True),
-            nbgrader_cell(v4.new_code_cell("check(square, 9)"), "check-square", points=1),
+            nbgrader_cell(v4.new_code_cell("check.square(square)"), "check-square", points=1),
             discussion,
             v4.new_markdown_cell("## 2. Double"),
             nbgrader_cell(v4.new_code_cell(DOUBLE), "double", solution=True),
-            nbgrader_cell(v4.new_code_cell("check(double, 6)"), "check-double", points=2),
+            nbgrader_cell(v4.new_code_cell("check.double(double)"), "check-double", points=2),
             v4.new_markdown_cell("The end."),
         ],
         metadata={"kernelspec": {"display_name": "x", "language": "python", "name": "python3"}, "jupytext": {"formats": "py"}},
@@ -105,6 +124,9 @@ def make(root: Path) -> Unit:
     """Write the course into ``root``; returns its first unit. The second one has only a lesson."""
     save(solution(), root / "solutions" / "00_squares.ipynb")
     save(notebook(), root / "notebooks" / "00_squares.ipynb")
+    checks = root / "course" / "checks" / "squares" / "__init__.py"
+    checks.parent.mkdir(parents=True)
+    checks.write_text(CHECKS, encoding="utf-8")
     lessons = root / "lessons"
     lessons.mkdir()
     (lessons / "00_squares.md").write_text(LESSON)

@@ -1,6 +1,8 @@
 """The judge's core: what it compares, in which order, and which words a learner reads."""
 
 import contextlib
+import json
+import linecache
 import random
 import signal
 import threading
@@ -15,6 +17,7 @@ import torch
 
 from course import checking
 from course.checking import Check, NotYet, Raised, but, first_difference, raised, unpacked
+from course.observations import pack, unpack
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,7 @@ def test_equal_observations_have_no_difference(actual, expected):
         (torch.ones(1), torch.tensor([float("inf")]), "values differ by up to inf, first at [0]: expected inf, got 1"),
         (2.5, 3, "expected 3, got 2.5"),
         (np.int64(4), 3, "expected 3, got 4"),
+        (10**400, 3, "expected 3, got a number of 1329 bits"),
         ("3", 3, "expected a number, got str"),
         (True, 1, "expected a number, got bool"),
         (1, True, "expected True, got 1"),
@@ -487,3 +491,165 @@ def test_a_known_mistake_that_is_refused_in_other_words_is_not_the_learners():
 
     check = Check("strict", strict, scale, scale, {"you added 3": added, "you took it as it is": lambda x: x})
     assert refusal(lambda x: x.clone(), check) == "you took it as it is"
+
+
+# two mistakes at once
+
+
+def described(answer, seed):
+    """Shape before values; what comes out of zeros, and of nothing, last."""
+    x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+    return {
+        "the shape": tuple(answer(x).shape),
+        "the result": answer(x),
+        "the result for twice as much": answer(2 * x),
+        "for zeros": answer(torch.zeros(4)),
+        "for no numbers": answer(torch.zeros(0)),
+    }
+
+
+TAKEN_FOR_ONES, AT_ZERO = "zeros were taken for ones", "you added 3, but not to zeros"
+
+
+def zeros_as_ones(x):
+    return 3 * torch.where(x == 0, 1, x)
+
+
+def added_but_at_zero(x):
+    return torch.where(x == 0, x, x + 3)
+
+
+def with_another_mistake(answer):
+    """For an empty tensor, the last thing that is looked at."""
+    return lambda x: answer(x) if len(x) else torch.ones(7)
+
+
+def test_of_two_mistakes_the_known_one_is_named():
+    check = Check("scale by 3", described, scale, scale, {TAKEN_FOR_ONES: zeros_as_ones, ADDED: added})
+    for mistake in (added, with_another_mistake(added), lambda x: x + 3 if x.any() else x + 5):
+        assert refusal(mistake, check) == ADDED
+    assert refusal(with_another_mistake(scale), check) == "for no numbers: expected shape (0,), got (7,)"
+
+
+def test_one_wrong_value_in_common_names_no_mistake():
+    check = Check("scale by 3", described, scale, scale, {TAKEN_FOR_ONES: zeros_as_ones})
+    assert refusal(zeros_as_ones, check) == TAKEN_FOR_ONES
+    assert refusal(with_another_mistake(zeros_as_ones), check).startswith("for zeros: values differ")
+
+
+def test_the_longest_beginning_is_named_and_of_two_that_fit_alike_neither():
+    answer = with_another_mistake(added_but_at_zero)
+    check = Check("scale by 3", described, scale, scale, {ADDED: added, AT_ZERO: added_but_at_zero})
+    assert refusal(answer, check) == AT_ZERO
+    twice = Check("scale by 3", described, scale, scale, {AT_ZERO: added_but_at_zero, "in other words": lambda x: added_but_at_zero(x)})
+    assert refusal(answer, twice).startswith("the result: values differ")
+
+
+def test_shapes_alone_name_no_mistake():
+    rows = {"you made a row of it": lambda x: (3 * x)[None]}
+    shapes = Check("scale by 3", lambda answer, seed: {n: tuple(answer(torch.ones(n)).shape) for n in (2, 3, 4)}, scale, scale, rows)
+    said = refusal(lambda x: x[None] if len(x) < 4 else x[None, None], shapes)
+    assert said.startswith("2: expected 1 values, got 2")
+
+
+# where a learner's own error was raised
+
+
+def written_in_a_cell(source: str):
+    """What the cell defines as ``answer``, as in Jupyter: in the module __main__, its lines kept by linecache."""
+    names = {"__name__": "__main__"}
+    linecache.cache["<a cell>"] = (len(source), None, source.splitlines(keepends=True), "<a cell>")
+    exec(compile(source, "<a cell>", "exec"), names)
+    return names["answer"]
+
+
+def test_the_line_of_the_learners_cell_is_shown():
+    answer = written_in_a_cell("def answer(x):\n    y = helper(x)\n    return y\n\n\ndef helper(x):\n    return x[9]\n")
+    assert refusal(answer) == (
+        "your code raised IndexError: index 9 is out of bounds for dimension 0 with size 4 (line 7 of your cell: `return x[9]`)"
+    )
+    inside_torch = written_in_a_cell("def answer(x):\n    return x.reshape(7, 7, 7)\n")
+    assert refusal(inside_torch).endswith(" (line 2 of your cell: `return x.reshape(7, 7, 7)`)")
+    assert "line" not in refusal(lambda x: x[9]), "this one is in no cell"
+
+
+# observations on their way between processes
+
+
+class Odd(int):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 3, 10**30, 2.5, float("inf"), "α/r", [1, (2.5, "a")], {"b", "a"}, frozenset({1}), {"w": {1: [None]}},
+        torch.randn(2, 3), torch.tensor(1.5), torch.zeros(0, 3), torch.tensor([True]), torch.randn(3).bfloat16(), torch.randn(3).half(),
+        torch.tensor([1 + 2j]).conj(), torch.arange(6).reshape(2, 3).T, torch.ones(2, requires_grad=True),
+        torch.nn.Parameter(torch.ones(2)), [torch.ones(2, dtype=torch.uint8), {"x": torch.tensor(2.0)}],
+    ],
+)  # fmt: skip
+def test_observations_arrive_as_they_were(value):
+    arrived = unpack(json.loads(json.dumps(pack(value))))
+    assert first_difference(arrived, value, 0, 0) is None
+    assert arrived is value or type(arrived) is type(value) or type(arrived) is torch.Tensor
+
+
+def test_what_is_not_plain_arrives_as_a_number_or_a_stand_in():
+    class Strange:
+        def __eq__(self, other):
+            return True
+
+        def __repr__(self):
+            return "strange"
+
+    assert [unpack(pack(value)) for value in (Odd(3), np.int64(3), np.float32(2.5))] == [3, 3, 2.5]
+    arrived = unpack(json.loads(json.dumps(pack(Strange()))))
+    assert (type(arrived).__name__, repr(arrived)) == ("Strange", "strange") and arrived != 1
+    assert first_difference(unpack(pack(torch.ones(2).to_sparse())), torch.ones(2)) == "expected a tensor, got Tensor"
+    large = unpack(pack(torch.ones(5_000_000)))
+    assert first_difference(large, torch.ones(2)) == "expected shape (2,), got (5000000,)"
+
+
+@pytest.mark.parametrize("forged", [{"x": 1}, {}, [1], {"map": 3}, {"tensor": ["load", [1], None]}, {"tensor": ["float32", [9], "AAAA"]}])
+def test_what_is_no_observation_is_refused(forged):
+    with pytest.raises(ValueError, match="no observations"):
+        unpack(forged)
+    for sent in (forged, {"changed": [], "seen": forged}):
+        with pytest.raises(NotYet, match="got between the judge"):
+            CHECK.verdict(sent, 3)
+
+
+def error_of(kind):
+    return Check("errors", lambda answer, seed: {"for zeros": raised(answer, torch.zeros(2))}, kind, kind)
+
+
+def test_witness_and_verdict_together_say_what_the_check_says():
+    class Mine(ValueError):
+        pass
+
+    class Other(TypeError):
+        pass
+
+    def raising(kind):
+        def answer(x):
+            raise kind
+
+        return answer
+
+    def in_two_parts(check, answer):
+        check.verdict(json.loads(json.dumps(check.witness(answer, 5))), 5)
+
+    for check, answers in (
+        (CHECK, [scale, added, in_half, lambda x: x.add_(3), lambda x: None, lambda x: x[9]]),
+        (error_of(raising(ValueError)), [raising(ValueError), raising(Mine), raising(Other), lambda x: x]),
+    ):
+        for answer in answers:
+            try:
+                check._judge(answer, 5)
+            except NotYet as said:
+                with pytest.raises(NotYet) as heard:
+                    in_two_parts(check, answer)
+                assert str(heard.value) == str(said)
+            else:
+                in_two_parts(check, answer)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import miniature
 import pytest
-from nbformat import from_dict, v4
+from nbformat import NotebookNode, from_dict, v4
 from traitlets.config import Config
 
-from course import ROOT, build, grading
+from course import ROOT, build, classroom, grading
+from course.hearing import Hearing
 from course.notebooks import as_text, is_check, marks, read, tidy
-from course.running import Execution, Limits, Trouble
+from course.running import Limits
 from course.units import CourseError, Unit, find, select, units
 
 SOLVED = [unit for unit in units() if unit.solution.exists()]
@@ -68,7 +69,7 @@ def test_an_exercise_holds_the_stub_and_not_the_answer(unit: Unit):
     made = read(unit.exercise)
     sources = [cell.source for cell in made.cells]
     assert "def square(x):\n    # your answer here\n    raise NotImplementedError()" in sources
-    assert "check(square, 9)" in sources
+    assert "check.square(square)" in sources
     assert not any("Discussion" in source or "x * x" in source for source in sources)
     checks = [cell for cell in made.cells if is_check(cell)]
     assert all(cell.metadata.editable is False and cell.metadata.deletable is False for cell in checks)
@@ -265,31 +266,38 @@ def test_a_notebook_that_keeps_crashing_comes_to_an_end(unit: Unit, monkeypatch)
     assert "exit status 1" in report.outcomes[0].why
 
 
+def crash_first(cells):
+    cells.insert(1, v4.new_code_cell("import os\nos._exit(1)"))
+
+
+def test_a_cell_of_the_learners_own_that_crashes_is_left_out(unit: Unit):
+    assert change(unit, crash_first).full
+
+
 def test_what_was_not_reached_is_said(unit: Unit, monkeypatch):
     monkeypatch.setattr(grading, "RESTARTS", 0)
-    report = judge(unit, square="import os\nos._exit(1)", double=ANSWERS["double"])
-    assert report.outcomes[1].why == "not run: the notebook ended before it"
+    words = "not run: the notebook ended before it, in another cell: the kernel ended with exit status 1"
+    assert [outcome.why for outcome in change(unit, crash_first).outcomes] == [words] * 2
 
 
 def test_the_time_for_the_whole_notebook(unit: Unit):
     work = hand_in(unit, square="import time\ntime.sleep(30)", double=ANSWERS["double"])
     report = grading.grade(work, unit, Limits(cell_seconds=None, total_seconds=3))
     assert report.seconds < 15 and report.score == 0
-    assert "the time for the whole notebook, 3 s, was over" in report.outcomes[0].why
+    words = "the time for the whole notebook, 3 s, was over"
+    assert [outcome.why for outcome in report.outcomes] == [f"the answer's own cell failed: stopped: {words}", f"not run: {words}"]
 
 
-def test_a_restart_has_only_the_time_that_is_left(unit: Unit, monkeypatch):
+def test_an_exercise_has_only_the_time_that_is_left(unit: Unit, monkeypatch):
     given = []
 
-    def crash_once(notebook, folder, limits, **settings):
-        given.append(limits.total_seconds)
-        crash = Execution(seconds=4.0, troubles=[Trouble(3, "KernelDied", "crashed")], died=True)
-        return crash if len(given) == 1 else Execution(seconds=1.0)
+    def slow(witness, folder, cells, check, answer, at, judge, seeds, limits, before_cell):
+        given.append((limits.total_seconds, limits.spent_seconds))
+        return Hearing(passed=True, seconds=4.0)
 
-    monkeypatch.setattr(grading, "execute", crash_once)
+    monkeypatch.setattr(grading.Witness, "hear", slow)
     report = grading.grade(unit.exercise, unit, Limits(total_seconds=10))
-    assert given == [10, 6] and report.seconds == 5
-    assert [outcome.why for outcome in report.outcomes] == ["the answer's own cell failed: crashed", None]
+    assert given == [(10, 0), (10, 4)] and report.seconds == 8
 
 
 def change(unit: Unit, edit) -> grading.Report:
@@ -379,6 +387,150 @@ def test_another_notebook_no_notebook_and_no_exercise(unit: Unit, tmp_path: Path
         grading.grade(other, find("cubes", unit.root))
 
 
+def test_a_markdown_cell_that_once_was_code_and_odd_marks_are_no_obstacle(unit: Unit):
+    work = json.loads(hand_in(unit, **ANSWERS).read_text())
+    work["cells"][0] |= {"outputs": [], "execution_count": None}
+    work["cells"][2]["metadata"]["nbgrader"] = "x"
+    path = unit.root / "mine.ipynb"
+    path.write_text(json.dumps(work))
+    assert "outputs" not in read(path).cells[0]
+    assert grading.grade(path, unit).full
+
+
+# one exercise, another, and the judge
+
+
+RIGHT_THEN = {
+    "exit": "exit()",
+    "quit": "quit()",
+    "_exit": "import os\nos._exit(0)",
+    "SystemExit": "raise SystemExit",
+    "kills the process that starts it": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "stops the process that starts it": "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\n1 / 0",
+    "a child in a session of its own": "import subprocess\nsubprocess.Popen(['sleep', '60'], start_new_session=True)\n1 / 0",
+    "redefines the other's answer": "def double(x):\n    return 0\nexit()",
+}
+
+
+@pytest.mark.parametrize("end", RIGHT_THEN.values(), ids=RIGHT_THEN)
+def test_an_answer_that_ends_the_program_costs_its_own_points_only(unit: Unit, end: str, monkeypatch):
+    monkeypatch.setattr("course.hearing.WAIT_SECONDS", 2.0)
+    report = judge(unit, square=f"{ANSWERS['square']}\n{end}", double=ANSWERS["double"])
+    first, second = report.outcomes
+    assert first.why and second.why is None, (first.why, second.why)
+
+
+def test_an_exit_is_named(unit: Unit):
+    report = judge(unit, square=f"{ANSWERS['square']}\nexit()", double=ANSWERS["double"])
+    assert report.outcomes[0].why == "the answer's own cell failed: the notebook ended itself here: is there an exit() or a quit()?"
+
+
+NOISE = {
+    "rich": "import rich.traceback\nrich.traceback.install()",
+    "much text": "print('x' * 3_000_000)",
+    "no such magic": "%nosuchmagic",
+    "excepthook": "import sys\nsys.excepthook = lambda *a: None",
+    "showtraceback": "get_ipython().showtraceback = lambda *a, **k: None",
+    "run_cell": "get_ipython().run_cell = lambda *a, **k: None",
+    "atexit": "import atexit, os\natexit.register(os._exit, 0)",
+    "__del__": "class Last:\n    def __del__(self):\n        print('✓')\nlast = Last()",
+    "print": "import builtins\nbuiltins.print = lambda *a, **k: None",
+    "check": "class check:\n    square = double = staticmethod(lambda answer: print('right'))",
+    "checks": "import course.checks.squares as c\nc.square = c.double = lambda answer: print('right')",
+    "methods": "import course.checks.squares as c\nc.Check.__call__ = c.Check.verdict = lambda *a: None",
+    "an attribute": "import course.checks.squares as c\nc.square.expected = c.double.expected = 12",
+    "code": "import course.checks.squares as c\nc.Check.verdict.__code__ = (lambda self, plain, seed: None).__code__",
+    "sys.modules": "import sys, types\nsys.modules['course.checks.squares'] = types.SimpleNamespace(square=print, double=print)",
+    "SystemRandom": "import random\nrandom.SystemRandom = lambda: random.Random(0)",
+    "json": "import json\njson.dumps = lambda *a, **k: '{}'",
+    "builtins": "import builtins\nbuiltins.eval = builtins.getattr = lambda *a, **k: (lambda *b: 12)",
+    "answers that equal everything": "class Nine(int):\n    __eq__ = lambda *a: True\n    __ne__ = lambda *a: False",
+}  # fmt: skip
+WRONG = {"square": "def square(x):\n    return globals().get('Nine', int)(12)", "double": "def double(x):\n    return 12"}
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+def test_nothing_that_a_notebook_replaces_makes_a_wrong_answer_right(unit: Unit, noise: str):
+    work = read(hand_in(unit, square=f"{noise}\n{WRONG['square']}", double=WRONG["double"]))
+    for number in range(2):
+        assert grading.judge(work, unit.root, unit).score == 0
+        if number == 0:
+            work.cells.insert(0, v4.new_code_cell(noise))  # and in a cell of its own
+
+
+def test_an_answer_may_use_an_earlier_one_and_runs_no_other(unit: Unit):
+    report = judge(unit, **ANSWERS | {"double": "def double(x):\n    return int(square(x) ** 0.5) * 2"})
+    assert report.full
+    apart = {"square": "def square(x):\n    return x * x\n1 / 0", "double": "def double(x):\n    return 2 * x"}
+    assert [bool(outcome.why) for outcome in judge(unit, **apart).outcomes] == [True, False]
+
+
+def test_a_cell_that_tries_an_answer_is_run_with_that_one_only(unit: Unit, monkeypatch):
+    ran = []
+    hear = grading.Witness.hear
+    monkeypatch.setattr(grading.Witness, "hear", lambda self, folder, cells, *rest: ran.append(cells) or hear(self, folder, cells, *rest))
+
+    def tries(cells):
+        cells.insert(4, v4.new_code_cell("tried = square(7)"))
+        cells.insert(5, v4.new_code_cell("twice = tried + tried"))
+        cells.insert(6, v4.new_code_cell("scale = 2"))
+
+    assert change(unit, tries).full
+    assert [[source.splitlines()[0] for _, source in cells] for cells in ran] == [
+        ["from course.checks import squares as check", "def square(x):", "tried = square(7)", "twice = tried + tried", "scale = 2"],
+        ["from course.checks import squares as check", "scale = 2", "def double(x):"],
+    ]
+
+
+LORA = find("lora")
+REPLACES = {
+    "torch.equal": "torch.equal = torch.allclose = lambda *a, **k: True",
+    "methods": "torch.Tensor.equal = torch.Tensor.allclose = torch.Tensor.all = lambda *a, **k: True",
+    "first_difference": "import course.checking\ncourse.checking.first_difference = lambda *a, **k: None",
+    "the judge": "from course.checking import Check\nCheck._judge = Check.__call__ = Check._first = lambda *a, **k: None",
+    "verdict": "from course.checking import Check\nCheck.verdict = Check._compare = lambda *a, **k: None",
+    "the check": "import course.checks.lora as c\nc.merge = lambda answer: print('✓')",
+    "observe": (
+        "import course.checks.lora as c\n"
+        "own = c.merge.observe\n"
+        "object.__setattr__(c.merge, 'observe', lambda answer, seed: own(c.merge.reference, seed))"
+    ),
+    "its method": "import course.checks.lora as c\nrun = c.merge._run\nvars(c.merge)['_run'] = lambda a, s: run(c.merge.reference, s)",
+    "observe's code": "import course.checks.lora as c\nc.merge.observe.__code__ = (lambda answer, seed: {}).__code__",
+    "a built-in": "import course.checks.lora, sys\nvars(sys.modules['course.checks.lora.merge'])['str'] = lambda x: 'torch.bfloat16'",
+}  # fmt: skip
+UNMERGE = """
+
+    @torch.no_grad()
+    def unmerge(self):
+        {}
+        self.base.weight.sub_((self.scaling * (self.lora_B.float() @ self.lora_A.float())).to(self.base.weight.dtype))
+        self.merged = False
+"""
+
+
+def hand_in_merge(replaces: str, inside: str) -> NotebookNode:
+    """Unit 02 with one wrong answer, an unmerge() that subtracts: only torch.equal sees what is wrong with it."""
+    work = build.exercise(read(LORA.solution))
+    (worked,) = [cell.source for cell in read(LORA.solution).cells if marks(cell).get("grade_id") == "merge-answer"]
+    (answer,) = [cell for cell in work.cells if marks(cell).get("grade_id") == "merge-answer"]
+    answer.source = replaces + "\n" + worked.replace("def unmerge", "def as_it_should_be") + UNMERGE.format(inside)
+    work.cells.insert(0, v4.new_code_cell("import torch\n" + replaces))
+    return work
+
+
+@pytest.mark.parametrize("replaces", REPLACES.values(), ids=REPLACES)
+def test_nothing_that_the_judge_needs_can_be_replaced(replaces: str, tmp_path: Path):
+    report = grading.judge(hand_in_merge(replaces, "pass"), tmp_path, LORA)
+    assert report.score == 0
+    assert "nothing here yet" not in report.outcomes[1].why
+
+
+def test_an_answer_that_replaces_it_while_it_is_observed_is_found_out(tmp_path: Path):
+    report = grading.judge(hand_in_merge("", "torch.equal = lambda *a: True"), tmp_path, LORA)
+    assert report.outcomes[1].why == "your code replaces torch.equal, which the judge needs as it is"
+
+
 # units by name
 
 
@@ -398,7 +550,7 @@ def test_units_are_found_by_number_and_by_topic(unit: Unit):
 
 
 @pytest.fixture
-def classroom(tmp_path: Path, monkeypatch):
+def in_class(tmp_path: Path, monkeypatch):
     """nbgrader's commands, as a function of the unit, in a folder laid out by the course."""
     from nbgrader.apps import NbGraderAPI
 
@@ -408,20 +560,17 @@ def classroom(tmp_path: Path, monkeypatch):
         folder = tmp_path / "classroom"
         folder.mkdir()
         monkeypatch.chdir(folder)  # nbgrader would read the configuration of the folder it is called in
-        build.lay_out_classroom(folder, root)
         config = Config()
-        config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "small"
-        config.ClearSolutions.code_stub = {"python": build.STUB}
-        config.Exchange.root = str(tmp_path)
-        config.Execute.timeout = 300
+        classroom.configure(config, folder, root)
+        classroom.lay_out(folder, root)
         return NbGraderAPI(config=config), folder
 
     return lay_out
 
 
-def graded_by_nbgrader(classroom, unit: Unit, submissions: dict[str, Path]) -> dict[str, tuple[float, float]]:
+def graded_by_nbgrader(in_class, unit: Unit, submissions: dict[str, Path]) -> dict[str, tuple[float, float]]:
     """Student -> (score, most possible), through generate_assignment and autograde."""
-    api, folder = classroom(unit.root)
+    api, folder = in_class(unit.root)
     result = api.generate_assignment(unit.stem, force=True)
     assert result["success"], result.get("log", "") + result.get("error", "")
     released = read(folder / "release" / unit.stem / f"{unit.stem}.ipynb")
@@ -447,7 +596,7 @@ def export(folder: Path) -> None:
     from nbgrader.apps import ExportApp
 
     config = Config()
-    config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "small"
+    config.CourseDirectory.root, config.CourseDirectory.course_id = str(folder), "peft-course"
     app = ExportApp(config=config)
     app.initialize([f"--CsvExportPlugin.to={folder / 'grades.csv'}"])
     app.start()
@@ -455,21 +604,25 @@ def export(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
-def test_nbgrader_gives_the_same_release_and_the_same_scores(unit: Unit, classroom):
+def test_nbgrader_gives_the_same_release_and_the_same_scores(unit: Unit, in_class, tmp_path: Path):
     partly = hand_in(unit, double=ANSWERS["double"]).rename(unit.root / "partly.ipynb")
-    submissions = {"ada": hand_in(unit, **ANSWERS), "bo": partly, "cy": unit.exercise}
-    assert graded_by_nbgrader(classroom, unit, submissions) == {"ada": (3, 3), "bo": (2, 3), "cy": (0, 3)}
+    ends = hand_in(unit, square="import os\nos._exit(0)", double=ANSWERS["double"]).rename(unit.root / "ends.ipynb")
+    submissions = {"ada": hand_in(unit, **ANSWERS), "bo": partly, "cy": unit.exercise, "di": ends}
+    assert graded_by_nbgrader(in_class, unit, submissions) == {"ada": (3, 3), "bo": (2, 3), "cy": (0, 3), "di": (2, 3)}
+    text = (tmp_path / "classroom" / "autograded" / "di" / unit.stem / f"{unit.stem}.ipynb").read_text()
+    assert "is there an exit() or a quit()?" in text and "✓ right" in text
+    assert os.access(tmp_path / "classroom" / "exchange", os.W_OK)
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
-def test_nbgrader_grades_a_real_unit(classroom, tmp_path: Path):
+def test_nbgrader_grades_a_real_unit(in_class, tmp_path: Path):
     """The course's first unit with exercises: full score for the worked solution, none for the untouched exercise."""
     if not SOLVED:
         pytest.skip("no unit has exercises yet")
     unit = SOLVED[0]
     untouched = tmp_path / "untouched.ipynb"
     untouched.write_text(as_text(build.exercise(read(unit.solution))))
-    scores = graded_by_nbgrader(classroom, unit, {"solved": unit.solution, "untouched": untouched})
+    scores = graded_by_nbgrader(in_class, unit, {"solved": unit.solution, "untouched": untouched})
     score, most = scores["solved"]
     assert score == most > 0
     assert scores["untouched"] == (0, most)
@@ -478,10 +631,12 @@ def test_nbgrader_grades_a_real_unit(classroom, tmp_path: Path):
 @pytest.mark.parametrize("program, laid_out", [("/usr/bin/nbgrader", True), ("/usr/bin/jupyter-lab", False)])
 def test_the_courses_own_nbgrader_config_names_what_the_build_uses(monkeypatch, program, laid_out):
     config, asked = Config(), []
-    monkeypatch.setattr(build, "lay_out_classroom", asked.append)
+    monkeypatch.setattr(classroom, "lay_out", asked.append)
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setenv("PATH", os.environ["PATH"])  # put back afterwards
     exec(compile((ROOT / "nbgrader_config.py").read_text(), "nbgrader_config.py", "exec"), {"get_config": lambda: config})
     assert asked == [ROOT / "classroom"] * laid_out
     assert config.ClearSolutions.code_stub == {"python": build.STUB}
     assert config.CourseDirectory.root == str(ROOT / "classroom")
+    assert config.Exchange.root == str(ROOT / "classroom" / "exchange")
+    assert config.Autograde.autograde_preprocessors[0] is classroom.Judge

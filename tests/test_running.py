@@ -96,6 +96,32 @@ def test_a_reply_that_wakes_nobody_up_is_found(tmp_path: Path, monkeypatch):
     assert made.cells[1].outputs[0].data["text/plain"] == "2"
 
 
+@pytest.mark.parametrize(
+    "hides",
+    [
+        "import rich.traceback; rich.traceback.install()",
+        "get_ipython().showtraceback = lambda *a, **k: None",
+        "get_ipython()._showtraceback = lambda *a, **k: None",
+        "import sys; sys.excepthook = lambda *a: None",
+        "print('x' * 3_000_000)",
+    ],
+)
+def test_an_error_that_is_not_shown_is_one(tmp_path: Path, hides: str):
+    made = notebook(f"{hides}\n1 / 0", "1 / 0")
+    troubles = execute(made, tmp_path, allow_errors=True).troubles
+    assert [(trouble.cell, trouble.kind) for trouble in troubles] == [(0, "ZeroDivisionError"), (1, "ZeroDivisionError")]
+
+
+def test_a_magic_that_does_not_exist_fails(tmp_path: Path):
+    (trouble,) = execute(notebook("%nosuchmagic"), tmp_path).troubles
+    assert trouble.kind == "UsageError"
+
+
+def test_an_error_that_is_shown_and_caught_is_none(tmp_path: Path):
+    made = notebook("try:\n    1 / 0\nexcept ZeroDivisionError:\n    get_ipython().showtraceback()")
+    assert execute(made, tmp_path).troubles == []
+
+
 def test_nobody_waits_for_input(tmp_path: Path):
     (trouble,) = execute(notebook("input('name? ')"), tmp_path).troubles
     assert trouble.kind == "StdinNotImplementedError"
@@ -153,8 +179,10 @@ def test_a_crash_is_reported_in_words(tmp_path: Path, source: str, words: str):
     assert result.died and [str(trouble) for trouble in result.troubles] == [words]
 
 
-def test_what_a_cell_started_ends_with_the_kernel(tmp_path: Path):
-    made = notebook("import os, subprocess\nprint(subprocess.Popen(['sleep', '300']).pid, flush=True)", "os._exit(1)")
+@pytest.mark.parametrize("settings", ["", ", start_new_session=True"])
+def test_what_a_cell_started_ends_with_the_kernel(tmp_path: Path, settings: str):
+    start = f"import os, subprocess, time\nprint(subprocess.Popen(['sleep', '300']{settings}).pid, flush=True)\ntime.sleep(0.5)"
+    made = notebook(start, "os._exit(1)")
     execute(made, tmp_path, allow_errors=True)
     child = int(texts(made.cells[0]))
     deadline = time.monotonic() + 5
@@ -192,5 +220,5 @@ def test_ctrl_c_ends_the_kernel_too(tmp_path: Path):
 
 
 def test_signals_are_named():
-    assert running._cause_of_death(-signal.SIGTERM) == "the kernel was ended by SIGTERM"
-    assert running._cause_of_death(None) == "the kernel ended"
+    assert running.cause_of_death(-signal.SIGTERM) == "the kernel was ended by SIGTERM"
+    assert running.cause_of_death(None) == "the kernel ended"

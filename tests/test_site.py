@@ -114,6 +114,14 @@ def test_a_picture_without_alt_text_is_not_given_an_empty_one():
     assert "No description" in site.notebook_body(v4.new_notebook(cells=[v4.new_code_cell("x", outputs=[output])]))
 
 
+def test_a_picture_that_was_pasted_in_is_shown_and_one_that_is_missing_is_said():
+    cell = v4.new_markdown_cell("![a dot](attachment:image.png) and ![the plan](attachment:plan.png)")
+    cell.attachments = {"image.png": {"image/png": miniature.PIXEL}}
+    body = site.notebook_body(v4.new_notebook(cells=[cell]))
+    assert f'src="data:image/png;base64,{miniature.PIXEL}"' in body and 'alt="a dot"' in body
+    assert "(A picture that this notebook does not hold: the plan.)" in body
+
+
 @pytest.mark.parametrize(
     "tex",
     [
