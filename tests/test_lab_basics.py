@@ -180,12 +180,15 @@ def test_the_slug_of_a_device():
 
 
 def test_live_on_a_gpu_and_recorded_without(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        recorded, "load", lambda name: {"device": "card", "day": "2026-01-01", "versions": {"torch": "2"}, "result": "recorded"}
-    )
+    def load(name: str, device: str | None) -> dict:
+        return {"device": device or "card", "day": "2026-01-01", "versions": {"torch": "2"}, "result": "recorded"}
+
+    monkeypatch.setattr(recorded, "load", load)
     monkeypatch.setattr(recorded, "device", lambda: CPU)
     assert recorded.live_or_recorded("x", lambda: "live") == "recorded"
     assert capsys.readouterr().out == "Recorded on card, 2026-01-01 (torch 2).\n"
+    assert recorded.live_or_recorded("x", lambda: "live", recorded_on="h200") == "recorded"
+    assert capsys.readouterr().out.startswith("Recorded on h200, ")
     assert recorded.live_or_recorded("x", lambda: "live", needs_gpu=False) == "live"
     assert capsys.readouterr().out.startswith("Measured now on ")
     monkeypatch.setattr(recorded, "device", lambda: torch.device("cuda"))
