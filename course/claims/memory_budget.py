@@ -325,10 +325,6 @@ def step_gb(**setting) -> float:
     return _step(**setting)["peak"] / 1e9
 
 
-def step_weights_percent(**setting) -> float:
-    """Of the peak, the base's weights."""
-    return 100 * _step(**setting)["predicted_weights"] / _step(**setting)["peak"]
-
 
 def step_off_percent(**setting) -> float:
     """Distance of the prediction from the peak."""
@@ -448,10 +444,3 @@ def scores_move_the_peak_into_attention() -> bool:
     """With 2,048 tokens and no checkpointing the fullest moment is in attention's backward pass; with fewer it is the loss."""
     moments = [_step(sequence=n, checkpointing=False, attention="math")["predicted_moment"] for n in (512, 1024, 2048)]
     return moments == ["at the loss", "at the loss", "last attention back"]
-
-
-def peak_without_scores_gradients_percent() -> float:
-    """How far below the measured peak of these 2,048 tokens the fullest other moment is."""
-    moments = training_memory(SHAPES["Llama-2-7B"], WAYS["QLoRA"], 1, 2048, attention="math").moments
-    others = [sum(there.values()) for moment, there in moments.items() if not moment.endswith("attention back")]
-    return 100 * (1 - max(others) / 1e9 / step_gb(sequence=2048, checkpointing=False, attention="math"))
