@@ -157,7 +157,7 @@ def _at(wrong: Tensor, actual: Tensor, expected: Tensor) -> str:
 
 
 def _watched(answer: Any, changed: list[str]) -> Any:
-    """A function, noting what it changes in place: tensors, lists, sets, dictionaries of numbers. A class is left alone: it may train itself."""
+    """A function, noting what it changes in place: tensors, lists, sets, dictionaries. A class is left alone: it may train itself."""
     if not inspect.isfunction(answer):
         return answer
 
@@ -165,7 +165,9 @@ def _watched(answer: Any, changed: list[str]) -> Any:
     def watched(*arguments, **settings):
         given = {f"argument {i}": value for i, value in enumerate(arguments, 1)} | settings
         tensors = [(name, tensor, tensor.detach().clone()) for name, value in given.items() for tensor in _tensors(value)]
-        plain = [(name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict, set)) and _plain(value)]
+        plain = [
+            (name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict, set)) and _plain(value)
+        ]
         result = answer(*arguments, **settings)
         changed.extend(name for name, value, before in plain if value != before or _order(value) != _order(before))
         changed.extend(name for name, tensor, before in tensors if first_difference(tensor.detach(), before, 0, 0) is not None)

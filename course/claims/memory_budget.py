@@ -325,7 +325,6 @@ def step_gb(**setting) -> float:
     return _step(**setting)["peak"] / 1e9
 
 
-
 def step_off_percent(**setting) -> float:
     """Distance of the prediction from the peak."""
     return _off_percent(_step(**setting))

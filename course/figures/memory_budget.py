@@ -11,47 +11,88 @@ from matplotlib.lines import Line2D
 
 from course.figures import Figure
 from course.lab import plotting, recorded
-from reference.memory import RECIPES, SHAPES, training_memory
+from reference.memory import RECIPES, SHAPES, activations, training_memory
+from reference.memory.activations import Run
 from reference.memory.recipes import QLORA
 from reference.model_shapes import ModelShape
 
-PARTS = {  # label -> kinds of tensors in a breakdown, per parameter first
-    "weights": ("weights",),
-    "Adam's averages, master copy": ("optimizer states", "master weights", "step buffer"),
-    "gradients": ("gradients",),
-    "adapters, with all of theirs": ("adapter weights", "adapter gradients", "adapter states"),
+ADAM, GRADIENTS = ("optimizer states", "master weights", "step buffer"), ("gradients",)
+ADAPTERS = ("adapter weights", "adapter gradients", "adapter states")
+PASSING = {
     "activations, temporaries": ("activations", "recomputed layer", "temporaries", "scores' gradients"),
     "loss": ("log-probabilities", "loss gradients"),
 }
-COLOURS = (plotting.BLUE, plotting.SKY, plotting.GREEN, plotting.PINK, plotting.ORANGE, plotting.RED)
+# label -> kinds of tensors in a breakdown, from the bottom of a bar; adapters alone would be too thin to see
+OF_RECIPES = {"weights": ("weights",), "gradients, Adam, adapters": GRADIENTS + ADAM + ADAPTERS} | PASSING
+OF_MOMENTS = {"weights": ("weights",), "Adam's averages, master copy": ADAM, "gradients": GRADIENTS} | PASSING
+COLOURS = {
+    "weights": plotting.BLUE,
+    "gradients, Adam, adapters": plotting.SKY,
+    "Adam's averages, master copy": plotting.SKY,
+    "gradients": plotting.GREEN,
+    "activations, temporaries": plotting.ORANGE,
+    "loss": plotting.RED,
+}
 CARDS = {"h100": "H100", "h200": "H200"}
 MODEL, STEPS = "Llama-3.2-1B", {"512 tokens": (1, 512), "8,192 tokens": (4, 2048)}
 
 
-def parts_gb(there: dict[str, int]) -> dict[str, float]:
-    """What is there at a moment, in GB, by the labels of ``PARTS``."""
-    return {label: sum(there.get(kind, 0) for kind in kinds) / 1e9 for label, kinds in PARTS.items()}
+def parts_gb(there: dict[str, int], parts: dict[str, tuple[str, ...]] = OF_RECIPES) -> dict[str, float]:
+    """What is there at a moment, in GB, by the labels of ``parts``."""
+    return {label: sum(there.get(kind, 0) for kind in kinds) / 1e9 for label, kinds in parts.items()}
 
 
 def stacks(axes: plt.Axes, names: list[str], bars: list[dict[str, float]]) -> np.ndarray:
-    """A bar for each of ``names``, made of those ``PARTS`` that any of them has; returns their heights."""
-    parts = {label: [bar[label] for bar in bars] for label in PARTS}
-    there = {label: (values, colour) for (label, values), colour in zip(parts.items(), COLOURS, strict=True) if any(values)}
-    colours = [colour for _, colour in there.values()]
-    return plotting.stacked(axes, names, {label: values for label, (values, _) in there.items()}, colours=colours, width=0.62)
+    """A bar for each of ``names``, made of what :func:`parts_gb` gives; returns their heights."""
+    parts = {label: [bar[label] for bar in bars] for label in bars[0]}
+    return plotting.stacked(axes, names, parts, colours=[COLOURS[label] for label in parts], width=0.62)
+
+
+def recipes_at_their_peak(axes: plt.Axes, shape: ModelShape, **settings) -> None:
+    """Six recipes at the fullest moment of a step; ``settings`` are those of ``training_memory``."""
+    names = [name for name in RECIPES if name != "LoRA, peft's layer"]
+    budgets = [training_memory(shape, RECIPES[name], **settings) for name in names]
+    labels = [name.replace("mixed precision", "mixed").replace(" ", "\n") for name in names]
+    heights = stacks(axes, labels, [parts_gb(budget.moments[budget.moment]) for budget in budgets])
+    for card in (24, 80):
+        if card < heights.max():
+            axes.axhline(card, color=plotting.BLACK, linestyle=":", linewidth=1)
+            axes.text(len(names) + 0.35, card, f"{card} GB", va="bottom", ha="right", fontsize=9)
+    axes.set_xlim(-0.6, len(names) + 0.4)  # room for the cards' names beside the bars
+    tokens = settings["batch"] * settings["sequence"]
+    axes.set_title(f"{shape.name}, {tokens:,} tokens{', checkpointing' * settings['checkpointing']}")
+    axes.tick_params(axis="x", labelsize=8.5)
+    axes.grid(axis="x", visible=False)
+
+
+def layer_kb(shape: ModelShape, run: Run) -> dict[str, float]:
+    """What one layer keeps, in kB per token."""
+    groups = {
+        "norms": ("norm",),
+        "attention": ("q, k, v", "quer", "softmax", "attention"),
+        "MLP": ("gate", "down"),
+        "copies of inputs": ("copies",),
+    }
+    kept = activations.layer(shape, run)
+    return {
+        part: sum(count for group, count in kept.items() if any(word in group for word in words)) / run.tokens / 1e3
+        for part, words in groups.items()
+    }
 
 
 def marks(axes: plt.Axes, places: list[float], measured: list[dict[str, float]]) -> None:
     """Measured peaks, a mark for each card: they lie on each other."""
     for card, symbol, size in (("h100", "_", 22), ("h200", "d", 5)):
         heights = [each[card] for each in measured]
-        axes.plot(places, heights, symbol, color=plotting.BLACK, markersize=size, markeredgewidth=1.6, zorder=5, label=f"measured, {CARDS[card]}")
+        axes.plot(
+            places, heights, symbol, color=plotting.BLACK, markersize=size, markeredgewidth=1.6, zorder=5, label=f"measured, {CARDS[card]}"
+        )
 
 
 def legend(figure: plt.Figure) -> None:
     """Below the panels: the parts in the order of the bars, then the marks."""
     known = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    labels = [label for label in PARTS if label in known] + [label for label in known if label not in PARTS]
+    labels = [label for label in COLOURS if label in known] + [label for label in known if label not in COLOURS]
     figure.legend([known[label] for label in labels], labels, loc="outside lower center", ncols=3, fontsize=9)
 
 
@@ -82,7 +123,14 @@ def fullest(data: dict[str, dict]) -> plt.Figure:
         heights = stacks(axes, list(ways), [way["parts"] for way in ways.values()])
         marks(axes, range(len(ways)), [way["measured"] for way in ways.values()])
         for place, height in enumerate(heights):
-            axes.text(place, height + 1.2, f"{height:.1f} GB", ha="center", fontsize=9.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+            axes.text(
+                place,
+                height + 1.2,
+                f"{height:.1f} GB",
+                ha="center",
+                fontsize=9.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )
         axes.axhline(24, color=plotting.BLACK, linestyle=":", linewidth=1)
         axes.set(title=f"{tokens} in a step", ylim=(0, 49))
         axes.grid(axis="x", visible=False)
@@ -111,7 +159,11 @@ def moments_data() -> dict[str, list[dict]]:
             steps[label] = budget.moments[moment], measured
         steps["optimizer's\nstep"] = budget.moments["optimizer's step"], [row["measured_peaks"]["step"] for row in rows.values()]
         found[tokens] = [
-            {"moment": label, "parts": parts_gb(there), "measured": dict(zip(CARDS, (each / 1e9 for each in measured), strict=False))}
+            {
+                "moment": label,
+                "parts": parts_gb(there, OF_MOMENTS),
+                "measured": dict(zip(CARDS, (each / 1e9 for each in measured), strict=False)),
+            }
             for label, (there, measured) in steps.items()
         ]
     return found
@@ -124,7 +176,9 @@ def moments(data: dict[str, list[dict]]) -> plt.Figure:
         seen = [place for place, step in enumerate(steps) if step["measured"]]
         marks(axes, seen, [steps[place]["measured"] for place in seen])
         top = int(np.argmax(heights))
-        axes.annotate("peak", (top, heights[top] + 0.6), (top, heights[top] + 3.6), ha="center", fontsize=9, arrowprops={"arrowstyle": "->"})
+        axes.annotate(
+            "peak", (top, heights[top] + 0.6), (top, heights[top] + 3.6), ha="center", fontsize=9, arrowprops={"arrowstyle": "->"}
+        )
         axes.set(title=f"{tokens} in a step", ylim=(0, 52))
         axes.tick_params(axis="x", labelsize=8.5)
         axes.grid(axis="x", visible=False)
