@@ -29,7 +29,7 @@ def matching_recipes(
 
 
 def by_parameter(parameters: int, gigabytes: float, recipes: dict[str, float], tolerance: float) -> list[str]:
-    """A right answer that compares bytes a parameter."""
+    """A right answer that compares bytes per parameter."""
     stated = gigabytes * 1e9 / parameters
     return [name for name, each in recipes.items() if (1 - tolerance) * stated <= each <= (1 + tolerance) * stated]
 
