@@ -168,7 +168,7 @@ def _at(wrong: Tensor, actual: Tensor, expected: Tensor) -> str:
 
 
 def _watched(answer: Any, changed: list[str]) -> Any:
-    """A function, noting what it changes in place: tensors, lists, dictionaries of numbers. A class is left alone: it may train itself."""
+    """A function, noting what it changes in place: tensors, lists, sets, dictionaries. A class is left alone: it may train itself."""
     if not inspect.isfunction(answer):
         return answer
 
@@ -176,18 +176,25 @@ def _watched(answer: Any, changed: list[str]) -> Any:
     def watched(*arguments, **settings):
         given = {f"argument {i}": value for i, value in enumerate(arguments, 1)} | settings
         tensors = [(name, tensor, tensor.detach().clone()) for name, value in given.items() for tensor in _tensors(value)]
-        plain = [(name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict)) and _plain(value)]
+        plain = [
+            (name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict, set)) and _plain(value)
+        ]
         result = answer(*arguments, **settings)
-        changed.extend(name for name, value, before in plain if value != before or list(value) != list(before))
+        changed.extend(name for name, value, before in plain if value != before or _order(value) != _order(before))
         changed.extend(name for name, tensor, before in tensors if first_difference(tensor.detach(), before, 0, 0) is not None)
         return result
 
     return watched
 
 
+def _order(value: list | dict | set) -> list:
+    """Of the items of a list, of the keys of a dictionary; a set has none."""
+    return [] if isinstance(value, set) else list(value)
+
+
 def _plain(value: Any) -> bool:
-    """A number or a name, or a list, tuple or dictionary of nothing else."""
-    if isinstance(value, (list, tuple, dict)):
+    """A number or a name, or a list, tuple, set or dictionary of nothing else."""
+    if isinstance(value, (list, tuple, set, dict)):
         return all(map(_plain, (*value, *value.values()) if isinstance(value, dict) else value))
     return isinstance(value, (numbers.Number, str))
 

@@ -152,7 +152,7 @@ def write(
     root = root.resolve()
     folder = (folder or root / "site").resolve()
     found = units(root)
-    sources = [path for unit in found for path in (unit.lesson, unit.notebook, unit.exercise) if path.exists()]
+    sources = [path for unit in found for path in (unit.lesson, unit.appendix, unit.notebook, unit.exercise) if path.exists()]
     made = {path: folder / path.relative_to(root).with_suffix(".html") for path in sources}
     readme = root / "README.md"
     if readme.exists():

@@ -61,6 +61,19 @@ def keeps_x_for(which):
     return answer
 
 
+def empties_the_set(*numbers_and_names):
+    *numbers, adapted = numbers_and_names
+    kept = check.mlp.reference(*numbers, adapted)
+    adapted.clear()
+    return kept
+
+
+def adds_to_the_set(tokens, hidden, mlp, number_bytes, trained, adapted):
+    if trained:
+        adapted |= {"gate_proj", "up_proj", "down_proj"}
+    return check.mlp.reference(tokens, hidden, mlp, number_bytes, False, adapted)
+
+
 SLY = {
     "isclose": (check.matching, names_within(lambda n, each, gb, t: math.isclose(gb * 1e9, n * each, rel_tol=t)), "the larger of its two"),
     "isclose, either number": (
@@ -75,6 +88,14 @@ SLY = {
     "gate_proj alone": (check.mlp, keeps_x_for("gate_proj"), "adapter on up_proj keeps it too"),
     "up_proj alone": (check.mlp, keeps_x_for("up_proj"), "adapter on gate_proj keeps it too"),
     "2 bytes": (check.mlp, lambda t, h, m, number_bytes, *rest: check.mlp.reference(t, h, m, 2, *rest), "expected .*, got"),
+    "tolerance in percent": (
+        check.matching,
+        names_within(lambda n, each, gb, t: abs(n * each / 1e9 - gb) <= t / 100 * gb),
+        "don't divide it by 100",
+    ),
+    "never a name": (check.matching, lambda *_: [], "the list is always empty"),
+    "the set emptied": (check.mlp, empties_the_set, "argument 6 was changed in place"),
+    "a name added to the set": (check.mlp, adds_to_the_set, "argument 6 was changed in place"),
     "less than": (check.matching, names_within(lambda n, each, gb, t: abs(n * each / 1e9 - gb) < t * gb), "exactly at the tolerance"),
     "less than, above": (check.matching, names_within(lambda n, each, gb, t: gb * (1 - t) <= n * each / 1e9 < gb * (1 + t)), "upper edge"),
 }

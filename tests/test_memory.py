@@ -227,6 +227,19 @@ def test_kept_bytes_are_exact_for_peft(targets, adapter_dtype):
     assert kept_by_autograd(model, torch.randint(64, (2, 9))) == activations.kept(SMALL, run)
 
 
+def test_under_autocast_pefts_copies_have_sixteen_bits():
+    """Copies of inputs and A·x are halved, and A and B have 16-bit copies where a gradient flows through them: not a byte off."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model_of(SMALL, torch.bfloat16), peft.LoraConfig(r=4, lora_alpha=12, target_modules=list(ALL)))
+    run = Run(2, 9, 2, False, ALL, 4, input_copies=True)
+    groups = [activations.layer(SMALL, run, inflow) for inflow in (False, *[True] * (SMALL.layers - 1))]
+    halved = sum(each["A's copies of inputs"] + each["A·x"] for each in groups) // 2
+    first = sum(4 * SMALL.linears[name][1] for name in activations.ATTENTION_INPUTS)  # A of q, k, v in the first layer: no gradient of x
+    cast = 2 * (SMALL.adapter_parameters(4, ALL) - first)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kept_by_autograd(model, torch.randint(64, (2, 9))) == activations.kept(SMALL, run) - halved + cast
+
+
 def test_kept_bytes_are_exact_over_four_bit_weights():
     model = model_of(SMALL, torch.bfloat16)
     cases.pack_with_bitsandbytes(model, lambda name: model.get_parameter(name).data, torch.device("cpu"))

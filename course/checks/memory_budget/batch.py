@@ -14,7 +14,7 @@ def largest_batch(
     sequence: int,
     vocab: int,
     *,
-    loss: int = 12,  # bytes for each token and word
+    loss: int = 12,  # bytes per token and vocabulary entry
     row=lambda sequence, kept, loss: sequence * (kept + loss),
     room=operator.sub,
     whole=math.floor,
@@ -51,12 +51,16 @@ check = Check(
     reference=largest_batch,
     second=by_divmod,
     misconceptions={
-        "the loss is missing: log-probabilities in float32 and two gradients of their size, 12 bytes for each token and word": but(loss=0),
+        "the loss is missing: log-probabilities in float32 and two gradients of their size, 12 bytes per token and vocabulary entry": but(
+            loss=0
+        ),
         "only the log-probabilities are counted: their gradient and the gradient of the logits are there at the same time": but(loss=4),
         "one of the loss's three float32 tensors is missing: log-probabilities, their gradient, the gradient of the logits": but(loss=8),
-        "the loss's tensors are float32, also in a bf16 model: 3 · 4 bytes a token and word, not 3 · 2": but(loss=6),
-        "the loss's tensors are counted in numbers and not in bytes: a float32 takes 4, so 3 · 4 bytes a token and word": but(loss=3),
-        "the loss is counted for one token of a row: each of its tokens needs 12 bytes for each word": but(
+        "the loss's tensors are float32, also in a bf16 model: 3 · 4 bytes per token and vocabulary entry, not 3 · 2": but(loss=6),
+        "the loss's tensors are counted in numbers and not in bytes: a float32 takes 4, so 3 · 4 bytes per token and vocabulary entry": but(
+            loss=3
+        ),
+        "the loss is counted for one token of a row: each of its tokens needs 12 bytes per vocabulary entry": but(
             row=lambda sequence, kept, loss: sequence * kept + loss
         ),
         "this is a number of tokens: divide by the sequence length to get rows": but(row=lambda sequence, kept, loss: kept + loss),

@@ -39,7 +39,9 @@ check = Check(
     second=in_bits,
     misconceptions={
         "you divided by 2³⁰: that gives GiB; 1 GB is 10⁹ bytes, and the two differ by 7 %": but(unit=2**30),
-        "the float32 master weights are missing: in mixed precision the optimizer updates them, and bf16 weights are copies": but(master=0),
+        "the float32 master copy is missing: in mixed precision the optimizer updates it, and the bf16 weights follow from it": but(
+            master=0
+        ),
         "Adam keeps two moments for each parameter, the mean of the gradient and of its square; one of them is missing": but(moments=1),
         "the gradients are missing: after the backward pass there is one number for each trained weight": but(gradient=lambda weight: 0),
         "8-bit moments need their scales: one float32 for each block of 256, for both moments": but(scales=0),

@@ -29,7 +29,7 @@ def matching_recipes(
 
 
 def by_parameter(parameters: int, gigabytes: float, recipes: dict[str, float], tolerance: float) -> list[str]:
-    """A right answer that compares bytes a parameter."""
+    """A right answer that compares bytes per parameter."""
     stated = gigabytes * 1e9 / parameters
     return [name for name, each in recipes.items() if (1 - tolerance) * stated <= each <= (1 + tolerance) * stated]
 
@@ -55,7 +55,7 @@ def observe(answer, seed: int) -> dict:
     }
     stated = parameters * each / 1e9
     # powers of two, so that the edge is met exactly in whatever order and unit one calculates
-    billions, edges = 2 ** rng.randint(0, 7), {"too low": 5.5, "lower edge": 6, "inside": 9, "upper edge": 10, "too high": 10.5}
+    billions, edges = 2 ** rng.randint(0, 7), {"too low": 5.5, "lower edge": 6, "equal": 8, "upper edge": 10, "too high": 10.5}
     return {
         "recipes on both sides of the stated figure": answer(parameters, stated, dict(recipes), tolerance),
         "a figure that no recipe gives": answer(parameters, stated * 4, dict(recipes), tolerance),
@@ -89,6 +89,7 @@ check = Check(
         "every recipe that needs no more than the figure is in your list: it must come near the figure, not fit under it": but(
             distance=operator.sub
         ),
+        "the tolerance is a share already, 0.1 for a tenth: don't divide it by 100": but(share_of=lambda total, stated: stated / 100),
         "the tolerance is a share of the stated figure; you took it as so many GB": but(share_of=lambda total, stated: 1),
         "the tolerance is a share of the stated figure; you took it of what the recipe gives": but(share_of=lambda total, stated: total),
         "math.isclose takes rel_tol as a share of the larger of its two numbers: a recipe above the figure may then be too far from it; "

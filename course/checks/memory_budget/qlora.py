@@ -70,10 +70,10 @@ check = Check(
         "the scales of the scales are missing: with double quantization there is one float32 for each 256 scales": but(
             scale_bits=lambda double: 8 / 64 if double else 32 / 64
         ),
-        "4 bits are half a byte; you counted 4 bytes a weight": but(weight_bits=32),
+        "4 bits are half a byte; you counted 4 bytes per weight": but(weight_bits=32),
         "a tied head is the embedding matrix itself: count it once": but(head=lambda sizes: sizes.vocab * sizes.hidden),
         "embedding and output head are missing: they stay in 16 bits": but(missing=("embedding", "head")),
-        "the norms are missing: two vectors of hidden numbers a layer and a last one, in 16 bits": but(missing=("norms",)),
+        "the norms are missing: two vectors of hidden numbers per layer and a last one, in 16 bits": but(missing=("norms",)),
         "the MLP is gated: it has three matrices, gate, up and down": but(shapes=lambda sizes: linears(sizes) | {"gate_proj": (0, 0)}),
         "k_proj and v_proj are kv_heads·head_dim wide, not heads·head_dim": but(shapes=all_heads_have_keys),
     },
