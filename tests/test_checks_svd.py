@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,61 @@ in_its_own_dtype = mistaken(check.factors.reference, wide=lambda weight: weight)
 def test_the_reference_module_passes(judge, answer):
     for seed in range(3):
         judge._judge(answer, seed)
+
+
+def by_randomized_svd(oversampled, rounds=2):
+    def answer(weight, rank):
+        full = weight.float() if weight.itemsize < 4 else weight
+        u, s, v = torch.svd_lowrank(full, q=min(rank + oversampled, *weight.shape), niter=rounds)
+        root = s[:rank].sqrt()
+        return (u[:, :rank] * root).to(weight.dtype), (root[:, None] * v.T[:rank]).to(weight.dtype)
+
+    return answer
+
+
+@pytest.mark.parametrize("oversampled", [0, 3, 5])
+def test_an_approximate_decomposition_is_seen(oversampled):
+    """With a few directions to spare it is exact on matrices of half a dozen singular values."""
+    for seed in range(5):
+        with pytest.raises(NotYet, match=r"B @ A|svd_lowrank starts from random directions"):
+            check.factors._judge(by_randomized_svd(oversampled), seed)
+
+
+def test_a_randomized_decomposition_that_has_converged_passes():
+    for seed in range(5):
+        check.factors._judge(by_randomized_svd(5, rounds=40), seed)
+
+
+def in_numpy(s):
+    """Returns numpy's own kind of number: float32 for a float32 spectrum."""
+    p = s.numpy() / s.numpy().sum()
+    p = p[p > 0]
+    return np.exp(-(p * np.log(p)).sum())
+
+
+def in_python(s):
+    p = [value / sum(s.tolist()) for value in s.tolist()]
+    return math.exp(-sum(value * math.log(value) for value in p if value))
+
+
+def with_a_guard(s):
+    """As people write it: the sum can't be zero, and the logarithm sees no zero."""
+    p = s / (s.sum() + 1e-8)
+    return torch.exp(-(p * torch.log(p + 1e-12)).sum())
+
+
+@pytest.mark.parametrize("answer", [in_numpy, in_python, with_a_guard])
+def test_other_right_effective_ranks_pass(answer):
+    assert not isinstance(in_numpy(torch.ones(3)), float)
+    for seed in range(20):
+        check.effective_rank._judge(answer, seed)
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-4, 1e-6])
+def test_a_fixed_threshold_is_refused(least):
+    for seed in range(20):
+        with pytest.raises(NotYet):
+            check.effective_rank._judge(lambda s: effective_rank(s[s > least]) if (s > least).any() else 0.0, seed)
 
 
 def by_norms(s, share):

@@ -93,6 +93,15 @@ def no_rival_is_closer() -> bool:
     return True
 
 
+def best_in_the_spectral_norm_is_not_unique() -> bool:
+    """diag(3, 2, 1) at rank 1: diag(3 − t, 0, 0) has the least spectral error for 0 ≤ t ≤ 2, the least Frobenius error for t = 0 alone."""
+    weight = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    rivals = {t: torch.diag(torch.tensor([3 - t, 0, 0], dtype=torch.float64)) for t in (0.0, 0.5, 1.0, 2.0, 2.5)}
+    spectral, frobenius = ({t: torch.linalg.matrix_norm(weight - x, ord=o).item() for t, x in rivals.items()} for o in (2, "fro"))
+    ties = all(math.isclose(error, 2) for t, error in spectral.items() if t <= 2)
+    return ties and spectral[2.5] > 2.4 and all(frobenius[t] > frobenius[0.0] for t in rivals if t)
+
+
 def energy_is_one_minus_squared_error() -> bool:
     """Of 128 × 128 noise cut to rank 20."""
     weight = _noise()
@@ -212,6 +221,11 @@ def gemma_updates_are_lower_in_every_layer() -> bool:
     """In effective rank, than the weights."""
     g = _gemma()
     return all(g["updates"][name]["effective_rank"] < g["weights"][name]["effective_rank"] for name in g["weights"])
+
+
+def gemma_energy_percent(rank: int, device: str = GPU) -> float:
+    """Mean over the recorded layers: of an update's energy, what its best part of that rank holds."""
+    return 100 * statistics.fmean(entry["energy"][str(rank)] for entry in _gemma(device)["updates"].values())
 
 
 def gemma_gain_percent(rank: int, device: str = GPU) -> float:

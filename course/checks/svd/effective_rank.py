@@ -31,6 +31,7 @@ def observe(answer, seed: int) -> dict:
         "random singular values": torch.rand(9, generator=g) + 0.1,
         "a decaying float64 spectrum": torch.linspace(2, -4, 40, dtype=torch.float64).exp() * torch.rand(40, generator=g).double(),
         "a rank-one matrix (one singular value, then zeros)": torch.tensor([2.5, 0.0, 0.0, 0.0]),
+        "singular values below 0.0001, as a small change of a weight has": 1e-4 * torch.linspace(0, -5, 30).exp(),
         "a spectrum that ends in zeros": torch.cat([torch.rand(6, generator=g) + 0.5, torch.zeros(3)]),
     }
     return {label: answer(s) for label, s in spectra.items()}
@@ -52,6 +53,8 @@ check = Check(
         "the minus of the entropy is missing: −Σ p ln p": but(finish=lambda entropy: (-entropy).exp()),
         "that is the number of singular values above zero: the rank, not how evenly they are spread": lambda s: float((s > 0).sum()),
         "a singular value of zero gave NaN: 0·ln 0 counts as 0 (torch.special.entr, or leave zeros out)": but(counted=as_given),
+        "singular values below a fixed size were left out: the effective rank must not change when the matrix is scaled; leave out zeros "
+        "alone": but(normalise=lambda s: s[s > 1e-3] / s[s > 1e-3].sum()),
         "that is the stable rank, Σ σ² / σ_1²: another measure; here it is exp of the entropy": lowrank.stable_rank,
     },
 )

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, but, unpacked
-from course.checks.svd.shared import as_given, or_torchs_refusal
+from course.checks.svd.shared import as_given, or_torchs_refusal, with_singular_values
 
 
 def float32_at_least(weight: Tensor) -> Tensor:
     return weight.float() if weight.itemsize < 4 else weight
+
+
+def exact_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(weight, full_matrices=False)
+
+
+def randomized_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Near the first ``rank`` pieces; on a matrix of half a dozen singular values it is exact as soon as it takes all of them."""
+    u, s, v = torch.svd_lowrank(weight, q=rank)
+    return u, s, v.T
 
 
 def truncated_svd(
@@ -20,6 +30,7 @@ def truncated_svd(
     rank: int,
     *,
     wide=float32_at_least,
+    decompose=exact_svd,
     left=as_given,
     right=as_given,
     kept=slice,
@@ -28,7 +39,7 @@ def truncated_svd(
     pair=lambda b, a: (b, a),
 ) -> tuple[Tensor, Tensor]:
     """The worked answer: the first pieces of U and of Vᵀ, √S to each, decomposed in at least 32 bits."""
-    u, s, vh = torch.linalg.svd(wide(weight), full_matrices=False)
+    u, s, vh = decompose(wide(weight), rank)
     u, s, vh = left(u)[:, kept(rank)], s[kept(rank)], right(vh)[kept(rank)]
     b = u * s ** powers[0]  # (out, r)
     a = s[:, None] ** powers[1] * vh  # (r, in)
@@ -73,6 +84,10 @@ def observe(answer, seed: int) -> Seen:
             error = torch.linalg.matrix_norm(weight.double() - b.double() @ a.double())
             least = torch.linalg.svdvals(weight.double())[rank:].norm()
             yield f"B @ A is as close to {name} as rank {rank} allows", bool(error < 1.01 * least)
+    # Many singular values of nearly one size: here an approximate decomposition is seen, and the gap behind the third keeps float32 exact.
+    large = with_singular_values(torch.cat([torch.tensor([2.0, 1.5, 1.0]), torch.linspace(0.7, 0.3, 37)]), (50, 40), g)
+    b, a = unpacked(answer(large, 3), "a pair of tensors, (B, A)", Tensor, Tensor)
+    yield "B @ A, for a 50 × 40 matrix, where an approximate decomposition is not enough", b @ a
 
 
 check = Check(
@@ -94,6 +109,9 @@ check = Check(
         ),
         "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": but(kept=lambda rank: slice(rank - 1)),
         "A came first: return (B, A), B with shape (out, rank)": but(pair=lambda b, a: (a, b)),
+        "torch.svd_lowrank starts from random directions and comes near the best pieces, not to them: use torch.linalg.svd": but(
+            decompose=randomized_svd
+        ),
         "torch has no SVD for 16-bit types: decompose a float32 copy, and convert the factors back": but(wide=as_given),
         "the factors of a 16-bit or float64 weight came back in float32: return them in the weight's own dtype": but(
             narrow=lambda factor, weight: factor.float()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from course.checking import Check, Seen, but, mistaken
 from course.checks.svd.factors import truncated_svd
-from course.checks.svd.shared import as_given, nearest, or_torchs_refusal
+from course.checks.svd.shared import as_given, nearest, or_torchs_refusal, with_singular_values
 
 
 def keep_update(
@@ -35,9 +35,8 @@ def by_projection(before: Tensor, after: Tensor, rank: int) -> Tensor:
 
 def change_with_few_large(out: int, inside: int, rank: int, g: torch.Generator) -> Tensor:
     """Singular values 2, …, 1 and then 0.4, …: with a gap behind ``rank``, float32 finds the best part to its last digits."""
-    u, v = (torch.linalg.qr(torch.randn(n, min(out, inside), generator=g)).Q for n in (out, inside))
     s = torch.cat([torch.linspace(2, 1, rank), torch.linspace(0.4, 0.1, min(out, inside) - rank)])
-    return (u * s) @ v.T
+    return with_singular_values(s, (out, inside), g)
 
 
 def observe(answer, seed: int) -> Seen:
@@ -94,7 +93,7 @@ check = Check(
             wide=as_given, truncate=mistaken(truncated_svd, wide=as_given)
         ),
         "the weight came back in float32: the layer needs its own dtype": but(narrow=as_given),
-        "you wrote into the weight from before: whoever passed it still needs it; return a new tensor": but(
+        "you wrote into the weight from before: its caller still needs it, so return a new tensor": but(
             narrow=lambda weight, before: before.copy_(weight)
         ),
     },

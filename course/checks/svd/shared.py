@@ -30,3 +30,9 @@ def nearest(weight: Tensor, exact: Tensor, slack: float = 1e-6) -> bool:
     lower, upper = (torch.nextafter(weight, torch.full_like(weight, side)).double() for side in (-math.inf, math.inf))
     error = (weight.double() - exact).abs()
     return bool((error <= (lower - exact).abs() + slack).all() and (error <= (upper - exact).abs() + slack).all())
+
+
+def with_singular_values(s: Tensor, shape: tuple[int, int], g: torch.Generator) -> Tensor:
+    """A random matrix of that shape with the singular values ``s``, (min(shape),)."""
+    u, v = (torch.linalg.qr(torch.randn(side, len(s), generator=g)).Q for side in shape)
+    return (u * s) @ v.T
