@@ -10,7 +10,7 @@ from course.claims import blockwise_quantization as claims
 from course.claims import four_bit_formats
 from course.figures import Figure
 from course.lab import plotting
-from reference.blockwise import dequantize_blockwise, int_codebook, quantize_blockwise, relative_rmse
+from reference.blockwise import int_codebook, relative_rmse
 
 SIZES = (8, 16, 32, 64, 128, 256, 1024, 4096)
 LEVELS = ("INT3", "INT4", "INT5")
