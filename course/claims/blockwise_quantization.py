@@ -200,23 +200,23 @@ def row_scales_db(keepdim: bool) -> float:
 
 
 def bits(levels: str = "INT4", block: int | str = 64) -> float:
-    """A value, float32 scales included; the whole "tensor" is 65,536 values."""
+    """Per value, float32 scales included; the whole "tensor" is 65,536 values."""
     x = torch.ones(1 << 16)
     return quantize_blockwise(x, CODEBOOKS[levels], _size(block, x)).bits_per_value
 
 
 def more_bits(one: tuple, than: tuple) -> float:
-    """A value, of the levels and block of ``one``."""
+    """Per value, of the levels and block of ``one``."""
     return bits(*one) - bits(*than)
 
 
 def kept_bits(share: float) -> float:
-    """A value, of keeping this share of the values in 16 bits, with a 32-bit position."""
+    """Per value, of keeping this share of the values in 16 bits, with a 32-bit position."""
     return share * (16 + 32)
 
 
 def halving_rate(block: int) -> float:
-    """Decibels for each bit spent on halving the block, tiny model's weights, INT4."""
+    """Decibels per bit spent on halving the block, tiny model's weights, INT4."""
     return gain_db("tiny", ("INT4", block // 2), over=("INT4", block)) / more_bits(("INT4", block // 2), than=("INT4", block))
 
 
@@ -271,7 +271,7 @@ def rewriting_keeps_the_function() -> bool:
 
 @torch.no_grad()
 def nats_left(levels: str | None = None, block: int | str = 64, rewritten: bool = False) -> float:
-    """Nats a token above the floor of the tiny model, as trained or ``rewritten``, with every linear quantized; None leaves all as it is.
+    """Nats per token above the floor of the tiny model, as trained or ``rewritten``, with every linear quantized; None leaves all as it is.
 
     A row or a "column" can be a block here, since their lengths are powers of two.
     """

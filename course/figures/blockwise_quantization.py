@@ -32,6 +32,15 @@ def draw_comb(axes: plt.Axes, weights: Tensor, absmax: float, label: str) -> Non
     axes.spines["left"].set_visible(False)
 
 
+def combs(weights: Tensor, outliers: list[float]) -> plt.Figure:
+    """The notebook's: ``weights``, in standard deviations, under the scale that each of ``outliers`` sets."""
+    figure, panels = plt.subplots(len(outliers), 1, figsize=(8, 0.6 + 0.95 * len(outliers)), sharex=True, squeeze=False)
+    for axes, size in zip(panels[:, 0], outliers, strict=True):
+        draw_comb(axes, weights, size, f"an outlier of {size:g}σ")
+    panels[-1, 0].set(xlabel="weight, standard deviations", xlim=(-4, 4))
+    return figure
+
+
 def levels_data() -> dict[str, Any]:
     """A block in the middle of the matrix: of the row with the median absmax, the block with the median one."""
     matrix = claims.data(MATRIX)
