@@ -82,6 +82,8 @@ def unpacked(result: Any, what: str, *kinds: type) -> Any:
     """
     if isinstance(result, (tuple, list)) and len(result) == len(kinds) and all(map(isinstance, result, kinds)):
         return result
+    if result is None:
+        raise NotYet(f"your function returned nothing: is the `return` missing? It has to return {what}")
     got = f"{len(result)} value{'s' * (len(result) != 1)}" if isinstance(result, (tuple, list)) else type(result).__name__
     raise NotYet(f"your function returned {got}: return {what}")
 

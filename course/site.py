@@ -194,7 +194,7 @@ def _links(unit: Unit, found: list[Unit], made: dict[Path, Path], page: Path, fo
         return Path(os.path.relpath(goal, page.parent)).as_posix()
 
     links = {"Course": relative(folder / "index.html")}
-    for name, path in {"Lesson": unit.lesson, "Notebook": unit.notebook, "Exercises": unit.exercise}.items():
+    for name, path in {"Lesson": unit.lesson, "Appendix": unit.appendix, "Notebook": unit.notebook, "Exercises": unit.exercise}.items():
         if path in made:
             links[f"{unit.number} {name.lower()}"] = relative(made[path])
     position = found.index(unit)

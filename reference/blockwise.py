@@ -7,7 +7,7 @@ nearest to its share of it:
     absmax_b = max_{i in b} |x_i|        code_i = argmin_k |x_i / absmax_b − codebook_k|
     x̂_i = codebook[code_i] · absmax_b
 
-An outlier spoils only its own block; smaller blocks cost more scales, 32/block_size bits a value.
+An outlier spoils only its own block; smaller blocks cost more scales, 32/block_size bits per value.
 The levels are free: evenly spaced integers, a small floating-point format, or quantiles
 (:mod:`reference.nf4`). Dettmers et al. 2021, "8-bit optimizers via block-wise quantization".
 Arithmetic follows bitsandbytes' CPU path step by step, so that codes are equal and not just close.

@@ -292,7 +292,7 @@ def test_a_mistake_is_the_worked_answer_with_parts_replaced(answer, run):
 @pytest.mark.parametrize(
     "result, words",
     [
-        (None, "your function returned NoneType: return a pair"),
+        (None, "your function returned nothing: is the `return` missing. It has to return a pair"),
         (torch.ones(2), "your function returned Tensor: return a pair"),  # not unpacked along its first axis
         ((torch.ones(2),), "your function returned 1 value: return a pair"),
         ((2.0, torch.ones(2)), "your function returned 2 values: return a pair"),

@@ -226,6 +226,32 @@ def shares_rounded_to_16_bits(x, codebook, block_size):
     return torch.cat(codes).byte().view(x.shape), torch.stack(absmax)
 
 
+def blocks_by_midpoints_unguarded(x, codebook, block_size):
+    """NaN is above every midpoint, so a block of zeros gets the code of the highest level."""
+    levels, order = codebook.sort()
+    codes, absmax = [], []
+    for block in x.float().flatten().split(block_size):
+        absmax.append(block.abs().max())
+        codes.append(order[torch.bucketize(block / absmax[-1], (levels[:-1] + levels[1:]) / 2)])
+    return torch.cat(codes).byte().view(x.shape), torch.stack(absmax)
+
+
+def one_block_more(n, code_bits, scale_bits, budget):
+    sizes = [2**power for power in range(n.bit_length() + 1)]
+    return next((size for size in sizes if n * code_bits + (n // size + 1) * scale_bits <= budget * n), None)
+
+
+def kept_by_a_mask(count_all):
+    def answer(x, codebook, block_size, k):
+        magnitudes = x.abs()
+        mask = magnitudes >= magnitudes.flatten().topk(k).values[-1] if k else torch.zeros_like(x, dtype=torch.bool)
+        q = quantize_blockwise(torch.where(mask, 0, x), codebook, block_size)
+        kept = mask.sum().item() if count_all else k
+        return torch.where(mask, x, dequantize_blockwise(q)), q.bits_per_value + kept * (8 * x.element_size() + 32) / x.numel()
+
+    return answer
+
+
 def budget_up_to(longest):
     def answer(n, code_bits, scale_bits, budget):
         sizes = [2**power for power in range(longest.bit_length())]
@@ -276,6 +302,7 @@ def no_guard(function):
     "judge, answer, words",
     [
         (check.absmax, wrong_absmax(lambda codes, scale, x: codes), "a pair"),
+        (check.absmax, lambda x: None, "returned nothing: is the `return` missing.* a pair"),
         (check.absmax, wrong_absmax(lambda codes, scale, x: (scale, codes)), "codes of a float32 matrix"),
         (check.absmax, wrong_absmax(lambda codes, scale, x: (codes, float(scale) * 1.01)), "scale of a float32 matrix"),
         (check.absmax, wrong_absmax(lambda codes, scale, x: (codes.flatten(), scale)), "expected shape"),
@@ -293,11 +320,16 @@ def no_guard(function):
         (check.blocks, blocks_with(returned=lambda top: torch.where(top == 0, 1, top)), "the absmax of a block of zeros is 0"),
         (check.blocks, blocks_with(zeros=lambda codebook: 7), "codes of a block of zeros"),
         (check.blocks, blocks_with(zeros=lambda codebook: len(codebook) // 2), "codes of a block of zeros"),
+        (check.blocks, blocks_with(zeros=lambda codebook: 0), "codes of a block of zeros do not stand for 0"),
+        (check.blocks, blocks_by_midpoints_unguarded, "0 / 0 is NaN"),
         (check.blocks, blocks_in_the_order_of_memory, "a transposed bfloat16 tensor"),
         (check.blocks, blocks_with_codes_up_to(31), "256 levels"),
         (check.blocks, blocks_with_codes_up_to(127), "256 levels"),
         (check.blocks, shares_rounded_to_16_bits, "own 16-bit dtype"),
         (check.budget, budget_up_to(4096), "ended too early"),
+        (check.budget, one_block_more, "a block too many"),
+        (check.outliers, kept_by_a_mask(count_all=True), "keep k, whichever"),
+        (check.outliers, kept_by_a_mask(count_all=False), "the number that your bits count"),
         (check.budget, budget_up_to(2**19), "ended too early"),
         (check.outliers, kept_in_float16, "restored, float32"),
         (check.affine, lambda x, low, high: (x.byte(), 1.0, 0), "codes of"),

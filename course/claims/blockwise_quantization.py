@@ -46,9 +46,15 @@ def _silu() -> Tensor:
     return seen[0]
 
 
+def student(seed: int = 0) -> Tensor:
+    """A draw of 131,072 values of Student's t with three degrees of freedom."""
+    n = 1 << 17
+    return normal(n, seed=3 + 10 * seed) / normal(3, n, seed=4 + 10 * seed).square().mean(0).sqrt()
+
+
 @functools.cache
 def data(name: str) -> Tensor:
-    """What the errors are measured on.
+    """What the errors are measured on, here and in the notebook.
 
     Seeded numbers, (131072,): "uniform", "normal", "t" (Student's, three degrees of freedom). Or the tiny model's: "tiny" for all of its
     linears in one vector, "SiLU" for the outputs of that in layer 2, or one matrix, such as "layers.3.mlp.down_proj".
@@ -63,7 +69,7 @@ def data(name: str) -> Tensor:
     if name == "normal":
         return normal(n, seed=3)
     if name == "t":
-        return normal(n, seed=3) / normal(3, n, seed=4).square().mean(0).sqrt()
+        return student()
     return _weights()[f"model.{name}.weight"]
 
 
@@ -87,9 +93,31 @@ def snr_db(name: str, levels: str = "INT4", block: int | str = 64, kept: float =
     return signal_to_noise(x, restored.index_copy(0, apart, x[apart]))
 
 
+def error_percent(name: str, levels: str = "INT4", block: int | str = 64, kept: float = 0.0) -> float:
+    """Relative error of what comes back: that of :func:`snr_db` without the logarithm."""
+    return 100 * 10 ** (-snr_db(name, levels, block, kept) / 20)
+
+
 def gain_db(name: str, more: tuple, over: tuple) -> float:
     """What the levels and block of ``more`` bring over those of ``over``, dB."""
     return snr_db(name, *more) - snr_db(name, *over)
+
+
+@functools.cache
+def _heavy_gains(block: int | str) -> list[float]:
+    draws = [student(seed) for seed in range(8)]
+    codebooks = [CODEBOOKS[levels] for levels in ("INT3", "INT4")]
+    return [_gain(x, codebooks, _size(block, x)) for x in draws]
+
+
+def _gain(x: Tensor, codebooks: list[Tensor], size: int) -> float:
+    less, more = (signal_to_noise(x, dequantize_blockwise(quantize_blockwise(x, codebook, size))) for codebook in codebooks)
+    return more - less
+
+
+def heavy_gain_db(block: int | str, of: str) -> float:
+    """What the fourth bit brings on Student's t, dB: the "least" or the "most" of eight draws, which differ in their largest values."""
+    return {"least": min, "most": max}[of](_heavy_gains(block))
 
 
 def mean_error(name: str, levels: str) -> float:
@@ -107,6 +135,11 @@ def crest(name: str, block: int | str = 64) -> float:
 def predicted_db(name: str) -> float:
     """m·√12 over the crest factor, dB, for INT4 in blocks of 64: the error is even over a step."""
     return 20 * math.log10(7 * math.sqrt(12) / crest(name))
+
+
+def predicted_percent(name: str) -> float:
+    """The relative error that :func:`predicted_db` says."""
+    return 100 * 10 ** (-predicted_db(name) / 20)
 
 
 def error_is_half_a_step() -> bool:
@@ -167,23 +200,23 @@ def row_scales_db(keepdim: bool) -> float:
 
 
 def bits(levels: str = "INT4", block: int | str = 64) -> float:
-    """A value, float32 scales included; the whole "tensor" is 65,536 values."""
+    """Per value, float32 scales included; the whole "tensor" is 65,536 values."""
     x = torch.ones(1 << 16)
     return quantize_blockwise(x, CODEBOOKS[levels], _size(block, x)).bits_per_value
 
 
 def more_bits(one: tuple, than: tuple) -> float:
-    """A value, of the levels and block of ``one``."""
+    """Per value, of the levels and block of ``one``."""
     return bits(*one) - bits(*than)
 
 
 def kept_bits(share: float) -> float:
-    """A value, of keeping this share of the values in 16 bits, with a 32-bit position."""
+    """Per value, of keeping this share of the values in 16 bits, with a 32-bit position."""
     return share * (16 + 32)
 
 
 def halving_rate(block: int) -> float:
-    """Decibels for each bit spent on halving the block, tiny model's weights, INT4."""
+    """Decibels per bit spent on halving the block, tiny model's weights, INT4."""
     return gain_db("tiny", ("INT4", block // 2), over=("INT4", block)) / more_bits(("INT4", block // 2), than=("INT4", block))
 
 
@@ -238,7 +271,7 @@ def rewriting_keeps_the_function() -> bool:
 
 @torch.no_grad()
 def nats_left(levels: str | None = None, block: int | str = 64, rewritten: bool = False) -> float:
-    """Nats a token above the floor of the tiny model, as trained or ``rewritten``, with every linear quantized; None leaves all as it is.
+    """Nats per token above the floor of the tiny model, as trained or ``rewritten``, with every linear quantized; None leaves all as it is.
 
     A row or a "column" can be a block here, since their lengths are powers of two.
     """

@@ -101,7 +101,8 @@ def observe(answer, seed: int) -> Seen:
     codes, absmax = answer(off_the_midpoints(x, uneven, 16), uneven, 16)
     yield f"absmax of a block of values of about {TINY:.0e}", number(absmax[1])
     yield f"codes of a block of values of about {TINY:.0e}", codes[1]
-    yield "codes of a block of zeros", codes[2]
+    levels = uneven[codes[2].long().clamp(0, len(uneven) - 1)]
+    yield "the codes of a block of zeros stand for 0", not levels.any()  # whatever they are instead, one message fits
     yield "absmax of a block of zeros", number(absmax[2])
 
 
@@ -145,7 +146,8 @@ check = Check(
         "you returned steps (absmax over the number of levels): with a codebook from −1 to 1 the scale is absmax itself": but(
             returned=lambda absmax: absmax / 7
         ),
-        "a block of zeros was divided by zero: NaN has no nearest level; guard the division": but(divisor=lambda top: top),
+        "the codes of a block of zeros do not stand for 0: either it was divided by its absmax, and 0 / 0 is NaN, which has no nearest "
+        "level, or you gave it a fixed code, and which code is that of zero depends on the codebook": but(divisor=lambda top: top),
         "absmax is right, but x / absmax was computed in the tensor's own 16-bit dtype: divide x.float()": but(
             wide=lambda x: x, largest=lambda block: block.float().abs().max()
         ),

@@ -53,7 +53,8 @@ def observe(answer, seed: int) -> Seen:
     odd = 2**power + rng.randint(1, 3)
     cases = {
         "scales that use the budget up exactly": (wide, bits, 32, bits + 32 / 2**power),
-        "a little less than that": (wide, bits, 32, bits + 31 / 2**power),
+        "half a scale more than that": (wide, bits, 32, bits + 32 / 2**power + 16 / wide),
+        "a little less than the scales need": (wide, bits, 32, bits + 31 / 2**power),
         "scales of 16 bits": (wide, bits, 16, bits + 17 / 2**power),
         "scales of 8 bits, no power of two in the middle": (wide, 8, 8, 8 + 3 / 2 ** (power + 1)),
         "a last block of one to three values": (odd, bits, 32, bits + (32 + 8) / odd),
@@ -74,6 +75,9 @@ check = Check(
     misconceptions={
         "the scales are missing from your sum: each block adds scale_bits": but(blocks=lambda n, block: 0),
         "the scale of the short last block is missing: the number of blocks is n / block_size rounded *up*": but(blocks=floordiv),
+        "n // block_size + 1 counts a block too many where block_size divides n: round n / block_size up, with math.ceil": but(
+            blocks=lambda n, block: n // block + 1
+        ),
         "you counted a fraction of a scale: a short last block has a whole one, so round n / block_size up": but(blocks=truediv),
         "a budget that is used up exactly is kept: compare with ≤": but(fits=lambda used, allowed: used < allowed),
         "that is the largest block, with the fewest scales: the smallest one that fits gives the least error": largest_block,

@@ -46,6 +46,11 @@ def of_each(size: int, flat: Tensor, k: int) -> Tensor:
     return torch.cat([piece.topk(min(k, len(piece))).indices + i * size for i, piece in pieces])
 
 
+def at_least_the_kth(x: Tensor, k: int, size: int) -> Tensor:
+    magnitudes = x.flatten().abs()
+    return (magnitudes >= magnitudes.topk(k).values[-1]).nonzero().flatten() if k else magnitudes.topk(0).indices
+
+
 def clipped(flat: Tensor, kept: Tensor) -> Tensor:
     limit = flat.index_fill(0, kept, 0).abs().max().item()
     return flat.clamp(-limit, limit)
@@ -78,6 +83,14 @@ def observe(answer, seed: int) -> Seen:
         name = f"{str(dtype).removeprefix('torch.')}{', three dimensions, transposed' * (k == 0)}, {k} values kept, blocks of {block_size}"
         yield f"restored, {name}", restored
         yield f"bits per value, {name}", number(price)
+    x = torch.randn(3, 16, generator=g)
+    x[:, 0], x[:, 7] = 1.5, torch.tensor([50.0, -50.0, 50.0])  # 1.5 is lost beside 50
+    restored, price = unpacked(answer(x, int_codebook(4), 16, 2), "a pair, (restored, bits), the first a tensor", Tensor, object)
+    if restored.shape != x.shape:
+        return
+    spoiled = ((restored.double() - x).abs().amax(1) > 0.5).sum().item()
+    yield "2 values kept of three of equal magnitude: blocks whose scale is still that of such a value", spoiled  # whichever are kept
+    yield "bits per value, 2 values kept of three of equal magnitude", number(price)
 
 
 check = Check(
@@ -104,6 +117,11 @@ check = Check(
         "one value too few was kept: a mask |x| > threshold loses the k-th largest, which is the threshold": but(
             choose=lambda x, k, size: x.flatten().abs().topk(max(k - 1, 0)).indices
         ),
+        "a mask |x| ≥ threshold keeps every value that equals the k-th largest, which can be more than k: keep k, whichever of them": but(
+            choose=at_least_the_kth, count=lambda k, kept: len(kept)
+        ),
+        "a mask |x| ≥ threshold keeps every value that equals the k-th largest, which can be more than k, the number that your bits "
+        "count": but(choose=at_least_the_kth),
         "you clipped the outliers to the largest ordinary value: keep them as they are, outside of the codes": but(
             remove=clipped, put_back=lambda rest, kept, flat: rest
         ),
