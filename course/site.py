@@ -146,20 +146,19 @@ def write(
     root = root.resolve()
     folder = (folder or root / "site").resolve()
     found = units(root)
-    sources = [path for unit in found for path in (unit.lesson, unit.notebook, unit.exercise) if path.exists()]
-    made = {path: folder / path.relative_to(root).with_suffix(".html") for path in sources}
+    owners = {path: unit for unit in found for path in (unit.lesson, *unit.appendices, unit.notebook, unit.exercise) if path.exists()}
+    made = {path: folder / path.relative_to(root).with_suffix(".html") for path in owners}
     readme = root / "README.md"
     if readme.exists():
         made[readme] = folder / "index.html"
     unreadable = []
-    for path in sources:
+    for path, unit in owners.items():
         before_page(path)
         try:
             body = _body(path, (executed or {}).get(path))
         except CourseError as error:
             unreadable.append(str(error))
             body = f"<p>{html.escape(str(error))}</p>"
-        unit = next(unit for unit in found if path.stem == unit.stem)
         body = _relink(body, path, root, folder, made)
         made[path].parent.mkdir(parents=True, exist_ok=True)
         made[path].write_text(_page(f"{unit.number} {unit.title}", body, _links(unit, found, made, made[path], folder)), encoding="utf-8")

@@ -41,6 +41,11 @@ class Unit:
         return self.root / "lessons" / f"{self.stem}.md"
 
     @property
+    def appendices(self) -> list[Path]:
+        """Pages beside the lesson: ``lessons/appendix/NN_*.md``."""
+        return sorted((self.root / "lessons" / "appendix").glob(f"{self.number}_*.md"))
+
+    @property
     def notebook(self) -> Path:
         return self.root / "notebooks" / f"{self.stem}.ipynb"
 
