@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from course.claims import double_quantization
 from course.claims.memory_budget import predicted_gb
@@ -84,6 +85,23 @@ def naive_backward_keeps_the_dense_weight() -> bool:
     _, layer = _layer()
     dense = layer.dequantize()
     return kept_by_autograd(layer, normal(9, 256).requires_grad_(), dense, forward=nn.functional.linear) == dense.nbytes
+
+
+def checkpointing_frees_the_dense_weight() -> bool:
+    """A checkpointed layer keeps nothing dense between its two forward passes, however it is written."""
+    _, layer = _layer()
+    dense = layer.dequantize()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: nn.functional.linear(x, dense), x, use_reentrant=False)
+
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_(), forward=checkpointed) < dense.nbytes
+
+
+def bfloat16_loses_percent() -> float:
+    """Steps smaller than this, as a share of the number that they are added to, always round away."""
+    numbers = torch.arange(128, 256, dtype=torch.float64) / 128  # all bfloat16 numbers from 1 to 2
+    return 100 * (0.5 / 128 / numbers).min().item()
 
 
 def _adapted(size: float) -> tuple[LoRALinear, Tensor]:
