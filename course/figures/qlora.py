@@ -1,4 +1,4 @@
-"""Figures of unit 06: where the bytes of a QLoRA step go, what each format costs a real model, and the errors of three merges."""
+"""Figures of unit 06: where the bytes of a QLoRA step go, what each format costs a real model, what LoRA wins back, errors of three merges."""
 
 import math
 
@@ -79,6 +79,28 @@ def quality(data: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+def won_back_data() -> dict[str, dict]:
+    """Text -> format -> gaps to the 16-bit base in nats per token, before LoRA, and after it for each seed."""
+    rows = recorded.load("quantization_quality_gemma", "h100")["result"]["won_back"][1:]
+    texts = {"Python code, which is trained on": "code", "prose, which is not": "passages"}
+    return {label: {row["kind"]: [row[text]["gap_before"], *row[text]["gap_after"]] for row in rows} for label, text in texts.items()}
+
+
+def won_back(data: dict[str, dict]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), sharey=True)
+    for each, (title, gaps) in zip(axes, data.items(), strict=True):
+        for i, (before, *after) in enumerate(gaps.values()):
+            each.plot(i, before, "_", color=plotting.RED, markersize=20, markeredgewidth=2.5, label="before LoRA")
+            each.plot([i] * len(after), after, "o", color=plotting.BLUE, alpha=0.6, label="after LoRA on both bases, three seeds")
+        each.set_xticks(range(len(gaps)), list(gaps))
+        each.set(title=title, xlim=(-0.6, len(gaps) - 0.4), ylim=(0, 0.75))
+        each.grid(axis="x", visible=False)
+    axes[0].set_ylabel("gap to the 16-bit base,\nnats per token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
 def merges_data() -> dict[str, list]:
     """Way -> (size of the update over the weight, error over the update), to three digits: the order of a sum may move one code."""
     sizes = [2.0**-i for i in range(11)]
@@ -105,5 +127,6 @@ def merges(data: dict[str, list]) -> plt.Figure:
 FIGURES = [
     Figure("qlora_memory", PAGE, memory_data, memory),
     Figure("qlora_quality", PAGE, quality_data, quality),
+    Figure("qlora_won_back", PAGE, won_back_data, won_back),
     Figure("qlora_merges", PAGE, merges_data, merges),
 ]
