@@ -113,7 +113,8 @@ def draw_merges(axes: plt.Axes, data: dict[str, list]) -> None:
         label, colour, dashes = WAYS[way]
         axes.plot(*zip(*points, strict=True), dashes, color=colour, marker="o", markersize=3.5, label=label)
     axes.axhline(1, color=plotting.BLACK, lw=0.8)
-    axes.annotate("as large as the update", (1, 1), (0, 3), textcoords="offset points", fontsize=9, ha="right")
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate("as large as the update", (0.99, 1), (0, 3), fontsize=9, ha="right", **where)
     axes.set(xscale="log", yscale="log", xlabel="size of the update, ‖ΔW‖ / ‖W‖", ylabel="error of the merge / ‖ΔW‖")
     axes.legend(fontsize=9)
 
