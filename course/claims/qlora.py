@@ -210,11 +210,6 @@ def capped(shape: str, what: str, device: str = GPU) -> float:
     return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / (1 if what == "seconds" else 1e9)
 
 
-def capped_loss(shape: str, step: int, device: str = GPU) -> float:
-    """Nats per token at a step, counted from 0, or from the last with −1."""
-    return recorded.row("qlora_caps", device, shape=shape)["losses"][step]
-
-
 def _capped() -> list[dict]:
     return [_bytes(row) for row in recorded.load("qlora_caps", GPU)["result"]["rows"]]
 
@@ -424,11 +419,6 @@ def _tiny() -> dict:
     return recorded.load("quantization_quality_tiny", "cpu")["result"]
 
 
-def tiny(kind: str, what: str) -> float:
-    """Per cent of its "facts" that it keeps; "divergence" from the original's predictions, in thousandths of a nat per token."""
-    return {"facts": 100, "divergence": 1e3}[what] * _only(_tiny()["table"], kind=kind)[what]
-
-
 def tiny_lost(kind: str, what: str = "estimate") -> float:
     """Nats per token on the general domain, or an end of their interval, "low" or "high"."""
     return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"][what]
@@ -484,11 +474,6 @@ def gemma_perplexity_rise_percent(kind: str, device: str = GPU) -> float:
     return 100 * (gemma_perplexity(kind, device=device) / gemma_perplexity("16-bit", device=device) - 1)
 
 
-def gemma_facts_percent(kind: str, device: str = GPU) -> float:
-    """Answered rightly."""
-    return 100 * _gemma(device)["formats"][kind]["cloze"]
-
-
 def gemma_asked(questions: str, device: str = GPU) -> int:
     """How many questions of a kind both models answered."""
     return _gemma(device)["two_percent_rule"]["lost"]["8-bit"][questions]["count"]
@@ -527,11 +512,6 @@ def gemma_gap(kind: str, text: str, when: str, device: str = GPU) -> float:
 def gemma_won_percent(kind: str, text: str, device: str = GPU) -> float:
     """Of the gap that LoRA closes; mean over seeds."""
     return 100 * (1 - gemma_gap(kind, text, "after", device) / gemma_gap(kind, text, "before", device))
-
-
-def gemma_seeds(device: str = GPU) -> int:
-    """The fewest seeds of a base."""
-    return min(len(row["seeds"]) for row in _gemma(device)["won_back"])
 
 
 def gemma_more_is_won_where_it_is_trained() -> bool:
