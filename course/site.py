@@ -152,20 +152,19 @@ def write(
     root = root.resolve()
     folder = (folder or root / "site").resolve()
     found = units(root)
-    sources = [path for unit in found for path in (unit.lesson, unit.appendix, unit.notebook, unit.exercise) if path.exists()]
-    made = {path: folder / path.relative_to(root).with_suffix(".html") for path in sources}
+    owners = {path: unit for unit in found for path in (unit.lesson, *unit.appendices, unit.notebook, unit.exercise) if path.exists()}
+    made = {path: folder / path.relative_to(root).with_suffix(".html") for path in owners}
     readme = root / "README.md"
     if readme.exists():
         made[readme] = folder / "index.html"
     unreadable = []
-    for path in sources:
+    for path, unit in owners.items():
         before_page(path)
         try:
             body = _body(path, (executed or {}).get(path))
         except CourseError as error:
             unreadable.append(str(error))
             body = f"<p>{html.escape(str(error))}</p>"
-        unit = next(unit for unit in found if path.stem == unit.stem)
         body = _relink(body, path, root, folder, made)
         made[path].parent.mkdir(parents=True, exist_ok=True)
         made[path].write_text(_page(f"{unit.number} {unit.title}", body, _links(unit, found, made, made[path], folder)), encoding="utf-8")
@@ -194,9 +193,11 @@ def _links(unit: Unit, found: list[Unit], made: dict[Path, Path], page: Path, fo
         return Path(os.path.relpath(goal, page.parent)).as_posix()
 
     links = {"Course": relative(folder / "index.html")}
-    for name, path in {"Lesson": unit.lesson, "Appendix": unit.appendix, "Notebook": unit.notebook, "Exercises": unit.exercise}.items():
+    parts = {"lesson": unit.lesson, "notebook": unit.notebook, "exercises": unit.exercise}
+    parts |= {"appendix" if path.stem == unit.stem else path.stem[3:].replace("_", " "): path for path in unit.appendices}
+    for name, path in parts.items():
         if path in made:
-            links[f"{unit.number} {name.lower()}"] = relative(made[path])
+            links[f"{unit.number} {name}"] = relative(made[path])
     position = found.index(unit)
     kind = page.parent.name
     for arrow, other in (("←", found[position - 1] if position else None), ("→", next(iter(found[position + 1 :]), None))):

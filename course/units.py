@@ -41,9 +41,9 @@ class Unit:
         return self.root / "lessons" / f"{self.stem}.md"
 
     @property
-    def appendix(self) -> Path:
-        """What is too long for the lesson."""
-        return self.root / "lessons" / "appendix" / f"{self.stem}.md"
+    def appendices(self) -> list[Path]:
+        """Pages beside the lesson: ``lessons/appendix/NN_*.md``."""
+        return sorted((self.root / "lessons" / "appendix").glob(f"{self.number}_*.md"))
 
     @property
     def notebook(self) -> Path:

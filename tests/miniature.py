@@ -132,5 +132,7 @@ def make(root: Path) -> Unit:
     (lessons / "00_squares.md").write_text(LESSON)
     (lessons / "dot.png").write_bytes(b"png")
     (lessons / "01_cubes.md").write_text("# Cubes\n\n## The cube\n\nNothing yet.\n")
+    (lessons / "appendix").mkdir()
+    (lessons / "appendix" / "00_more.md").write_text("# More\n\nBack to [squares](../00_squares.md).\n")
     (root / "README.md").write_text("# The small course\n\nStart with [squares](lessons/00_squares.md).\n")
     return find("squares", root)

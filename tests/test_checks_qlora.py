@@ -168,7 +168,8 @@ def keeps_the_output(ctx, *arguments):
         (lambda x, *rest: x, "values differ"),
         (checkpointed, "the input is kept"),
         (function_of(forward, two_axes_only), "bias beside a vector"),
-        (function_of(forward, lambda ctx, grad: (None,) * 6), "gradient of the input: expected a tensor"),
+        (function_of(forward, lambda ctx, grad: (None,) * 6), "neither the input nor the bias gets a gradient"),
+        (function_of(forward, lambda ctx, grad: (None, *backward(ctx, grad)[1:])), "the gradient of the input is missing"),
         (function_of(forward, lambda ctx, grad: (-backward(ctx, grad)[0], *backward(ctx, grad)[1:])), "gradient of the input"),
         (lambda *arguments: by_the_reference(*arguments).detach(), "requires a gradient"),
         (lambda x, *rest: by_the_reference(x.detach(), *rest), "gradient of the input"),
@@ -213,10 +214,23 @@ def test_the_worked_answer_counts_what_is_there():
         mistaken(quantized_bytes, skipped=lambda name, skip: bool({name.split(".")[0], name.split(".")[-1]} & set(skip))),
         lambda model, skip: quantized_bytes(model, skip[:1]),
         mistaken(quantized_bytes, scales=lambda blocks: 5 * blocks),
+        lambda model, skip: quantized_bytes(model.float(), skip),
     ],
 )
 def test_sly_counts_are_refused(answer):
     refused(check.bytes_of_base, answer, ".")
+
+
+def quantizes_what_it_is_given(model, skip):
+    found = quantized_bytes(model, skip)
+    quantize_linears(model, [name for name, m in model.named_modules() if type(m) is nn.Linear and name.split(".")[-1] in skip])
+    return found
+
+
+def test_a_model_that_is_changed_in_place_is_said():
+    refused(
+        check.bytes_of_base, quantizes_what_it_is_given, "an untied head, after your function: model was changed in place; work on a copy"
+    )
 
 
 def test_layers_may_be_known_by_their_names():
@@ -356,6 +370,10 @@ def all_in_float32(q, original, *rest):
         (mistaken(three_merges, scale=lambda alpha, r: -alpha / r), "weights: dequantized: values differ"),
         (mistaken(three_merges, scale=lambda alpha, r: int(alpha) / r), "the update is large: weights: dequantized: values differ"),
         (mistaken(three_merges, unrounded=("dequantized",)), "the error of 'dequantized' is zero"),
+        (
+            lambda q, W, A, B, alpha: three_merges(q, W, A.to(W.dtype).float(), B, alpha),
+            "more digits than 16 bits hold: weights: dequantized",
+        ),
         (mistaken(three_merges, requantize=lambda total, q, delta: total - delta), "weights: requantized"),
     ],
 )
@@ -399,8 +417,9 @@ def bytes_by_pointers(model, skip):
     sizes = np.array([m.weight.shape.numel() for m in layers])
     blocks = np.ceil(sizes / 64).astype(int)
     codes, scales = ((sizes + 1) // 2).sum(), (blocks + 4 * np.ceil(blocks / 256).astype(int) + 4).sum()
-    gone = {m.weight.data_ptr() for m in layers}
-    rest = {p.data_ptr(): p.nbytes for p in model.parameters() if p.data_ptr() not in gone}
+    others = [m for m in model.modules() if m not in layers]
+    kept = [p for m in others for p in m.parameters(recurse=False)] + [m.bias for m in layers if m.bias is not None]
+    rest = {p.data_ptr(): p.nbytes for p in kept}
     return {
         "16 bits": sum(rest.values()),
         "codes": codes,
@@ -463,6 +482,12 @@ def test_right_answers_in_other_dress_pass_every_time(judge, answer):
                 two_percent_rule, verdict=lambda low, high, t, _: "unknown" if low <= t <= high else "within" if high < t else "beyond"
             ),
             "<=",
+        ),
+        (
+            mistaken(
+                two_percent_rule, verdict=lambda low, high, t, _: "unknown" if low < t < high else "within" if high <= t else "beyond"
+            ),
+            "compare its lower end with >",
         ),
     ],
 )

@@ -2,13 +2,19 @@
 
 import copy
 import itertools
+import warnings
 
+import bitsandbytes
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_helpers import ULP, tiny_llama
+from qlora_helpers import Block, both, factors_of
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import dequantize_and_replace
 
 from course.lab import models
 from reference.lora import LoRALinear, inject_lora, lora_layers, merge_lora
@@ -329,3 +335,35 @@ def test_a_requantizing_merge_that_breaks_leaves_the_layer():
     with pytest.raises(ValueError, match="NaN or infinity"):
         merge_lora(nn.ModuleDict({"layer": layer}))
     assert torch.equal(layer.base.weight, before) and not layer.merged
+
+
+def of_the_library(model, ours):
+    """The merge of peft's adapter with our factors over ``model``, which may be quantized: name -> weight."""
+    names = [name for name, _ in lora_layers(ours)]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=10, target_modules=names))
+    for name, layer in lora_layers(ours):
+        for target, source in zip(factors_of(model.base_model.model.get_submodule(name)), (layer.lora_A, layer.lora_B), strict=True):
+            target.data = source.data.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of a merge into four bits
+        merged = model.merge_and_unload()
+    return {name: merged.get_submodule(name) for name in names}
+
+
+def test_which_call_of_the_library_is_which_merge():
+    """merge_and_unload over four bits requantizes; after dequantizing, or over the original, it adds."""
+    original = Block()
+    state = copy.deepcopy(original.state_dict())
+    ours, theirs, _ = both(original, double_quant=False)
+    packed = theirs.unload()  # bitsandbytes' layers, without the adapter
+    plain = copy.deepcopy(packed)
+    plain = dequantize_and_replace(plain, BitsAndBytesConfig(load_in_4bit=True))
+
+    requantized = merge_lora(copy.deepcopy(ours))
+    packed.is_loaded_in_4bit = True
+    for name, layer in of_the_library(packed, ours).items():
+        assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+        assert (layer.weight.data.flatten() != requantized.get_submodule(name).weight.flatten()).float().mean() < 1e-3
+    for base, merged in ((plain, merge_into_dequantized(copy.deepcopy(ours))), (original, merge_into_original(copy.deepcopy(ours), state))):
+        for name, layer in of_the_library(base, ours).items():
+            torch.testing.assert_close(layer.weight, merged.get_submodule(name).weight, rtol=1e-5, atol=1e-6)

@@ -44,6 +44,7 @@ def test_there_is_a_page_for_every_part_and_an_index(pages):
         "index.html",
         "lessons/00_squares.html",
         "lessons/01_cubes.html",
+        "lessons/appendix/00_more.html",
         "notebooks/00_squares.html",
         "exercises/00_squares.html",
     }
@@ -143,7 +144,7 @@ def test_an_unknown_formula_stays_as_it_is():
 
 
 def written() -> list[Path]:
-    return [path for unit in units() for path in (unit.lesson, unit.notebook, unit.exercise) if path.exists()]
+    return [path for unit in units() for path in (unit.lesson, *unit.appendices, unit.notebook, unit.exercise) if path.exists()]
 
 
 @pytest.mark.parametrize("path", written(), ids=lambda path: f"{path.parent.name}/{path.name}")

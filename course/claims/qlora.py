@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from course.claims import double_quantization
 from course.claims.memory_budget import predicted_gb
@@ -84,6 +85,23 @@ def naive_backward_keeps_the_dense_weight() -> bool:
     _, layer = _layer()
     dense = layer.dequantize()
     return kept_by_autograd(layer, normal(9, 256).requires_grad_(), dense, forward=nn.functional.linear) == dense.nbytes
+
+
+def checkpointing_frees_the_dense_weight() -> bool:
+    """A checkpointed layer keeps nothing dense between its two forward passes, however it is written."""
+    _, layer = _layer()
+    dense = layer.dequantize()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: nn.functional.linear(x, dense), x, use_reentrant=False)
+
+    return kept_by_autograd(layer, normal(9, 256).requires_grad_(), forward=checkpointed) < dense.nbytes
+
+
+def bfloat16_loses_percent() -> float:
+    """Steps smaller than this, as a share of the number that they are added to, always round away."""
+    numbers = torch.arange(128, 256, dtype=torch.float64) / 128  # all bfloat16 numbers from 1 to 2
+    return 100 * (0.5 / 128 / numbers).min().item()
 
 
 def _adapted(size: float) -> tuple[LoRALinear, Tensor]:
@@ -190,11 +208,6 @@ def _bytes(row: dict) -> dict[str, int]:
 def capped(shape: str, what: str, device: str = GPU) -> float:
     """In GB the "cap"; the "peak" of all tensors and what was "predicted"; or the whole "process". The "seconds" of a step."""
     return _bytes(recorded.row("qlora_caps", device, shape=shape))[what] / (1 if what == "seconds" else 1e9)
-
-
-def capped_loss(shape: str, step: int, device: str = GPU) -> float:
-    """Nats per token at a step, counted from 0, or from the last with −1."""
-    return recorded.row("qlora_caps", device, shape=shape)["losses"][step]
 
 
 def _capped() -> list[dict]:
@@ -406,11 +419,6 @@ def _tiny() -> dict:
     return recorded.load("quantization_quality_tiny", "cpu")["result"]
 
 
-def tiny(kind: str, what: str) -> float:
-    """Per cent of its "facts" that it keeps; "divergence" from the original's predictions, in thousandths of a nat per token."""
-    return {"facts": 100, "divergence": 1e3}[what] * _only(_tiny()["table"], kind=kind)[what]
-
-
 def tiny_lost(kind: str, what: str = "estimate") -> float:
     """Nats per token on the general domain, or an end of their interval, "low" or "high"."""
     return _only(_tiny()["table"], kind=kind)["lost_nats"]["general"][what]
@@ -466,11 +474,6 @@ def gemma_perplexity_rise_percent(kind: str, device: str = GPU) -> float:
     return 100 * (gemma_perplexity(kind, device=device) / gemma_perplexity("16-bit", device=device) - 1)
 
 
-def gemma_facts_percent(kind: str, device: str = GPU) -> float:
-    """Answered rightly."""
-    return 100 * _gemma(device)["formats"][kind]["cloze"]
-
-
 def gemma_asked(questions: str, device: str = GPU) -> int:
     """How many questions of a kind both models answered."""
     return _gemma(device)["two_percent_rule"]["lost"]["8-bit"][questions]["count"]
@@ -509,11 +512,6 @@ def gemma_gap(kind: str, text: str, when: str, device: str = GPU) -> float:
 def gemma_won_percent(kind: str, text: str, device: str = GPU) -> float:
     """Of the gap that LoRA closes; mean over seeds."""
     return 100 * (1 - gemma_gap(kind, text, "after", device) / gemma_gap(kind, text, "before", device))
-
-
-def gemma_seeds(device: str = GPU) -> int:
-    """The fewest seeds of a base."""
-    return min(len(row["seeds"]) for row in _gemma(device)["won_back"])
 
 
 def gemma_more_is_won_where_it_is_trained() -> bool:

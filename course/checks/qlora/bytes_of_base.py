@@ -7,7 +7,7 @@ import random
 import torch
 from torch import nn
 
-from course.checking import Check, Seen, but
+from course.checking import Changed, Check, Seen, but
 from course.checks.qlora.shared import BITS, entries
 from reference.qlora import NF4Linear, quantize_linears
 
@@ -31,17 +31,20 @@ def quantized_bytes(
     blocks=lambda n: math.ceil(n / 64),
     counted=lambda blocks: blocks,  # layer by layer
     scales=scale_bytes,
-    replaced=set,
-    once=True,
+    gone=lambda name, quantized: quantized.get(name, ()),
+    once=lambda parameters: {id(p): p for p in parameters}.values(),
     stays=lambda name: True,
     width=2,
     bits=lambda stored, sizes, model: 8 * stored / sum(sizes),
 ) -> dict[str, float]:
-    """The worked answer: codes and scales of each layer that is quantized, and all other parameters in 16 bits."""
-    weights = [packed(m) for name, m in model.named_modules() if chosen(name, m) and not skipped(name, skip)]
-    sizes = [sum(p.numel() for p in of_layer) for of_layer in weights]
-    gone = replaced(p for of_layer in weights for p in of_layer)
-    rest = [p for name, p in model.named_parameters(remove_duplicate=once) if p not in gone and stays(name)]
+    """The worked answer: codes and scales of each layer that is quantized; what all modules hold besides, in 16 bits."""
+    quantized = {name: packed(m) for name, m in model.named_modules() if chosen(name, m) and not skipped(name, skip)}
+    sizes = [sum(p.numel() for p in weights) for weights in quantized.values()]
+    rest = []
+    for name, module in model.named_modules():
+        codes_now = {id(p) for p in gone(name, quantized)}
+        rest += [p for key, p in module.named_parameters(name, recurse=False) if id(p) not in codes_now and stays(key)]
+    rest = once(rest)
     found = {"codes": sum(map(codes, sizes)), "scales": sum(map(scales, counted([blocks(n) for n in sizes])))}
     stored = found["codes"] + found["scales"]
     return found | {"16 bits": width * sum(p.numel() for p in rest), "bits per quantized weight": bits(stored, sizes, model)}
@@ -76,6 +79,12 @@ def a_model(rng: random.Random, tied: bool, full: bool = False) -> nn.Module:
     return model.to(torch.bfloat16)
 
 
+def looks(model: nn.Module) -> list:
+    """What a function may not change in a model: its modules, and the bits of its parameters."""
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    return kinds + [(name, p.dtype, p.detach().view(torch.uint8).tolist()) for name, p in model.named_parameters()]
+
+
 def observe(answer, seed: int) -> Seen:
     rng = random.Random(seed)
     for name, model, skip in (
@@ -83,9 +92,13 @@ def observe(answer, seed: int) -> Seen:
         ("a tied head", a_model(rng, True), ("lm_head",)),
         ("down_proj skipped, and the head is not", a_model(rng, False), ("down_proj",)),
         ("nothing skipped", a_model(rng, False), ()),
+        ("a tied head that is quantized too", a_model(rng, True), ()),
         ("all blocks full, skip=('blocks', 'lm_head')", a_model(rng, False, full=True), ("blocks", "lm_head")),
     ):
-        yield name, entries(answer(model, skip), "codes", "scales", "16 bits", "bits per quantized weight")
+        before = looks(model)
+        found = answer(model, skip)
+        yield f"{name}, after your function", Changed(("model",) * (looks(model) != before))
+        yield name, entries(found, "codes", "scales", "16 bits", "bits per quantized weight")
 
 
 check = Check(
@@ -119,14 +132,16 @@ check = Check(
             scales=lambda blocks: blocks + 4 * (blocks // 256) + 4
         ),
         "the bias is quantized with the weight: it stays in 16 bits": but(packed=lambda layer: list(layer.parameters())),
-        "the quantized layers are counted in 16 bits too: what became codes is no longer there": but(replaced=lambda weights: ()),
+        "the quantized layers are counted in 16 bits too: what became codes is no longer there": but(gone=lambda name, quantized: ()),
         "these are the bits of a large layer, by formula: divide the codes and scales of these layers by their weights": but(
             bits=lambda stored, sizes, model: BITS
         ),
         "the embedding is counted in 4 bits: it is a table, not an nn.Linear, and stays in 16": but(
             chosen=lambda name, module: isinstance(module, (nn.Linear, nn.Embedding))
         ),
-        "a tied head is counted twice: it is the embedding's own tensor": but(once=False),
+        "a tied head is counted twice: it is the embedding's own tensor": but(once=list),
+        "the embedding is missing where the head is its own tensor and is quantized: the head then has codes of its own, and the embedding "
+        "keeps the tensor": but(gone=lambda name, quantized: [weight for weights in quantized.values() for weight in weights]),
         "the embedding is missing: it stays in 16 bits": but(stays=lambda name: not name.startswith("embed")),
         "the biases are missing: they are not quantized, and stay in 16 bits": but(stays=lambda name: not name.endswith("bias")),
         "the norms are missing: they stay in 16 bits": but(stays=lambda name: "norm" not in name),

@@ -30,7 +30,7 @@ def three_merges(
     lora_alpha: float,
     *,
     scale=lambda alpha, r: alpha / r,
-    product=lambda A, B: B @ A,
+    product=lambda A, B, W: B @ A,
     update=lambda delta, original: delta,
     decode=lambda q: dequantize_nf4(q, torch.float32),
     from_W: tuple[str, ...] = ("original",),  # which of the ways start there
@@ -44,7 +44,7 @@ def three_merges(
     returned=lambda error: error,
 ) -> dict[str, dict]:
     """The worked answer: each sum in float32, and rounded once; its error, as it is stored, against Ŵ + ΔW."""
-    delta = update(scale(lora_alpha, len(lora_A)) * product(lora_A, lora_B), original)  # (out, in)
+    delta = update(scale(lora_alpha, len(lora_A)) * product(lora_A, lora_B, original), original)  # (out, in)
     decoded, dtype, weights, errors = decode(q), original.dtype, {}, {}
     for way in WAYS:
         weight = original.float() if way in from_W else decoded
@@ -86,13 +86,16 @@ def on_levels(weight: Tensor, block_size: int) -> str:
 
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    for what, dtype, block_size, n, r, alpha, size, taken in (
-        ("", torch.bfloat16, 32, 48, 2, 5, 1, 0),
-        (", where the update takes most of the weight away", torch.float16, 128, 32, 4, 6, 1 / 16, 0.9),  # it matters which norm is taken
-        (", where the update is large", torch.bfloat16, 256, 24, 4, 2.5, 1 / 512, 0),  # its rounding is as large as W − Ŵ
+    for what, dtype, block_size, n, r, alpha, size, taken, digits in (
+        ("", torch.bfloat16, 32, 48, 2, 5, 1, 0, 4),
+        # it matters which norm is taken
+        (", where the update takes most of the weight away", torch.float16, 128, 32, 4, 6, 1 / 16, 0.9, 4),
+        (", where the update is large", torch.bfloat16, 256, 24, 4, 2.5, 1 / 512, 0, 4),  # its rounding is as large as W − Ŵ
+        (", where A and B have more digits than 16 bits hold", torch.bfloat16, 64, 32, 2, 4, 1, 0, 10),
     ):
-        # numbers with few digits, so that ΔW is exact in whatever order it is summed
-        lora_A, lora_B = (torch.randint(-8, 9, shape, generator=g) / 16 for shape in ((r, n), (n, r)))
+        # Binary digits so few that ΔW is exact in whatever order it is summed: no code hangs on the last bit of a sum.
+        most = 2**digits
+        lora_A, lora_B = (torch.randint(-most // 2, most // 2 + 1, shape, generator=g) / most for shape in ((r, n), (n, r)))
         original = (size * torch.randn(n, n, generator=g) - taken * (alpha / r) * lora_B @ lora_A).to(dtype)
         whole = answer(quantize_nf4(original, block_size), original.clone(), lora_A, lora_B, alpha)
         found = entries(whole, "weights", "errors")
@@ -117,7 +120,7 @@ check = Check(
     misconceptions={
         "the update has no scale: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: 1.0),
         "the update is scaled by α: ΔW = (α/r)·B·A": but(scale=lambda alpha, r: alpha),
-        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": but(product=lambda A, B: (B @ A).T),
+        "the update is transposed: ΔW = (α/r)·B·A is (out, in), as the weight is": but(product=lambda A, B, W: (B @ A).T),
         "the errors compare with W + ΔW: the adapter was trained beside the dequantized weight, so the truth is Ŵ + ΔW": but(truth=own_sum),
         "the errors compare with W, the weight before anything was merged: the truth is Ŵ + ΔW, with the update": but(
             truth=lambda decoded, delta, W: W.float()
@@ -135,6 +138,9 @@ check = Check(
             truth_of_original=lambda decoded, delta, W: W.float()
         ),
         "ΔW was rounded to 16 bits before it was added: add in float32, and round once, at the end": but(update=rounded),
+        "ΔW was multiplied in 16 bits: B·A is a float32 product, round once, at the end": but(
+            product=lambda A, B, W: (B.to(W.dtype) @ A.to(W.dtype)).float()
+        ),
         "the weights are right, but the errors compare with Ŵ and a ΔW that was rounded to 16 bits: compare with the float32 sum": but(
             truth=lambda decoded, delta, W: decoded + rounded(delta, W)
         ),

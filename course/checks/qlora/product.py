@@ -89,11 +89,10 @@ class Products(TorchDispatchMode):
         return result
 
 
-def gradients(y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> list[Tensor | str]:
+def gradients(y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> list[Tensor | None]:
     if not y.requires_grad:
-        return ["none"] * len(leaves)
-    found = torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=True)
-    return ["none" if gradient is None else gradient for gradient in found]
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=True))
 
 
 def kept_bytes(answer, x: Tensor, arguments: tuple) -> int:
@@ -196,6 +195,11 @@ check = Check(
             multiply=lambda x, weight, bias: x @ weight if bias is None else x @ weight + bias
         ),
         "the bias is missing in the output: add it, or pass it to F.linear": but(multiply=lambda x, weight, bias: x @ weight.T),
+        "the gradient of the input is missing: adapters in lower layers need it, ∂L/∂x = ∂L/∂y · Ŵ; return it first": but(
+            through=lambda grad, weight: None
+        ),
+        "neither the input nor the bias gets a gradient: backward returns one value for each argument of forward, in their order, and "
+        "None only where nothing is to be trained": but(through=lambda grad, weight: None, bias_gradient=lambda grad: None),
         "the bias gets no gradient: its gradient is that of the output, summed over all rows": but(bias_gradient=lambda grad: None),
         "the gradient of the bias is a mean over the rows: it is their sum": but(bias_gradient=lambda grad: over_rows(grad) / 6),
         "a dense copy of the weight is kept until the backward, by ctx or by autograd itself: 4 bytes a weight, for every layer; keep the "
