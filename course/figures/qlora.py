@@ -1,4 +1,4 @@
-"""Figures of unit 06: where the bytes of a QLoRA step go, what each format costs a real model, what LoRA wins back, errors of three merges."""
+"""Figures of unit 06: where the bytes of a step go, what formats cost a real model, what LoRA wins back, errors of three merges."""
 
 import math
 
