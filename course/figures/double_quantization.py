@@ -10,7 +10,7 @@ from course.lab import plotting, scaled
 from reference.blockwise import int_codebook
 from reference.double_quant import dynamic_codebook
 
-COLOURS = {"as they are": plotting.ORANGE, "mean taken off": plotting.BLUE}
+COLOURS = {"as they are": plotting.ORANGE, "mean subtracted": plotting.BLUE}
 
 
 def bits_data() -> dict[str, dict[str, float]]:
@@ -65,7 +65,7 @@ def scales_data() -> dict[str, list[float]]:
     x = np.linspace(1, 5, 161)
     found = {"x": x.tolist(), "density": density_of_scales(x).tolist()}
     for label in COLOURS:
-        places, shares = shares_of_largest(label == "mean taken off")
+        places, shares = shares_of_largest(label == "mean subtracted")
         found |= {"share of largest": places.tolist(), label: (100 * shares).round(4).tolist()}
     return found
 
