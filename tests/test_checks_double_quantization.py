@@ -168,6 +168,16 @@ def drops_the_short_block(absmax, levels, block_size):
     return codes[: whole * block_size], largest[:whole], offset
 
 
+def by_a_table(absmax, levels, block_size):
+    """Codes are looked up in a table of 65,536 places, and 0/0 has none."""
+    offset = absmax.mean()
+    blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % block_size)).view(-1, block_size)
+    largest = blocks.abs().amax(1)
+    place = ((blocks / largest[:, None] + 1) * 32_767.5).round().long().flatten()[: len(absmax)]
+    table = torch.bucketize(torch.linspace(-1, 1, 65_536), (levels[1:] + levels[:-1]) / 2).byte()
+    return table[place], largest, offset
+
+
 def guarded(guard, what=slice(0, 1)):
     """A block's scale is changed by ``guard``: by default where the block is divided by it, with slice(0, 2) also where it is returned."""
 
@@ -185,6 +195,12 @@ def guarded(guard, what=slice(0, 1)):
         (guarded(lambda largest: largest.clamp(min=1e-6), slice(0, 2)), "scales of scales, 96 scales of about 1e-6"),
         (guarded(lambda largest: largest + torch.finfo(torch.float32).eps), "codes, 96 scales of about 1e-6"),
         (guarded(lambda largest: largest + 1e-8), "1e-8 is added to what a block is divided by"),
+        (guarded(lambda largest: largest.clamp(min=1e-8)), "what a block is divided by has a least value of 1e-8"),
+        (guarded(lambda largest: largest.clamp(min=1e-8), slice(0, 2)), "a block's scale has a least value of 1e-8"),
+        (guarded(lambda largest: largest.clamp(min=1e-9)), "codes, 40 scales of about 1e-8"),
+        (guarded(lambda largest: torch.where(largest == 0, 1, largest), slice(0, 2)), "scales of scales, 20 scales that are all equal"),
+        (changed(0, lambda codes: torch.where(codes.sum() == 63 * len(codes), 64, codes)), "each code is an index into levels"),
+        (by_a_table, "your code raised (IndexError|RuntimeError)"),
         (guarded(lambda largest: largest + 1e-8, slice(0, 2)), "1e-8 is added to a block's scale"),
         (changed(0, lambda codes: codes.long()), "codes.*uint8"),
         (changed(0, lambda codes: codes.roll(1)), "codes"),
@@ -288,6 +304,12 @@ def test_an_index_that_is_taken_for_a_mask_is_named(answer):
         with pytest.raises(NotYet, match="torch takes an index of dtype uint8 for a mask"):
             check.restore._judge(answer, seed)
     check.restore(masks(torch.Tensor.int, torch.Tensor.long))
+
+
+def test_a_block_of_256_written_in_is_named():
+    for seed in range(3):
+        with pytest.raises(NotYet, match="256 is written in"):
+            check.restore._judge(lambda q: dequantize(q._replace(second_block=256)), seed)
 
 
 def with_one_dtype(q):

@@ -4,12 +4,14 @@
 """
 
 import functools
+import inspect
 import math
 import statistics
 
 import torch
 from torch import Tensor
 
+from course.claims.blockwise_quantization import CODEBOOKS
 from reference.blockwise import dequantize_blockwise, int_codebook, midpoints, quantize_blockwise, relative_rmse
 from reference.double_quant import QuantizedScales, bits_per_parameter, dequantize_scales, dynamic_codebook, quantize_scales
 from reference.memory import SHAPES
@@ -120,30 +122,30 @@ def _relative(restored: Tensor, absmax: Tensor) -> float:
 
 
 @functools.cache
-def _scale_errors(levels: str, kind: str, centre: bool) -> list[float]:
-    """Of each seed, with the nearest of the levels."""
-    codebook, found = {"dynamic": dynamic_codebook(), "INT8": int_codebook(8)}[levels], []
+def scale_errors(levels: str, weights: str = "normal", centre: bool = True) -> list[float]:
+    """Mean relative error of a scale in 8 bits, blocks of 256, of each seed; in percent.
+
+    Args:
+        levels: "dynamic", "INT8" or "E4M3" (an 8-bit float with four bits of exponent); the nearest of them is taken.
+        weights: "normal" or "outliers".
+        centre: the mean is taken off before.
+    """
+    codebook, found = {"dynamic": dynamic_codebook(), "INT8": int_codebook(8), "E4M3": CODEBOOKS["E4M3"]}[levels], []
     for seed in SEEDS:
-        absmax = _scales(kind, seed)
+        absmax = _scales(weights, seed)
         offset = absmax.mean() if centre else torch.zeros(())
         found.append(_relative(dequantize_blockwise(quantize_blockwise(absmax - offset, codebook, 256)) + offset, absmax))
     return found
 
 
 def scale_error(levels: str, weights: str = "normal", centre: bool = True) -> float:
-    """Mean relative error of a scale in 8 bits, blocks of 256, over the seeds; in percent.
-
-    Args:
-        levels: "dynamic" or "INT8".
-        weights: "normal" or "outliers".
-        centre: the mean is taken off before.
-    """
-    return statistics.fmean(_scale_errors(levels, weights, centre))
+    """The mean of :func:`scale_errors` over the seeds."""
+    return statistics.fmean(scale_errors(levels, weights, centre))
 
 
 def int8_wins_on_normal_weights_in_every_seed() -> bool:
     """Not in the mean only."""
-    pairs = zip(_scale_errors("INT8", "normal", True), _scale_errors("dynamic", "normal", True), strict=True)
+    pairs = zip(scale_errors("INT8"), scale_errors("dynamic"), strict=True)
     return all(int8 < dynamic for int8, dynamic in pairs)
 
 
@@ -177,6 +179,14 @@ def squares_add() -> bool:
     return math.isclose(together, rmse(), rel_tol=1e-4)
 
 
+def largest_weight_is_exact_only_with_float32_scales() -> bool:
+    """Of each block of normal weights: with double quantization it is off in nearly all."""
+    blocks = _weights("normal", 0).view(-1, 64)
+    place = blocks.abs().argmax(1, keepdim=True)
+    off = {double: (_restored(64, double).view(-1, 64) != blocks).gather(1, place).float().mean() for double in (False, True)}
+    return bool(off[False] == 0 and off[True] > 0.95)
+
+
 def no_offset_negative_percent() -> float:
     """Scales below zero if the offset is forgotten."""
     q = quantize_scales(_scales("normal", 0))
@@ -184,7 +194,16 @@ def no_offset_negative_percent() -> float:
     return 100 * (without < 0).float().mean().item()
 
 
-# bitsandbytes' table on a CPU
+# bitsandbytes
+
+
+def only_params_take_a_block_size() -> bool:
+    """transformers' configuration and bitsandbytes' layer have no argument for it; Params4bit has."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import BitsAndBytesConfig
+
+    without = all("blocksize" not in inspect.signature(call).parameters for call in (Linear4bit, BitsAndBytesConfig))
+    return without and "blocksize" in inspect.signature(Params4bit.__new__).parameters
 
 
 def table_levels() -> int:

@@ -1,11 +1,7 @@
 """What unit 04 states: integrals over the distribution of scaled values, facts of the format, and errors on the tiny model's weights.
 
-Blocks of independent values have a known distribution after absmax scaling, so occupancy and errors need no sampling. Given the block's
-largest absolute value m, the other values are independent and truncated to ±m; m itself lands on −1 or 1. An integral over u = x/m is a
-sum over narrow cells, and one over m a mean over equally likely values of it.
-
-Everywhere ``levels`` is a key of ``LEVELS``, ``values`` one of ``INSIDE``, and ``measure`` one of ``POWER``. Blocks have 64 values and the
-values are normal, where nothing else is said.
+Everywhere ``levels`` is a key of ``LEVELS``, ``values`` one of ``scaled.INSIDE``, and ``measure`` one of ``POWER``. Blocks have 64 values
+and the values are normal, where nothing else is said.
 """
 
 import functools
@@ -18,78 +14,14 @@ from scipy.special import ndtr, ndtri
 
 from course.claims.blockwise_quantization import bits, data
 from course.claims.shared import normal
+from course.lab import scaled
+from course.lab.scaled import NF4
 from reference.blockwise import dequantize_blockwise, fp4_codebook, int_codebook, midpoints, quantize_blockwise, relative_rmse, scale_blocks
 from reference.nf4 import NF4_CODEBOOK, OFFSET, dequantize_nf4, nearest_codes, quantize_nf4
 
-CELLS, NODES = 8000, 400
-NF4 = NF4_CODEBOOK.double().numpy()
 LEVELS = {"NF4": NF4_CODEBOOK, "INT4": int_codebook(4), "FP4": fp4_codebook().unique()}
 KEPT = (0, 7, 15)  # the codes of −1, 0 and 1
 POWER = {"absolute": 1, "squared": 2}
-
-# share of values in (−x, x), and its inverse, for a variance of 1
-INSIDE = {
-    "normal": (lambda x: 2 * ndtr(x) - 1, lambda p: ndtri((1 + p) / 2)),
-    "uniform": (lambda x: np.clip(x / math.sqrt(3), 0, 1), lambda p: p * math.sqrt(3)),
-    "Laplace": (lambda x: -np.expm1(-x * math.sqrt(2)), lambda p: -np.log1p(-p) / math.sqrt(2)),
-}
-
-
-@functools.cache
-def _largest(block: int, values: str = "normal") -> np.ndarray:
-    """Equally likely values of a block's absmax: (NODES,)."""
-    return INSIDE[values][1](((np.arange(NODES) + 0.5) / NODES) ** (1 / block))
-
-
-@functools.cache
-def _scaled(block: int, power: int, values: str = "normal") -> tuple[np.ndarray, np.ndarray]:
-    """Places u in [−1, 1], and E[absmax^power; scaled value there]: the weight of an error in the unit of the values."""
-    inside, m = INSIDE[values][0], _largest(block, values)[:, None]
-    edges = np.linspace(0, 1, CELLS // 2 + 1)
-    half = (np.diff(inside(edges * m)) / inside(m) * m**power).mean(0) / 2 * (1 - 1 / block)
-    places = (edges[1:] + edges[:-1]) / 2
-    atom = (m**power).mean() / (2 * block)
-    return np.concatenate([[-1], -places[::-1], places, [1]]), np.concatenate([[atom], half[::-1], half, [atom]])
-
-
-def _nearest(levels: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The index of the level that is nearest to each place."""
-    return np.searchsorted((levels[1:] + levels[:-1]) / 2, places)
-
-
-def _error(levels: np.ndarray, block: int, power: int, values: str = "normal") -> float:
-    """E|x − x̂|^power, nearest level."""
-    places, weights = _scaled(block, power, values)
-    return float((weights * np.abs(levels[_nearest(levels, places)] - places) ** power).sum())
-
-
-@functools.cache
-def _occupancy(block: int) -> np.ndarray:
-    """Share of values in each of NF4's bins, in percent."""
-    places, weights = _scaled(block, 0)
-    return 100 * np.bincount(_nearest(NF4, places), weights, len(NF4))
-
-
-@functools.cache
-def _best(block: int, power: int, kept: tuple[int, ...] = ()) -> np.ndarray:
-    """Lloyd's iteration from NF4: levels to the weighted mean (power 2) or median (1) of their cells, but for those kept."""
-    places, weights = _scaled(block, power)
-    edges = np.concatenate([[-1], np.linspace(-1, 1, CELLS + 1), [1]])  # the outermost cells have no width: all of −1 and of 1
-    return _lloyd(edges, places, weights, power, NF4, kept)
-
-
-def _lloyd(edges: np.ndarray, places: np.ndarray, weights: np.ndarray, power: int, start: np.ndarray, kept: tuple = ()) -> np.ndarray:
-    mass, moment = np.concatenate([[0], weights.cumsum()]), np.concatenate([[0], (weights * places).cumsum()])
-    levels, free = start.copy(), np.setdiff1d(np.arange(len(start)), kept)
-    for _ in range(4000):
-        cuts = (levels[1:] + levels[:-1]) / 2
-        in_bin, moments = (np.diff(np.interp(cuts, edges, whole), prepend=0, append=whole[-1]) for whole in (mass, moment))
-        centres = moments / in_bin if power == 2 else np.interp(in_bin.cumsum() - in_bin / 2, mass, edges)
-        moved = np.abs(centres[free] - levels[free]).max()
-        levels[free] = centres[free]
-        if moved < 1e-8:
-            break
-    return levels
 
 
 # The levels
@@ -123,19 +55,9 @@ def _table(delta: float) -> np.ndarray:
     return levels / levels[-1]
 
 
-def _off_float64_grid() -> np.ndarray:
-    """How far NF4's levels, which are float32, are from those of a float64 grid."""
-    return np.abs(_table(OFFSET).astype(np.float32) - NF4_CODEBOOK.numpy())
-
-
 def float64_grid_differs() -> int:
-    """How many of the 16 levels."""
-    return int((_off_float64_grid() != 0).sum())
-
-
-def float64_grid_largest_difference() -> float:
-    """Between two levels, where the largest is 1."""
-    return float(_off_float64_grid().max())
+    """How many of NF4's 16 levels, whose probabilities are a float32 grid, are others on a float64 grid."""
+    return int((_table(OFFSET).astype(np.float32) != NF4_CODEBOOK.numpy()).sum())
 
 
 def _symmetric() -> np.ndarray:
@@ -146,7 +68,7 @@ def _symmetric() -> np.ndarray:
 
 def zero_costs() -> float:
     """Squared error of NF4 above that of 16 symmetric levels without a zero, in percent."""
-    return 100 * (_error(NF4, 64, 2) / _error(_symmetric(), 64, 2) - 1)
+    return 100 * (scaled.error(NF4, 64, 2) / scaled.error(_symmetric(), 64, 2) - 1)
 
 
 def smallest_symmetric_level() -> float:
@@ -164,28 +86,34 @@ def without_zero_pruned_becomes() -> float:
 
 def negative_side_error() -> float:
     """Mean squared error of negative over that of positive values."""
-    places, weights = _scaled(64, 2)
-    error = weights * (NF4[_nearest(NF4, places)] - places) ** 2
+    places, weights = scaled.distribution(64, 2)
+    error = weights * (NF4[scaled.nearest(NF4, places)] - places) ** 2
     return float(error[places < 0].sum() / error[places > 0].sum())
 
 
 # The bins
 
 
+def int4_outer_percent() -> float:
+    """Of the values, in INT4's six outermost bins, three on each side."""
+    shares = scaled.occupancy(int_codebook(4).double().numpy(), 64)
+    return float(100 * (shares[:3].sum() + shares[-3:].sum()))
+
+
 def absmax(what: str, block: int) -> float:
     """The "mean" or the "deviation" of a block's absmax, in standard deviations of the values, or the "spread": their ratio in per cent."""
-    mean, deviation = _largest(block).mean(), _largest(block).std()
+    mean, deviation = scaled.largest(block).mean(), scaled.largest(block).std()
     return float({"mean": mean, "deviation": deviation, "spread": 100 * deviation / mean}[what])
 
 
 def bin_percent(which: str, block: int) -> float:
     """Of the values, in the "fullest" or in the "emptiest" bin."""
-    return float({"fullest": max, "emptiest": min}[which](_occupancy(block)))
+    return float(100 * {"fullest": max, "emptiest": min}[which](scaled.occupancy(NF4, block)))
 
 
 def entropy(block: int) -> float:
     """Of the codes, in bits."""
-    p = _occupancy(block) / 100
+    p = scaled.occupancy(NF4, block)
     return float(-(p * np.log2(p)).sum())
 
 
@@ -193,13 +121,13 @@ def sampled_occupancy_agrees() -> bool:
     """Half a million normal values give the integral's shares to within 0.15 percentage points."""
     x = normal(1 << 19)
     shares = torch.bincount(nearest_codes(scale_blocks(x, 64)[0]).long(), minlength=16).double().numpy() / len(x)
-    return bool(np.abs(100 * shares - _occupancy(64)).max() < 0.15)
+    return bool(np.abs(shares - scaled.occupancy(NF4, 64)).max() < 0.0015)
 
 
 def equal_bins_rmse() -> float:
     """Bins of exactly equal mass after scaling (full four bits of entropy), each with its best level."""
-    places, mass = _scaled(64, 0)
-    _, weights = _scaled(64, 2)
+    places, mass = scaled.distribution(64, 0)
+    _, weights = scaled.distribution(64, 2)
     code = np.minimum((16 * (mass.cumsum() - mass / 2)).astype(int), 15)
     levels = np.bincount(code, weights * places) / np.bincount(code, weights)
     return math.sqrt(float((weights * (levels[code] - places) ** 2).sum()))
@@ -210,27 +138,27 @@ def equal_bins_rmse() -> float:
 
 def mean_error(levels: str) -> float:
     """Mean |x − x̂| over the standard deviation."""
-    return _error(LEVELS[levels].double().numpy(), 64, 1)
+    return scaled.error(LEVELS[levels].double().numpy(), 64, 1)
 
 
 def rmse(levels: str, values: str = "normal") -> float:
     """Root mean square error over the standard deviation; "tiny" values are all linear weights of the tiny model."""
     if values == "tiny":
         return relative_rmse(data("tiny"), dequantize_blockwise(quantize_blockwise(data("tiny"), LEVELS[levels], 64)))
-    return math.sqrt(_error(LEVELS[levels].double().numpy(), 64, 2, values))
+    return math.sqrt(scaled.error(LEVELS[levels].double().numpy(), 64, 2, values))
 
 
 def above_best(block: int, measure: str, keep_ends_and_zero: bool = False) -> float:
     """NF4's mean error above that of the best 16 levels, or of the best that keep −1, 0 and 1; in percent."""
     power, kept = POWER[measure], KEPT if keep_ends_and_zero else ()
-    return 100 * (_error(NF4, block, power) / _error(_best(block, power, kept), block, power) - 1)
+    return 100 * (scaled.error(NF4, block, power) / scaled.error(scaled.best_levels(block, power, kept), block, power) - 1)
 
 
 @functools.cache
 def best_delta(block: int, measure: str) -> float:
     """The δ with the least mean error."""
     search = minimize_scalar(
-        lambda d: _error(_table(d), block, POWER[measure]), bounds=(0.9, 0.9999), method="bounded", options={"xatol": 1e-5}
+        lambda d: scaled.error(_table(d), block, POWER[measure]), bounds=(0.9, 0.9999), method="bounded", options={"xatol": 1e-5}
     )
     return float(search.x)
 
@@ -242,20 +170,16 @@ def rule_delta(block: int, measure: str) -> float:
 
 def best_delta_leaves(block: int) -> float:
     """Absolute error of the recipe with the best δ above that of the best levels with −1, 0 and 1, in percent."""
-    return 100 * (_error(_table(best_delta(block, "absolute")), block, 1) / _error(_best(block, 1, KEPT), block, 1) - 1)
-
-
-def best_rmse() -> float:
-    """Of the best 16 levels."""
-    return math.sqrt(_error(_best(64, 2), 64, 2))
+    ours, least = _table(best_delta(block, "absolute")), scaled.best_levels(block, 1, KEPT)
+    return 100 * (scaled.error(ours, block, 1) / scaled.error(least, block, 1) - 1)
 
 
 def lloyd_max_rmse() -> float:
     """Sixteen levels for normal values without any blocks: Max's classic number."""
-    edges = np.linspace(-8, 8, 2 * CELLS + 1)
+    edges = np.linspace(-8, 8, 2 * scaled.CELLS + 1)
     places, weights = (edges[1:] + edges[:-1]) / 2, np.diff(ndtr(edges))
-    levels = _lloyd(edges, places, weights, 2, ndtri((np.arange(16) + 0.5) / 16))
-    return math.sqrt(float((weights * (levels[_nearest(levels, places)] - places) ** 2).sum()))
+    levels = scaled.lloyd(edges, places, weights, 2, ndtri((np.arange(16) + 0.5) / 16))
+    return math.sqrt(float((weights * (levels[scaled.nearest(levels, places)] - places) ** 2).sum()))
 
 
 def shannon_rmse() -> float:

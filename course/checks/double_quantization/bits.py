@@ -59,7 +59,7 @@ def observe(answer, seed: int) -> Seen:
 
 
 check = Check(
-    task="bits a weight, counted to the byte",
+    task="bits per weight, counted to the byte",
     observe=observe,
     reference=bits_per_weight,
     second=from_ranges,
@@ -92,7 +92,7 @@ check = Check(
         "blocks can't be fractions: a short last block has a whole scale, so round up": but(blocks=truediv, groups=truediv),
         "an odd number of weights leaves half a byte unused, and it is stored: round the bytes up": but(packed=truediv),
         "an unquantized scale is a float32, 4 bytes whatever the dtype of the weight; you counted 2": but(plain=lambda blocks: 2 * blocks),
-        "these are bytes a weight: multiply by 8": but(share=lambda total, elements: total / elements),
+        "these are bytes per weight: multiply by 8": but(share=lambda total, elements: total / elements),
         "these are all bits of the tensor: divide by the number of weights": but(share=lambda total, elements: 8 * total),
     },
     rtol=1e-9,

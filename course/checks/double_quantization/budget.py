@@ -57,7 +57,7 @@ check = Check(
         "8 is one of the sizes: the powers of two begin at 2**3": but(blocks=BLOCKS[1:]),
         "None where no size fits, not the largest one": but(without=4096),
         "None where no size fits, not 0": but(without=0),
-        "the codes themselves are missing: four bits a weight before any scale": but(fits=lambda constants, budget: constants <= budget),
+        "the codes themselves are missing: four bits per weight before any scale": but(fits=lambda constants, budget: constants <= budget),
         "exactly the budget is within the budget": but(fits=lambda constants, budget: 4 + constants < budget),
         "you ignored second_block: with it a scale takes 8 bits, and a float32 for each second_block scales": but(
             double=lambda block, second: 32 / block

@@ -74,7 +74,7 @@ check = Check(
         "1 is missing: the largest value of a block is scaled to exactly 1": but(extra=(0.0,)),
         "zero is missing: without it a scale that equals the mean is moved": but(extra=(1.0,)),
         "one level too many: 0 and 1 complete the map to a power of two; there is no −1": but(extra=(0.0, 1.0, -1.0)),
-        "the levels are not sorted: whoever searches for the nearest needs them in order": but(order=lambda levels: levels),
+        "the levels are not sorted: a search for the nearest needs them in order": but(order=lambda levels: levels),
         "the largest decade ends at 0.1: it should be the one from 0.1 to 1": but(top=lambda decade, decades: 10.0 ** (decade - decades)),
         "every decade has the same number of parts: it is 1, 2, 4 …, twice as many for each larger decade": but(
             parts=lambda decade, decades: 2 ** (decades - 1)

@@ -87,6 +87,7 @@ def observe(answer, seed: int) -> Seen:
     for shape, dtype, block_size, second_block, (levels, dynamic) in (
         ((11, 37), torch.float32, 16, 8, usual),
         ((48, 64), torch.float32, 64, 16, usual),
+        ((72, 128), torch.float32, 32, 16, usual),  # more than 256 blocks
         ((29, 5), torch.bfloat16, 16, 4, usual),
         ((331,), torch.float16, 32, 4, even),
     ):
@@ -128,6 +129,9 @@ check = Check(
         "a code is an index into the dynamic map, not a number to divide by 127": but(dynamic=lambda q: (q.codes.float() - 127) / 128),
         "scales of scales are dealt out in turn: each serves second_block neighbours, so repeat_interleave": but(
             absmax=lambda q: q.absmax.repeat(q.second_block)
+        ),
+        "256 is written in: second_block says how many scales share one, and it is not always 256": but(
+            absmax=lambda q: q.absmax.repeat_interleave(256)
         ),
         "the first scale of scales is used for all: each second_block scales have their own": but(
             absmax=lambda q: q.absmax[:1].expand(len(q.codes))

@@ -52,27 +52,31 @@ def its_own_mean_off(block: Tensor, offset: Tensor) -> Tensor:
     return block - block.mean()
 
 
-def drawn(generator: torch.Generator, count: int, block_size: int, levels: Tensor) -> Tensor:
-    """Positive scales of which no code is decided by the last digits; in some block the smallest is the farthest from the mean."""
+def drawn(generator: torch.Generator, count: int, block_size: int, levels: Tensor, margin: float) -> Tensor:
+    """Positive scales, no code of which is decided by less than ``margin``; in some block the smallest is the farthest from the mean."""
     while True:
         absmax = torch.rand(count, generator=generator) * 0.3 + 0.7
         absmax[torch.rand(count, generator=generator) < 0.03] *= 0.1
         centred = (absmax.double() - absmax.double().mean()).split(block_size)
         scaled = torch.cat([block / block.abs().max() for block in centred])
-        decided = ((scaled[:, None] - midpoints(levels).double()).abs() > 2e-5).all()
+        decided = ((scaled[:, None] - midpoints(levels).double()).abs() > margin).all()
         if decided and all((block > 0).any() for block in centred):  # a block's max() is then never below zero
             return absmax
 
 
 def observe(answer, seed: int) -> Seen:
     generator = torch.Generator().manual_seed(seed)
-    small = 2.0**-20  # about 1e-6: an epsilon of 1e-8 moves many codes, one of 1e-12 none
-    cases = ((dynamic_map(5), 150, 64, 1.0), (torch.linspace(-1, 1, 31), 83, 16, 1.0), (dynamic_map(7), 96, 32, small))
-    for levels, count, block_size, size in cases:
-        absmax = drawn(generator, count, block_size, levels) * size  # a power of two: the scaled values stay what they are
+    even = torch.linspace(-1, 1, 31)
+    for levels, count, block_size, size, words, margin in (
+        (dynamic_map(5), 150, 64, 1.0, "scales", 2e-5),
+        (even, 83, 16, 1.0, "scales", 2e-5),
+        (dynamic_map(7), 96, 32, 2.0**-20, "scales of about 1e-6", 2e-5),  # an epsilon of 1e-8 moves many codes, one of 1e-12 none
+        (even, 40, 16, 2.0**-27, "scales of about 1e-8", 2e-3),  # and here a least value of 1e-8
+    ):
+        absmax = drawn(generator, count, block_size, levels, margin) * size  # a power of two: the scaled values stay what they are
         found = answer(absmax, levels, block_size)
         codes, largest, offset = unpacked(found, "three, the codes, the scales of the scales and the offset", object, object, object)
-        where = f"{count} {'scales' if size == 1 else 'scales of about 1e-6'} in blocks of {block_size}, {len(levels)} levels"
+        where = f"{count} {words} in blocks of {block_size}, {len(levels)} levels"
         count_of_offsets = offset.numel() if isinstance(offset, Tensor) else len(offset) if isinstance(offset, (list, tuple)) else 1
         if count_of_offsets == -(-count // block_size):
             yield f"offset, {where}", "one for each block"  # of any shape, with whatever codes
@@ -80,6 +84,14 @@ def observe(answer, seed: int) -> Seen:
         yield f"offset, {where}", offset
         yield f"scales of scales, {where}", largest
         yield f"codes, {where}", codes
+    absmax, levels = torch.full((20,), 0.75), dynamic_map(5)
+    codes, largest, offset = unpacked(answer(absmax, levels, 8), "the same three", object, object, object)
+    yield "offset, 20 scales that are all equal", offset
+    yield "scales of scales, 20 scales that are all equal, so that 0 is left of each", largest
+    if isinstance(codes, Tensor) and codes.dtype == torch.uint8 and codes.shape == absmax.shape:  # 0/0 may have any code that there is
+        yield "20 scales that are all equal: each code is an index into levels", bool((codes < len(levels)).all())
+    else:
+        yield "codes, 20 scales that are all equal", codes
 
 
 check = Check(
@@ -132,6 +144,10 @@ check = Check(
         ),
         "1e-8 is added to what a block is divided by: beside scales of 1e-6 that is no longer nothing, and it moves codes; add "
         "nothing": but(divided=lambda centred, scale: centred / (scale + 1e-8)),
+        "a block's scale has a least value of 1e-8: where scales are about 1e-8 that is no longer nothing, and it moves codes; take the "
+        "largest value itself": but(largest=lambda rest, raw: rest.abs().max().clamp(min=1e-8)),
+        "what a block is divided by has a least value of 1e-8: where scales are about 1e-8 that is no longer nothing, and it moves "
+        "codes; divide by the largest value itself": but(divided=lambda centred, scale: centred / scale.clamp(min=1e-8)),
     },
     rtol=1e-5,
     atol=1e-12,

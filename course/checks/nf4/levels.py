@@ -19,7 +19,7 @@ def normal_levels(
     quantile=ndtri,
     take=lambda quantiles: quantiles[:-1],  # without Φ⁻¹(½) = 0
     sides=lambda below, above: (below, above),
-    zeros=1,
+    zeros=(0.0,),
     order=lambda levels: levels.sort().values,
     scale=lambda levels: levels / levels.max(),
     dtype=torch.float32,
@@ -27,7 +27,7 @@ def normal_levels(
     """The worked answer: Φ⁻¹ of even probabilities on both sides of zero, divided by the largest."""
     probabilities = (torch.linspace(start(offset), 0.5, n + 1, dtype=grid).numpy() for n in (negative, positive))
     below, above = sides(*(take(quantile(p)) for p in probabilities))
-    levels = order(torch.tensor([*-below, *[0.0] * zeros, *above], dtype=torch.float32))  # (negative + 1 + positive,)
+    levels = order(torch.tensor([*-below, *zeros, *above], dtype=torch.float32))  # (negative + 1 + positive,)
     return scale(levels).to(dtype)
 
 
@@ -54,8 +54,10 @@ def observe(answer, seed: int) -> Seen:
         for below, above in ((negative, positive), (positive, negative)):
             yield f"{below} levels below zero, {above} above, δ = {offset:.4f}", answer(below, above, offset)
     if isinstance(nf4, Tensor) and nf4.dtype == torch.float32 and nf4.shape == NF4_CODEBOOK.shape:
-        near = torch.allclose(nf4, NF4_CODEBOOK, rtol=0, atol=1e-6)  # equality takes −0 for 0
-        yield "NF4's levels", "bit for bit" if torch.equal(nf4, NF4_CODEBOOK) else "right to six digits" if near else "others"
+        signed = bool((nf4 == 0).logical_and(nf4.signbit()).any())  # equality takes −0 for 0
+        near = torch.allclose(nf4, NF4_CODEBOOK, rtol=0, atol=1e-6)
+        yield "NF4's levels", "equal" if torch.equal(nf4, NF4_CODEBOOK) else "right to six digits" if near else "others"
+        yield "the sign bit of zero", "set" if signed else "not set"
 
 
 check = Check(
@@ -67,9 +69,11 @@ check = Check(
     misconceptions={
         "the two sides are exchanged: the first count is that of the levels below zero": but(sides=lambda below, above: (above, below)),
         "the levels are in standard deviations: divide all of them by the largest": but(scale=lambda levels: levels),
-        "zero is there three times: both sides end in Φ⁻¹(½) = 0; leave that one out on each side and put zero in once": but(zeros=3),
+        "zero is there three times: both sides end in Φ⁻¹(½) = 0; leave that one out on each side and put zero in once": but(
+            zeros=(0.0,) * 3
+        ),
         "there is no zero among the levels: add it, and use the two sides' own probabilities": on_one_grid,
-        "the two sides are right, but zero is missing: neither side holds Φ⁻¹(½), so put zero in": but(zeros=0),
+        "the two sides are right, but zero is missing: neither side holds Φ⁻¹(½), so put zero in": but(zeros=()),
         "the levels are evenly spaced: it is the probabilities that are even; the levels are Φ⁻¹ of them": but(quantile=lambda p: p - 0.5),
         "the probabilities start at 1, and Φ⁻¹(1) is infinite: start at δ": but(start=lambda offset: 1.0),
         "these are middles between neighbouring quantiles, as in the paper's formula: take the quantiles themselves": but(
@@ -80,6 +84,9 @@ check = Check(
         "the levels are right but not in order: sort them, or a code says nothing about size": but(order=lambda levels: levels),
         "one side borrows the other's probabilities: each side has its own even steps from δ to ½": but(
             sides=lambda below, above: tuple(max(below, above, key=len)[: len(side)] for side in (below, above))
+        ),
+        "zero is −0.0, which is equal to 0 and has other bits: it is −Φ⁻¹(½), so keep the zero of the positive side, or put 0.0 in": but(
+            zeros=(-0.0,)
         ),
         "the levels are right but not float32": but(dtype=torch.float64),
         "right to six digits, but not the table that everybody ships: that one's grid is torch.linspace in float32, its quantiles are "
