@@ -268,12 +268,12 @@ def but(**parts: Any) -> dict[str, Any]:
 
 
 def _holds_value(observed: Any) -> bool:
-    """Whether it can say which mistake was made: a tensor or a number can. A shape, a "no" or an error has many causes."""
+    """Whether it can say which mistake was made: a tensor or a fraction can. A shape, a count, a "no" or an error has many causes."""
     if isinstance(observed, Mapping):
         observed = tuple(observed.values())
     if isinstance(observed, (list, tuple)):
         return any(_holds_value(each) for each in observed if not isinstance(each, int))
-    return isinstance(observed, (Tensor, numbers.Real)) and not isinstance(observed, bool)
+    return isinstance(observed, (Tensor, float))
 
 
 def _where(error: Exception) -> str:
@@ -287,11 +287,13 @@ def _where(error: Exception) -> str:
     return found
 
 
-_RAISED = "raised"
+_RAISED, _CHANGED = "raised", "changed in place"
 
 
 def _named(value: Any) -> Any:
-    """An observed error as its type's name with the built-in type that it is a kind of; anything else as it is."""
+    """An observed error as its type's name with the built-in type that it is a kind of, a change by names; anything else as it is."""
+    if isinstance(value, Changed):
+        return {_CHANGED: list(value.names)}
     if not isinstance(value, Raised):
         return value
     return {_RAISED: (value.kind.__name__, next(kind.__name__ for kind in value.kind.__mro__ if kind.__module__ == "builtins"))}
@@ -299,6 +301,8 @@ def _named(value: Any) -> Any:
 
 def _raised_of(value: Any) -> Any:
     """What :func:`_named` made ``value`` of."""
+    if isinstance(value, dict) and set(value) == {_CHANGED}:
+        return Changed(tuple(map(str, value[_CHANGED])))
     if not (isinstance(value, dict) and set(value) == {_RAISED}):
         return value
     name, base = value[_RAISED]

@@ -252,7 +252,7 @@ def each_block_alone(returned):
         (each_block_alone(lambda blocks: [block.mean() for block in blocks]), "you took each block's own mean"),
         (in_one_piece(lambda _, absmax: absmax.mean(), lambda blocks: blocks.amax(1), 1.0), "largest .absolute. value: a scale far below"),
         (mistaken(quantize, largest=lambda block, raw: block.max().abs()), "largest .absolute. value: a scale far below"),
-        (lambda *arguments: None, "your function returned NoneType: return three"),
+        (lambda *arguments: None, "your function returned nothing: is the `return` missing.*return three"),
         (lambda *arguments: quantize(*arguments)[:2], "your function returned 2 values: return three"),
     ],
 )
