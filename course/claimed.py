@@ -82,8 +82,8 @@ def _without_advice() -> Iterator[None]:
 
 
 def pages() -> list[Path]:
-    """The Markdown pages that may carry claims: the README and the lessons."""
-    return [ROOT / "README.md", *sorted((ROOT / "lessons").glob("*.md"))]
+    """The Markdown pages that may carry claims: the README, the lessons and their appendices."""
+    return [ROOT / "README.md", *sorted((ROOT / "lessons").glob("*.md")), *sorted((ROOT / "lessons" / "appendix").glob("*.md"))]
 
 
 def in_page(text: str) -> list[str]:

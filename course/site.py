@@ -146,7 +146,7 @@ def write(
     root = root.resolve()
     folder = (folder or root / "site").resolve()
     found = units(root)
-    sources = [path for unit in found for path in (unit.lesson, unit.notebook, unit.exercise) if path.exists()]
+    sources = [path for unit in found for path in (unit.lesson, unit.appendix, unit.notebook, unit.exercise) if path.exists()]
     made = {path: folder / path.relative_to(root).with_suffix(".html") for path in sources}
     readme = root / "README.md"
     if readme.exists():
@@ -188,7 +188,7 @@ def _links(unit: Unit, found: list[Unit], made: dict[Path, Path], page: Path, fo
         return Path(os.path.relpath(goal, page.parent)).as_posix()
 
     links = {"Course": relative(folder / "index.html")}
-    for name, path in {"Lesson": unit.lesson, "Notebook": unit.notebook, "Exercises": unit.exercise}.items():
+    for name, path in {"Lesson": unit.lesson, "Appendix": unit.appendix, "Notebook": unit.notebook, "Exercises": unit.exercise}.items():
         if path in made:
             links[f"{unit.number} {name.lower()}"] = relative(made[path])
     position = found.index(unit)

@@ -41,6 +41,10 @@ class Unit:
         return self.root / "lessons" / f"{self.stem}.md"
 
     @property
+    def appendix(self) -> Path:
+        return self.root / "lessons" / "appendix" / f"{self.stem}.md"
+
+    @property
     def notebook(self) -> Path:
         return self.root / "notebooks" / f"{self.stem}.ipynb"
 
