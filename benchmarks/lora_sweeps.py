@@ -1,8 +1,8 @@
-"""What LoRA's knobs do: rank under three scales, α against the learning rate, targets at equal parameters, a small set learned by heart.
+"""What LoRA's knobs do: rank under three scales, rank and α against the learning rate, targets at equal parameters, a small set by heart.
 
 Every run adapts the tiny model to text it has never seen and ends with nats per token above the floor, the loss that no model can beat.
 
-    python -m benchmarks.lora_sweeps            # about ten minutes on one core; saves the recorded result "lora_sweeps"
+    python -m benchmarks.lora_sweeps            # half an hour on one core; saves the recorded result "lora_sweeps"
     python -m benchmarks.lora_sweeps --smoke    # a few steps of everything; saves to a temporary folder
 """
 
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 
 import torch
 from torch import Tensor
@@ -48,13 +47,15 @@ class Settings:
     steps: int = 100
     ranks: tuple[int, ...] = (1, 4, 8, 16, 64)
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+    tuned_ranks: tuple[int, ...] = (1, 4, 16, 64)
+    tuned_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     grid_steps: int = 60
     small_steps: int = 150
     small_ranks: tuple[int, ...] = (1, 8, 64)
 
 
-SMOKE = Settings((0,), 2, (8, 16), (1.0, 2.0), (1e-3, 4e-3), 2, 2, (8,))
+SMOKE = Settings((0,), 2, (8, 16), (1.0, 2.0), (1e-3, 4e-3), (8,), (1e-3, 4e-3), 2, 2, (8,))
 
 
 @functools.cache
@@ -81,9 +82,22 @@ def rank_sweep(world: World, s: Settings) -> dict:
     return {rule: {str(r): [run(seed, r, scale(r)) for seed in s.seeds] for r in s.ranks} for rule, scale in RULES.items()}
 
 
+def rank_and_rate(world: World, s: Settings) -> dict:
+    """α fixed, scale α/r; rank -> for each rate a score for each seed."""
+
+    def run(r: int, rate: float) -> list[float]:
+        return [adapted(world, seed, r, SCALE * USUAL_RANK / r, s.steps, rate=rate) for seed in s.seeds]
+
+    return {"rates": s.tuned_rates, "steps": s.steps, "scores": {str(r): [run(r, rate) for rate in s.tuned_rates] for r in s.tuned_ranks}}
+
+
 def alpha_and_rate(world: World, s: Settings) -> dict:
-    """r = 8, one seed; rows are scales (α/r), columns rates."""
-    scores = [[adapted(world, 0, USUAL_RANK, scale, s.grid_steps, rate=rate) for rate in s.rates] for scale in s.scales]
+    """r = 8; rows are scales (α/r), columns rates, and in each place a score for each seed."""
+
+    def run(scale: float, rate: float) -> list[float]:
+        return [adapted(world, seed, USUAL_RANK, scale, s.grid_steps, rate=rate) for seed in s.seeds]
+
+    scores = [[run(scale, rate) for rate in s.rates] for scale in s.scales]
     return {"scales": s.scales, "rates": s.rates, "steps": s.grid_steps, "scores": scores}
 
 
@@ -128,13 +142,13 @@ def _by_heart(world: World, seed: int, r: int | None, steps: int) -> list[tuple[
 
 
 def measure(s: Settings) -> dict:
-    """All four sweeps."""
-    world, started = World(), time.perf_counter()
+    """All five sweeps."""
+    world = World()
     settings = {"domain": DOMAIN, "rows": ROWS, "length": LENGTH, "steps": s.steps, "rate": RATE, "seeds": len(s.seeds)}
     result = {"settings": settings, "unit": "nats per token above the floor"}
-    for sweep in (rank_sweep, alpha_and_rate, target_sweep, small_set):
+    for sweep in (rank_sweep, rank_and_rate, alpha_and_rate, target_sweep, small_set):
         result[sweep.__name__] = sweep(world, s)
-    return result | {"seconds": round(time.perf_counter() - started), "threads": torch.get_num_threads()}
+    return result | {"threads": torch.get_num_threads()}
 
 
 def main() -> None:
@@ -143,14 +157,16 @@ def main() -> None:
     result = measure(s)
     for rule, ranks in result["rank_sweep"].items():
         print(f"{rule:30}", "  ".join(f"r={r}: {mean(scores):.3f}" for r, scores in ranks.items()))
+    for r, scores in result["rank_and_rate"]["scores"].items():
+        print(f"r = {r:<26}", "  ".join(f"{rate:g}: {mean(each):.3f}" for rate, each in zip(s.tuned_rates, scores, strict=True)))
     for scale, scores in zip(s.scales, result["alpha_and_rate"]["scores"], strict=True):
-        print(f"α/r = {scale:<24}", "  ".join(f"{rate:g}: {score:.3f}" for rate, score in zip(s.rates, scores, strict=True)))
+        print(f"α/r = {scale:<24}", "  ".join(f"{rate:g}: {mean(each):.3f}" for rate, each in zip(s.rates, scores, strict=True)))
     for name, rows in result["target_sweep"].items():
         print(f"{name:30}", "  ".join(f"{row['parameters']:,} (r={row['r']}): {mean(row['scores']):.3f}" for row in rows))
     for label, curves in result["small_set"].items():
         last = {name: mean(curve[-1] for curve in curves[name]) for name in ("trained on", "fresh")}
         print(f"{label:30} trained on {last['trained on']:.3f}, fresh {last['fresh']:.3f}")
-    print("saved to", recorded.save("lora_sweeps", result, given.out), f"{result['seconds']} s")
+    print("saved to", recorded.save("lora_sweeps", result, given.out))
 
 
 if __name__ == "__main__":

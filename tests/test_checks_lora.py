@@ -109,6 +109,13 @@ def test_other_right_layers_pass(right):
         check.forward(right)
 
 
+def test_a_layer_that_needs_a_bias_is_told_so():
+    answer = made(forward=lambda s, x: s.base(x) + s.update(x) + 0 * s.base.bias)
+    for seed in range(3):
+        with pytest.raises(NotYet, match=r"fails where the base has no bias"):
+            check.forward._judge(answer, seed)
+
+
 def stays_float32(layer, weight):
     layer.base.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -200,6 +207,38 @@ def test_sly_injections_are_refused(answer):
         check.inject(answer)
 
 
+def in_eval_mode(model, targets, r, lora_alpha):
+    names = inject_lora(model, r, lora_alpha, targets)
+    model.eval()
+    return names
+
+
+def half_in_eval_mode(model, targets, r, lora_alpha):
+    names = inject_lora(model, r, lora_alpha, targets)
+    model.get_submodule(names[0]).eval()
+    return names
+
+
+def head_by_its_full_name(model, targets, r, lora_alpha):
+    if targets == "all-linear":
+        targets = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name != "lm_head"]
+    return inject_lora(model, r, lora_alpha, targets)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (in_eval_mode, "the model was put into eval mode"),
+        (half_in_eval_mode, "the model is in: expected 'training mode', got 'eval mode and training mode'"),
+        (head_by_its_full_name, "inside another model it is called 'decoder.lm_head'"),
+    ],
+)
+def test_injections_that_pass_on_one_plain_model_are_refused(answer, words):
+    for seed in range(3):
+        with pytest.raises(NotYet, match=words):
+            check.inject._judge(answer, seed)
+
+
 def full_fine_tuning(model, x, y, steps, lr):
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for _ in range(steps):
@@ -258,6 +297,18 @@ def test_another_optimizer_another_rate_and_other_steps_are_refused(kind, rate, 
 def test_a_model_that_was_trained_as_a_copy_passes():
     for seed in range(3):
         check.repair._judge(trained_aside, seed)
+
+
+def from_zero_A(model):
+    """The other start from the pretrained model, as embeddings have it."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.zeros_(p) if "lora_A" in name else nn.init.normal_(p, std=0.5)
+
+
+def test_either_factor_may_be_the_zero_one():
+    for seed in range(3):
+        check.repair._judge(mistaken(adapt, prepare=from_zero_A), seed)
 
 
 def and_the_loss(*arguments):

@@ -53,7 +53,7 @@ def test_outputs_are_committed_and_none_is_an_error(unit: Unit):
 def test_it_is_not_too_long(unit: Unit):
     cells = read(unit.notebook).cells
     lengths = [len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code"]
-    assert len(cells) <= 60
+    assert len(cells) <= 40
     assert statistics.median(lengths) < 10
     assert max(lengths) <= 25
     assert unit.notebook.stat().st_size < 3_000_000

@@ -73,6 +73,15 @@ def test_links_to_notebooks_and_lessons_lead_to_their_pages(pages):
     assert (lesson.path.parent / lesson.images[0]["src"]).read_bytes() == b"png"
 
 
+def test_an_appendix_is_a_page_that_its_unit_links_to(small_course: Unit):
+    page = small_course.lesson.parent / "appendix" / small_course.lesson.name
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("# More squares\n\nBack to the [lesson](../00_squares.md).\n")
+    folder = site.write(small_course.root).parent
+    assert "../00_squares.html" in Page(folder / "lessons" / "appendix" / "00_squares.html").links
+    assert "appendix/00_squares.html" in Page(folder / "lessons" / "00_squares.html").links
+
+
 def test_formulas_become_mathml_and_comments_go(pages):
     text = pages["lessons/00_squares.html"].text
     assert "<msup><mi>x</mi><mn>2</mn></msup>" in text and "$" not in text.partition("<main>")[2]

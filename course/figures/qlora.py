@@ -128,6 +128,6 @@ def merges(data: dict[str, list]) -> plt.Figure:
 FIGURES = [
     Figure("qlora_memory", PAGE, memory_data, memory),
     Figure("qlora_quality", PAGE, quality_data, quality),
-    Figure("qlora_won_back", PAGE, won_back_data, won_back),
+    Figure("qlora_won_back", "lessons/appendix/06_qlora.md", won_back_data, won_back),
     Figure("qlora_merges", PAGE, merges_data, merges),
 ]

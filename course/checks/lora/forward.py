@@ -91,6 +91,7 @@ def observe(answer, seed: int) -> Seen:
     yield from [(f"the gradient of {name}", gradient) for name, gradient in zip(named, gradients, strict=True)]
     yield "the base weight after all this", base.weight.detach().clone()
     yield "the base weight is untouched", torch.equal(base.weight, before)
+    yield "over a base without a bias the update is", without_bias(answer, g)
     for dtype, rounding in ((torch.bfloat16, 2**-6), (torch.float64, 2**-20)):
         yield from in_another_dtype(answer, dtype, rounding, g)
     base = linear()
@@ -129,9 +130,19 @@ def order_of_start(layer: nn.Module) -> str:
 
 
 @torch.no_grad()
+def without_bias(answer, g: torch.Generator) -> Tensor | str:
+    base, x = linear(bias=False), torch.randn(2, IN, generator=g)
+    try:
+        layer = answer(base, R, ALPHA)
+        fill(layer, g)
+        return layer(x) - base(x)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"a {type(error).__name__}"
+
+
+@torch.no_grad()
 def in_another_dtype(answer, dtype: torch.dtype, rounding: float, g: torch.Generator) -> Seen:
-    """A base of that dtype, and without a bias."""
-    base, label = linear(dtype, bias=False), f"with a {dtype} base the output is"
+    base, label = linear(dtype), f"with a {dtype} base the output is"
     x = torch.randn(2, IN, generator=g).to(dtype)
     try:
         layer = answer(base, R, ALPHA)
@@ -143,15 +154,15 @@ def in_another_dtype(answer, dtype: torch.dtype, rounding: float, g: torch.Gener
     except (RuntimeError, TypeError) as error:
         yield label, f"a {type(error).__name__}"
         return
-    wide = [each.double() for each in (x, base.weight, layer.lora_A, layer.lora_B)]
+    wide = [each.double() for each in (x, base.weight, base.bias, layer.lora_A, layer.lora_B)]
     size = output(*map(torch.abs, wide))  # of the products: sums may cancel
     right = (y.double() - output(*wide)).abs() <= rounding * size
     yield label, str(y.dtype)
     yield f"{label} right to within rounding", bool(right.all())
 
 
-def output(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return x @ weight.T + ALPHA / R * (x @ lora_A.T @ lora_B.T)
+def output(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return x @ weight.T + bias + ALPHA / R * (x @ lora_A.T @ lora_B.T)
 
 
 @torch.no_grad()
@@ -265,6 +276,8 @@ check = Check(
         "the base's bias is lost: call base(x) instead of multiplying by its weight": but(
             forward=lambda s, x: F.linear(x, s.base.weight) + s.update(x)
         ),
+        "your layer fails where the base has no bias, as most linear layers of today's language models: base.bias is None there; call "
+        "base(x), which knows": but(forward=lambda s, x: F.linear(x, s.base.weight) + s.base.bias + s.update(x)),
         "the base path is missing: the layer gives base(x) plus the update, not the update alone": but(forward=lambda s, x: s.update(x)),
         "dropout acts on the update, after B: it belongs on the input of A, so that inputs are dropped, not outputs": but(
             update=lambda s, x: s.scale() * s.drop(s.path(x))

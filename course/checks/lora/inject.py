@@ -26,7 +26,7 @@ def by_target(names: list[str], targets) -> list[str]:
 
 
 def inject(
-    model, targets, r, lora_alpha, *, walk=nn.Module.named_modules, match=is_target, is_head=lambda name: name == "lm_head",
+    model, targets, r, lora_alpha, *, walk=nn.Module.named_modules, match=is_target, is_head=lambda name: is_target(name, ["lm_head"]),
     before=nothing, refuse=refuse, freeze=freeze_all, wrapped=as_found, place=setattr, after=nothing, returned=as_found,
 ) -> list[str]:  # fmt: skip
     """The worked answer: find, freeze, wrap."""
@@ -78,22 +78,37 @@ class ToyModel(nn.Module):
         return self.lm_head(self.xlm_head(x) * torch.tanh(self.lm_head_gate(x)))
 
 
+class Inside(nn.Module):
+    """A model within another, as vision-language models have it: full names are longer, the head's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = ToyModel()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.decoder(ids)
+
+
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 9, (2, 5), generator=g)
     r, lora_alpha = (int(torch.randint(*ends, (), generator=g)) for ends in ((2, 5), (5, 9)))
-    cases = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], ["q_proj", "attn.q_proj"], "all-linear")
-    for targets in cases:
+    lists = (["q_proj", "v_proj"], ["attn.q_proj"], ["layers.1.cross.v_proj"], ["lm_head"], ["q_proj", "attn.q_proj"])
+    cases = [(targets, ToyModel, f"targets {targets}") for targets in (*lists, "all-linear")]
+    for targets, kind, case in (*cases, ("all-linear", Inside, "targets all-linear, the model inside another, as its decoder")):
         torch.manual_seed(seed)  # the same model, however much randomness the answer took before
-        model = ToyModel()
+        model = kind()
         before = model(ids).detach()
         try:
             names = answer(model, targets, r, lora_alpha)
         except ValueError:
-            yield f"targets {targets}", "refused with a ValueError"
+            yield case, "refused with a ValueError"
             continue
-        yield f"targets {targets}", "accepted"
-        yield from [(f"targets {targets}: {label}", value) for label, value in after_injecting(model, ids, before, names)]
+        yield case, "accepted"
+        yield from [(f"{case}: {label}", value) for label, value in after_injecting(model, ids, before, names)]
     for targets in (["no_such_layer"], ["attn"]):  # the second is a block, not a linear layer
         model = ToyModel()
         before = trainable(model)
@@ -105,6 +120,7 @@ def after_injecting(model: nn.Module, ids: Tensor, before: Tensor, names) -> See
     holders = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
     yield "layers that are wrapped", ", ".join(sorted(holders))
     yield "what trains", trainable(model)
+    yield "the model is in", " and ".join(sorted({"training mode" if module.training else "eval mode" for module in model.modules()}))
     yield "the model's output before training", model(ids).detach() - before
     yield "names returned", sorted(names) if isinstance(names, (list, tuple, set)) else names
     factors = {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
@@ -134,6 +150,10 @@ check = Check(
         "'all-linear' left out every layer whose name ends with 'lm_head', such as xlm_head: it leaves out lm_head alone": but(
             is_head=lambda name: name.endswith("lm_head")
         ),
+        "'all-linear' knew the head only by its full name: inside another model it is called 'decoder.lm_head'; compare the last word": but(
+            is_head=lambda name: name == "lm_head"
+        ),
+        "the model was put into eval mode: injecting changes layers, and leaves the mode as it is": but(after=lambda model: model.eval()),
         "a layer that two targets name is wrapped twice: ask of each layer whether any target names it": but(wrapped=by_target),
         "a layer that two targets name is returned twice: it is one layer": but(returned=by_target),
         "lm_head is skipped even when it is named: only 'all-linear' leaves it out": but(
