@@ -22,7 +22,8 @@ def test_every_weight_is_either_wrapped_or_left(name):
 
 
 def test_what_the_page_says_of_single_families():
-    assert {"experts.gate_up_proj", "experts.down_proj"} <= set(FOUND["Mixtral-8x7B"].left) and FOUND["Mixtral-8x7B"].percent < 5
+    for name in ("Mixtral-8x7B", "DeepSeek-V3"):
+        assert {"experts.gate_up_proj", "experts.down_proj"} <= set(FOUND[name].left) and FOUND[name].percent < 5
     assert "classifier" in FOUND["ViT-base"].wrapped
     assert "qkv_proj" in FOUND["Phi-3-mini"].wrapped
     assert all("query_key_value" in FOUND[name].wrapped for name in ("GPT-NeoX-20B", "Falcon-7B"))
@@ -33,5 +34,13 @@ def test_the_shapes_are_those_of_the_models():
     """Parameters in billions, as their makers count them."""
     sizes = {family.name: sum(p.numel() for p in family.built(small=False).parameters()) for family in families.FAMILIES}
     known = {"Llama-2-7B": 6.74, "Gemma 3 270M": 0.268, "Qwen3-8B": 8.19, "Phi-3-mini": 3.82, "Mixtral-8x7B": 46.7, "GPT-2": 0.124}
-    known |= {"GPT-NeoX-20B": 20.6, "Falcon-7B": 6.92, "BERT-base": 0.110, "T5-small": 0.0605, "ViT-base": 0.0866, "Whisper-tiny": 0.0378}
+    known |= {
+        "GPT-NeoX-20B": 20.6,
+        "Falcon-7B": 6.92,
+        "BERT-base": 0.110,
+        "T5-small": 0.0605,
+        "ViT-base": 0.0866,
+        "Whisper-tiny": 0.0378,
+        "DeepSeek-V3": 671,
+    }
     assert {name: size / 1e9 for name, size in sizes.items()} == pytest.approx(known, rel=0.02)

@@ -38,6 +38,16 @@ def adapter_millions(model: str, r: int, targets: str = "all-linear") -> float:
     return _trained(model, r, targets) / 1e6
 
 
+def embedding_and_head_millions(model: str) -> float:
+    """Of numbers in the token embedding and an output head of its own."""
+    return 2 * SHAPES[model].embedding / 1e6
+
+
+def embedding_over_adapter(model: str, r: int) -> float:
+    """How many times what an adapter on all linear layers holds the embedding and the head hold."""
+    return embedding_and_head_millions(model) / adapter_millions(model, r)
+
+
 def adapter_percent(model: str, r: int, targets: str = "all-linear") -> float:
     """Trained parameters, of the model's."""
     return 100 * _trained(model, r, targets) / SHAPES[model].parameters

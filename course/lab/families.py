@@ -58,6 +58,11 @@ FAMILIES = (
     }),
     Family("Phi-3-mini", hf.Phi3ForCausalLM, hf.Phi3Config, _DECODER, {}),
     Family("Mixtral-8x7B", hf.MixtralForCausalLM, hf.MixtralConfig, _DECODER | {"num_local_experts": 4}, {}),
+    Family("DeepSeek-V3", hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config, _DECODER | {
+        "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    }, {}),
     Family("GPT-2", hf.GPT2LMHeadModel, hf.GPT2Config, {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "vocab_size": VOCAB, **_ENDS}, {}),
     Family("GPT-NeoX-20B", hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, {**_SMALL, **_ENDS, "vocab_size": VOCAB}, {}),
     Family("Falcon-7B", hf.FalconForCausalLM, hf.FalconConfig, {
