@@ -133,7 +133,9 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
 
 
 def _two_numbers(actual: float, expected: float) -> str:
-    """With as many digits as it takes to tell them apart."""
+    """Whole numbers in full, others with as many digits as it takes to tell them apart."""
+    if isinstance(expected, int) and abs(actual) < 1e15 and actual == int(actual):
+        return f"expected {expected}, got {int(actual)}"
     for digits in (6, 9, 12, 17):
         one, other = f"{actual:.{digits}g}", f"{expected:.{digits}g}"
         if one != other:

@@ -97,6 +97,9 @@ def test_the_first_difference_is_named(actual, expected, words):
 
 def test_numbers_that_differ_late_are_told_apart():
     assert first_difference(123_456_785, 123_456_789, rtol=1e-9) == "expected 123456789, got 123456785"
+    assert first_difference(1_363_200, 1_190_400) == "expected 1190400, got 1363200"  # counts are not rounded
+    assert first_difference(1e300, 1_190_400) == "expected 1.1904e+06, got 1e+300"
+    assert first_difference(float("nan"), 3) == "expected 3, got nan"
 
 
 def test_tolerances_are_what_they_say():

@@ -153,6 +153,16 @@ def test_sly_maps_are_refused(answer, words):
         check.dynamic(answer)
 
 
+def test_a_fraction_of_a_scale_of_scales_is_named():
+    def answer(n, block, second):
+        blocks = math.ceil(n / block)
+        return 8 * ((n + 1) // 2 + (4 * blocks if second is None else blocks + 4 * blocks / second + 4)) / n
+
+    for seed in range(5):
+        with pytest.raises(NotYet, match="block of scales can't be a fraction"):
+            check.bits._judge(answer, seed)
+
+
 def changed(position, change):
     def answer(absmax, levels, block_size):
         parts = list(quantize(absmax, levels, block_size))

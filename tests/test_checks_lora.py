@@ -63,7 +63,11 @@ SLY_LAYERS = {
     ),
     "between A and B too": (
         made(path=lambda s, x: F.linear(s.drop(F.linear(x, s.lora_A)), s.lora_B)),
-        "the right one times: expected '0 or 1.33', got 'no multiple of it .three to eight different updates.'",
+        "in multiples of the right one: expected '0 or 1.33', got 'none .three to eight different updates.'",
+    ),
+    "on the base path too, drawn anew": (
+        made(forward=lambda s, x: F.linear(s.drop(x), s.base.weight, s.base.bias) + s.update(x)),
+        "on the base path too, with a draw of its own",
     ),
     "p kept, not dropped": (
         made(drop=lambda s, x: x * kept_of(x, s, 1 - s.p) * s.p / (1 - s.p) if s.training and s.p else x),

@@ -74,7 +74,14 @@ def adds_to_the_set(tokens, hidden, mlp, number_bytes, trained, adapted):
     return check.mlp.reference(tokens, hidden, mlp, number_bytes, False, adapted)
 
 
+def all_of_attention_square(sizes, rank, targets):
+    wide = {"gate_proj", "up_proj", "down_proj"}
+    trained = rank * sizes.layers * sum(sizes.hidden + (sizes.mlp if name in wide else sizes.hidden) for name in targets)
+    return {"trained": trained, "gradient bytes": 4 * trained, "optimizer bytes": 8 * trained}
+
+
 SLY = {
+    "attention square": (check.lora, all_of_attention_square, "counted as hidden × hidden"),
     "isclose": (check.matching, names_within(lambda n, each, gb, t: math.isclose(gb * 1e9, n * each, rel_tol=t)), "the larger of its two"),
     "isclose, either number": (
         check.matching,

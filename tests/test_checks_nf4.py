@@ -305,6 +305,18 @@ def test_shares_that_are_right_for_some_tensors_are_refused(sly, words):
             check.occupancy._judge(sly, seed)
 
 
+def by_distances(x, levels, block_size):
+    """Without a guard: a block of zeros is NaN, which argmin takes for the least distance."""
+    scaled = torch.cat([block / block.abs().max() for block in x.float().flatten().split(block_size)])
+    return torch.nn.functional.one_hot((scaled[:, None] - levels).abs().argmin(1), len(levels)).float().mean(0)
+
+
+def test_zeros_over_zero_are_named_for_argmin_too():
+    for seed in range(5):
+        with pytest.raises(NotYet, match="argmin of NaN is 0"):
+            check.occupancy._judge(by_distances, seed)
+
+
 @pytest.mark.parametrize(
     "sly",
     [

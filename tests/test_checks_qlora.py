@@ -221,6 +221,14 @@ def test_sly_counts_are_refused(answer):
     refused(check.bytes_of_base, answer, ".")
 
 
+def test_names_compared_by_their_ends_are_named():
+    def by_ends(model, skip):
+        names = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.endswith(skip)]
+        return quantized_bytes(model, tuple(names))
+
+    refused(check.bytes_of_base, by_ends, "compared with the ends of names")
+
+
 def quantizes_what_it_is_given(model, skip):
     found = quantized_bytes(model, skip)
     quantize_linears(model, [name for name, m in model.named_modules() if type(m) is nn.Linear and name.split(".")[-1] in skip])

@@ -168,3 +168,25 @@ def test_nearest_is_strict():
     rounded = exact.to(torch.bfloat16)
     assert check.nearest(rounded, exact)
     assert not check.nearest(torch.nextafter(rounded, torch.full_like(rounded, math.inf)), exact)
+
+
+def upwards(weight, rank):
+    """As eigh sorts: the largest of the kept pieces comes last."""
+    full = weight.double()
+    values, u = torch.linalg.eigh(full @ full.T)
+    u, root = u[:, -rank:], values[-rank:].clamp(min=0) ** 0.25
+    return (u * root).to(weight.dtype), ((u / root).T @ full).to(weight.dtype)
+
+
+def half_of_the_smaller_side(out_features, in_features):
+    return int(0.5 * min(out_features, in_features))
+
+
+@pytest.mark.parametrize(
+    "judge, answer, words",
+    [(check.factors, upwards, "in another order"), (check.break_even, half_of_the_smaller_side, "half of the smaller side saves nothing")],
+)
+def test_usual_slips_are_named(judge, answer, words):
+    for seed in range(5):
+        with pytest.raises(NotYet, match=words):
+            judge._judge(answer, seed)

@@ -90,6 +90,7 @@ check = Check(
         "the scales of the scales are float32, 4 bytes each; you counted 2": but(double=lambda blocks, groups: blocks + 2 * groups + 4),
         "the offset is one for the whole tensor, not one for each block of scales": but(double=lambda blocks, groups: blocks + 8 * groups),
         "blocks can't be fractions: a short last block has a whole scale, so round up": but(blocks=truediv, groups=truediv),
+        "the last block of scales can't be a fraction: it has a whole float32, so round up there too": but(groups=truediv),
         "an odd number of weights leaves half a byte unused, and it is stored: round the bytes up": but(packed=truediv),
         "an unquantized scale is a float32, 4 bytes whatever the dtype of the weight; you counted 2": but(plain=lambda blocks: 2 * blocks),
         "these are bytes per weight: multiply by 8": but(share=lambda total, elements: total / elements),

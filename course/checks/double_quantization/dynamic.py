@@ -64,7 +64,7 @@ check = Check(
         "the levels are sorted by size without their signs: sort them from the most negative to 1": but(
             order=lambda levels: levels.sort().values[levels.sort().values.abs().argsort(stable=True)]
         ),
-        "the digits are the wrong way round: the decade of the largest numbers is cut into the most parts": but(
+        "the numbers of parts are the wrong way round: the decade of the largest numbers is cut into the most": but(
             parts=lambda decade, decades: 2 ** (decades - 1 - decade)
         ),
         "these levels are evenly spaced, as in INT8: every decade has its own spacing": lambda decades: torch.linspace(

@@ -167,20 +167,22 @@ def output(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tens
 
 @torch.no_grad()
 def with_dropout(layer: nn.Module, base: nn.Linear, g: torch.Generator) -> Seen:
+    one_input = torch.eye(IN)[2].repeat(256, 1)
+    training = f"in training, with dropout {DROPOUT}"
+    layer.train()
+    yield f"{training} and lora_B zero, the output is the base's own", torch.allclose(layer(one_input.clone()), base(one_input), atol=1e-6)
     fill(layer, g)
     layer.lora_B.abs_().add_(0.5)
-    one_input = torch.eye(IN)[2].repeat(256, 1)
     two_inputs = one_input + torch.eye(IN)[4]
     update = ALPHA / R * (layer.lora_B @ layer.lora_A)[:, 2]
 
     def got(x: Tensor) -> Tensor:
         return layer(x.clone()) - base(x)
 
-    training = f"in training, with dropout {DROPOUT}"
     for label in (f"in eval mode, with dropout {DROPOUT}", training):
         layer.train(label == training)
         share = shares_of_update(got, one_input, update)
-        yield f"{label}, in rows with one input that is not zero, the update is the right one times", share
+        yield f"{label}, in rows with one input that is not zero, the update in multiples of the right one", share
     if share == ONE_DRAW:
         return
     layer(given := one_input.clone())
@@ -202,7 +204,7 @@ def shares_of_update(got, x: Tensor, update: Tensor) -> str:
     if torch.allclose(rest, share[:, None] * update, atol=1e-4):
         return " or ".join(f"{value:g}" for value in sorted({round(value, 2) + 0.0 for value in share.tolist()}))
     words = "one update, for all rows" if found == 1 else "two different updates" if found == 2 else "three to eight different updates"
-    return f"no multiple of it ({words if found <= 8 else 'more than eight different updates'})"
+    return f"none ({words if found <= 8 else 'more than eight different updates'})"
 
 
 def kinds(rows: Tensor) -> int:
@@ -288,6 +290,8 @@ check = Check(
         "dropout acts on the base path too: the frozen layer must see the whole input; only the adapter's input is dropped": but(
             forward=lambda s, x: s.base(dropped := s.drop(x)) + s.scale() * s.path(dropped)
         ),
+        "dropout acts on the base path too, with a draw of its own: the frozen layer must see the whole input; only the adapter's input is "
+        "dropped": but(forward=lambda s, x: s.base(s.drop(x)) + s.update(x)),
         "dropout still acts in eval mode: it must depend on self.training (nn.Dropout does)": but(drop=lambda s, x: F.dropout(x, s.p)),
         "lora_dropout has no effect: drop the adapter's input in training mode": but(drop=lambda s, x: x),
         "what dropout keeps is not scaled up: divide by 1 − p in training, so that the mean stays (nn.Dropout does)": but(

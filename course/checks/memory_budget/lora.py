@@ -60,6 +60,10 @@ check = Check(
         "q_proj is heads·head_dim wide, which need not be hidden (and o_proj reads that width)": but(
             shapes=lambda sizes: linears(sizes) | dict.fromkeys(("q_proj", "o_proj"), (sizes.hidden, sizes.hidden))
         ),
+        "the attention layers are counted as hidden × hidden: q_proj has heads·head_dim outputs, k_proj and v_proj have kv_heads·head_dim, "
+        "and o_proj reads heads·head_dim": but(
+            shapes=lambda sizes: linears(sizes) | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (sizes.hidden, sizes.hidden))
+        ),
         "you took head_dim as hidden / heads; it is a size of its own": but(
             shapes=lambda sizes: linears(sizes._replace(head_dim=sizes.hidden // sizes.heads))
         ),

@@ -129,6 +129,9 @@ check = Check(
         ),
         "bins were cut at the levels: they are cut at the midpoints between levels": but(edges=lambda levels: levels[1:]),
         "a block of zeros was divided by zero: its values are zero, and belong to the code of zero": but(guard=lambda largest: largest),
+        "a block of zeros was divided by zero, and argmin of NaN is 0, the lowest code: zeros belong to the code of zero": but(
+            guard=lambda largest: largest, bins=lambda scaled, edges: count(scaled.nan_to_num(-1), edges)
+        ),
         "a number was added to the divisor, or it has a least value: beside it a block of tiny values is lost; guard against 0 alone": but(
             guard=lambda largest: largest + 1e-8
         ),

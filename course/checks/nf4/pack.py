@@ -44,7 +44,7 @@ check = Check(
     reference=pack,
     second=one_by_one,
     misconceptions={
-        "the nibbles are swapped: the first of two codes belongs into the high four bits, so that [1, −1] is 0xF0": but(
+        "the nibbles are swapped: the first of two codes belongs in the high four bits, so that [1, −1] is 0xF0": but(
             join=lambda first, second: second << 4 | first
         ),
         "the last code of an odd length is lost: it has no partner, so append a 7 before you pair; 65 codes need 33 bytes": but(

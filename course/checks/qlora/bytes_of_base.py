@@ -110,6 +110,8 @@ check = Check(
         "skip is ignored: the layers that it names, here the output head, stay in 16 bits": but(skipped=lambda name, skip: False),
         "skip is looked for inside of names: 'last_down_proj' is another layer than 'down_proj'; compare with what follows the last "
         "dot": but(skipped=lambda name, skip: any(part in name for part in skip)),
+        "skip is compared with the ends of names: 'last_down_proj' ends in 'down_proj' and is another layer; compare with what follows the "
+        "last dot": but(skipped=lambda name, skip: name.endswith(skip)),
         "the output head is skipped where skip does not name it: skip says all, and may be empty": but(
             skipped=lambda name, skip: last_name(name) in (*skip, "lm_head")
         ),

@@ -32,12 +32,15 @@ check = Check(
     rtol=0,
     atol=0,
     misconceptions={
-        "where m + n divides m·n, factors of that rank are as large as the matrix (6 × 3: rank 2 needs 18 numbers)": but(spared=0),
+        "where out + in divides out·in, factors of that rank are as large as the matrix (6 × 3: rank 2 needs 18 numbers)": but(spared=0),
         "that is the largest rank the matrix can have: its factors need more numbers than the matrix itself": min,
-        "half of the smaller side is right for square matrices alone: count r·(m + n) against m·n": lambda m, n: (min(m, n) - 1) // 2,
+        "half of the smaller side is right for square matrices alone: count r·(out + in) against out·in": lambda m, n: (min(m, n) - 1) // 2,
+        "half of the smaller side saves nothing for a square matrix, and is not the border for others: count r·(out + in) against out·in": (
+            lambda m, n: min(m, n) // 2
+        ),
         "that is the first rank that does not save: you want the one before": but(spared=0, divide=lambda all, one: -(-all // one)),
         "return a whole number: a rank of 31.5 does not exist": but(spared=0, divide=operator.truediv),
-        "you counted r² numbers for the factors: B has m·r and A has r·n": but(divide=lambda all, one: math.isqrt(all)),
-        "you counted one factor: B has m·r numbers and A has r·n, together r·(m + n)": but(of_one_rank=max),
+        "you counted r² numbers for the factors: B has out·r and A has r·in": but(divide=lambda all, one: math.isqrt(all)),
+        "you counted one factor: B has out·r numbers and A has r·in, together r·(out + in)": but(of_one_rank=max),
     },
 )

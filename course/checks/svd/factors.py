@@ -108,6 +108,8 @@ check = Check(
             kept=lambda rank: slice(-rank, None)
         ),
         "one piece too few: rank r keeps indices 0 to r − 1, so slice with [:rank]": but(kept=lambda rank: slice(rank - 1)),
+        "the pieces are the right ones in another order: B's first column and A's first row belong to the largest singular value (eigh "
+        "sorts upwards)": but(pair=lambda b, a: (b.flip(1), a.flip(0))),
         "A came first: return (B, A), B with shape (out, rank)": but(pair=lambda b, a: (a, b)),
         "torch.svd_lowrank starts from random directions and comes near the best pieces, not to them: use torch.linalg.svd": but(
             decompose=randomized_svd

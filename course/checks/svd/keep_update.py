@@ -70,10 +70,10 @@ check = Check(
     rtol=1e-3,
     atol=1e-4,
     misconceptions={
-        "you truncated the fine-tuned weight itself, and with it what pre-training had learned: truncate the change, W1 − W0": but(
+        "you truncated the fine-tuned weight itself, and with it what pre-training had learned: truncate the change, after − before": but(
             combine=lambda w0, w1, best: best(w1)
         ),
-        "you truncated the weight from before and added the whole change: truncate the change, W1 − W0": but(
+        "you truncated the weight from before and added the whole change: truncate the change, after − before": but(
             combine=lambda w0, w1, best: best(w0) + w1 - w0
         ),
         "that is the truncated change alone: add it to the weight from before": but(combine=lambda w0, w1, best: best(w1 - w0)),
