@@ -405,7 +405,7 @@ RIGHT_THEN = {
     "quit": "quit()",
     "_exit": "import os\nos._exit(0)",
     "SystemExit": "raise SystemExit",
-    "kills the process that starts it": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "kills the process that starts it": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n1 / 0",
     "stops the process that starts it": "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\n1 / 0",
     "a child in a session of its own": "import subprocess\nsubprocess.Popen(['sleep', '60'], start_new_session=True)\n1 / 0",
     "redefines the other's answer": "def double(x):\n    return 0\nexit()",
