@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reference.paging.lanes import Lane, now, wait_here
 from reference.paging.layout import Page
 
 POLICIES = ("alternate", "mru", "lru")
@@ -38,30 +39,6 @@ class PageEvent(NamedTuple):
     step: int
     kind: str  # "hit", "in" or "out"
     page: int
-
-
-class Lane:
-    """A stream that copies. On a CPU there is none: the copy is made at once, by the caller."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, target: Tensor, source: Tensor, *events) -> "torch.cuda.Event | None":
-        """Copy once all ``events`` have happened (None has); returns the event of its end."""
-        if self.stream is None:
-            target.copy_(source)
-            return None
-        for event in events:
-            if event is not None:
-                self.stream.wait_event(event)
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
-        return self.stream.record_event()
-
-    def wait(self) -> None:
-        """Until all its copies are made: the one place where the CPU waits."""
-        if self.stream is not None:
-            self.stream.synchronize()
 
 
 class Frame:
@@ -112,8 +89,7 @@ class Pool:
         else:
             self._note("hit", number)
         self.table.move_to_end(number)
-        if frame.loaded is not None:
-            torch.cuda.current_stream(self.device).wait_event(frame.loaded)
+        wait_here(frame.loaded, self.device)
         frame.changed = True
         try:
             yield frame.view(self.pages[number])
@@ -125,7 +101,9 @@ class Pool:
             if len(self.table) < self.most:
                 self.free.append(Frame(self.page_bytes, self.device))
             else:
-                self._empty(next(iter(self.table if self.policy != "mru" else reversed(self.table))))
+                self._empty(
+                    next(iter(self.table if self.policy != "mru" else reversed(self.table)))
+                )
         page, frame = self.pages[number], self.free[-1]
         events = frame.done, frame.stored, page.stored
         frame.loaded = self.incoming.copy(frame.view(page), page.host, *events)
@@ -162,8 +140,3 @@ class Pool:
 
     def _note(self, kind: str, page: int) -> None:
         self.trace.append(PageEvent(self.step, kind, page))
-
-
-def now(device: torch.device) -> "torch.cuda.Event | None":
-    """The event that all work given to the current stream so far is done; None on a CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
