@@ -366,7 +366,7 @@ def table(result: dict) -> str:
     for row in result.get("paged", ()):
         rates = f"{row['rate in']:6.1f} in {row['rate out']:6.1f} out GB/s, {row['share in']:.0%} {row['share out']:.0%} of the bus"
         lines.append(
-            f"{row['policy']:10}{row['streams']} streams {row['frames']:4} frames {row['pages']} pages {1e3 * row['seconds']:8.1f} ms {rates}"
+            f"{row['policy']:10}{row['streams']} streams {row['frames']:4} of {row['pages']} pages {1e3 * row['seconds']:8.1f} ms {rates}"
         )
     for row in result.get("offloaded", ()):
         lines.append(f"{row['how']:28}{row.get('seconds', row.get('error'))}  {row.get('after_backward')}")

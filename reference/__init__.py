@@ -11,7 +11,8 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     04   nf4
     05   double_quant
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
-    07   paging (optimizer, update, layout, pool, lanes, state, offloaded), offload (sequential, stores)
+    07   paging (optimizer, update, layout, pool, lanes, state, offloaded)
+    07   offload (sequential, stores)
     08   checkpointing, precision
     09   ewc, rehearsal, progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives

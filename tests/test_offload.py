@@ -190,14 +190,14 @@ def test_bad_arguments_are_named(make, words):
 def test_a_weight_that_would_silently_not_be_trained_is_refused():
     offloaded = OffloadedSequential(stack(2, four_bits=False), "cpu")
     offloaded.layers[1].down.base.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="down.base.weight of layer 1 is offloaded: it would get no gradient"):
+    with pytest.raises(ValueError, match=r"down\.base\.weight of layer 1 is offloaded: it would get no gradient"):
         offloaded(torch.randn(1, 16))
 
 
 def test_a_weight_that_was_replaced_is_refused():
     offloaded = OffloadedSequential(stack(2, four_bits=False), "cpu")
     offloaded.layers[1].down.base.weight.data = torch.zeros(16, 32)
-    with pytest.raises(ValueError, match="down.base.weight of layer 1 was replaced"):
+    with pytest.raises(ValueError, match=r"down\.base\.weight of layer 1 was replaced"):
         offloaded(torch.randn(1, 16))
 
 

@@ -35,9 +35,9 @@ from reference.paging.lanes import Lane, Packed, now, wait_here
 class OffloadedSequential(nn.Module):
     """``nn.Sequential`` with its frozen parameters on the host or on disk.
 
-    Parameters that require a gradient, such as adapters, and buffers stay on ``device``: a layer may
-    write to them. Outside of their layer's turn the frozen parameters are ordinary CPU tensors with
-    their values, so ``state_dict()`` is what it always is.
+    Parameters that require a gradient, such as adapters, and buffers stay on ``device``: a layer
+    may write to them. Outside of their layer's turn the frozen parameters are ordinary CPU tensors
+    with their values, so ``state_dict()`` is what it always is.
 
     Args:
         layers: their frozen parameters are packed and taken over; further arguments of a call go to

@@ -2,8 +2,8 @@
 
 Paging moves 8 bytes per float32 parameter in and 8 out at every step. The update itself is a few
 operations per number, which a CPU can make too. Then the moments need not move at all: what moves
-is the gradient, 4 bytes out, and the new weight, 4 bytes in. The price is that the CPU must read and
-write 28 bytes per parameter at the rate of *its* memory, a tenth of the GPU's.
+is the gradient, 4 bytes out, and the new weight, 4 bytes in. The price is that the CPU must read
+and write 28 bytes per parameter at the rate of *its* memory, a tenth of the GPU's or less.
 
     backward    each gradient is copied out as soon as it is there, beside the rest of the backward
     step        bucket by bucket: wait for its gradients, AdamW on the CPU, copy the weights in

@@ -102,7 +102,7 @@ class Pool:
                 self.free.append(Frame(self.page_bytes, self.device))
             else:
                 self._empty(
-                    next(iter(self.table if self.policy != "mru" else reversed(self.table)))
+                    next(reversed(self.table) if self.policy == "mru" else iter(self.table))
                 )
         page, frame = self.pages[number], self.free[-1]
         events = frame.done, frame.stored, page.stored
