@@ -15,7 +15,6 @@ written as fma; what it can't join, across operations, stays apart.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -134,7 +133,10 @@ class PageUpdates:
         self.aligned = all(p % 16 == 0 and g % 16 == 0 for p, g, *_ in rows)
         device = tables.tiles[0].device
         self.pieces = _upload(torch.tensor(rows, dtype=torch.int64), device)
-        self.scalars = _upload(_scalars(kinds), device)
+        self.scalars = _upload(torch.tensor(list(kinds)), device)  # (kinds, 7) float32
+        for row, by in enumerate(kinds):
+            # On a GPU torch divides by a number as it multiplies by its inverse: by this one.
+            self.scalars[row, 4:5].fill_(1).div_(by.correction)
 
     def __call__(self, number: int, moments: Tensor) -> None:
         tiles = self.tables.tiles[number]
@@ -143,13 +145,6 @@ class PageUpdates:
                 moments, tiles, self.pieces, self.scalars, moments.shape[1],
                 self.aligned, TILE, PTX, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
-
-
-def _scalars(kinds: Sequence[tuple]) -> Tensor:
-    """(kinds, 7) float32. On a GPU torch divides by a number as it multiplies by 1/number."""
-    found = np.array(list(kinds), dtype=np.float32)  # each rounded once, as torch does
-    found[:, 4] = np.float32(1) / found[:, 4]
-    return torch.from_numpy(found)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
