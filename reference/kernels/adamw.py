@@ -133,7 +133,7 @@ class PageUpdates:
         self.aligned = all(p % 16 == 0 and g % 16 == 0 for p, g, *_ in rows)
         device = tables.tiles[0].device
         self.pieces = _upload(torch.tensor(rows, dtype=torch.int64), device)
-        self.scalars = _upload(torch.tensor(list(kinds)), device)  # (kinds, 7) float32
+        self.scalars = _upload(torch.tensor(list(kinds), dtype=torch.float32), device)  # (kinds, 7)
         for row, by in enumerate(kinds):
             # On a GPU torch divides by a number as it multiplies by its inverse: by this one.
             self.scalars[row, 4:5].fill_(1).div_(by.correction)

@@ -149,7 +149,7 @@ class PagedAdamW(AdamW):
         if self.kernels and self.pool.device.type == "cuda" and find_spec("triton"):
             from reference.kernels import adamw
 
-            if all(page.host.dtype in adamw.DTYPES for page in pages):
+            if pages and all(page.host.dtype in adamw.DTYPES for page in pages):
                 if self._tables is None:
                     self._tables = adamw.Tables.of(pages, self.pool.device)
                 return adamw.PageUpdates(self._tables, pages, parameters, gradients, numbers)
