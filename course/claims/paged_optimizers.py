@@ -1,0 +1,1 @@
+"""What unit 07 states."""
