@@ -7,6 +7,7 @@
 A list of float32 tensors with the shapes of a Llama of a billion parameters, random values, random gradients. Pages of 64 MiB.
 
 - "bus": copies of 64 MiB between pinned memory and the card: in, out, and both at once, each direction's rate.
+- "bits": how many numbers differ from those of torch's loop after 20 steps.
 - "resident": milliseconds of a step when all state fits on the card, by CUDA events; also of the 448 factors of LoRA on Llama-2-7B, r = 16.
 - "paged": a step under budgets, policies, and with all copies in the computing stream; pages in and out, their rate, and its share of
   what the bus gave for both directions at once.
@@ -310,6 +311,32 @@ def cap(s: Setting) -> dict:
     return result | {"equal": same}
 
 
+def bits(s: Setting) -> dict:
+    """How many numbers of p differ from the loop's after 20 steps, float32: of torch's other ways, and of pages."""
+    shapes = SMALL if s.smoke else ((513, 700), (1000, 1031), (77,))
+    makers = {
+        "torch, loop": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+        "torch, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        "torch, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    }
+    for policy in POLICIES:
+        makers[f"paged, {policy}"] = lambda p, policy=policy: PagedAdamW(p, 1e-2, resident_bytes=3 << 14, page_bytes=1 << 14, policy=policy)
+    makers["paged, resident"] = lambda p: PagedAdamW(p, 1e-2, resident_bytes=1 << 30, page_bytes=1 << 22)
+    params = {name: s.tensors(shapes) for name in makers}
+    optimizers = {name: make(params[name]) for name, make in makers.items()}
+    for step in range(20):
+        torch.manual_seed(step)
+        for i, shape in enumerate(shapes):
+            grad = torch.randn(shape, device=s.device) * 10 ** (3 * torch.rand(()).item() - 2)
+            for name in makers:
+                params[name][i].grad = grad.clone()
+        for optimizer in optimizers.values():
+            optimizer.step()
+    right = params["torch, loop"]
+    differ = {name: sum(int((p != q).sum()) for p, q in zip(found, right, strict=True)) for name, found in params.items()}
+    return {"numbers": sum(p.numel() for p in right), "differ": differ}
+
+
 def library(s: Setting) -> dict:
     """bitsandbytes beside torch after ten steps, with and without decay; and how many of its states are paged after a resume."""
     found = {}
@@ -357,7 +384,7 @@ def library(s: Setting) -> dict:
     return found
 
 
-PARTS = ("bus", "resident", "paged", "timeline", "offloaded", "cap", "library")
+PARTS = ("bus", "bits", "resident", "paged", "timeline", "offloaded", "cap", "library")
 
 
 def table(result: dict) -> str:
@@ -370,7 +397,7 @@ def table(result: dict) -> str:
         )
     for row in result.get("offloaded", ()):
         lines.append(f"{row['how']:28}{row.get('seconds', row.get('error'))}  {row.get('after_backward')}")
-    return "\n".join([*lines, f"cap {result.get('cap')}", f"library {result.get('library')}"])
+    return "\n".join([*lines, *(f"{part} {result.get(part)}" for part in ("bits", "cap", "library"))])
 
 
 def main() -> None:
