@@ -5,10 +5,13 @@ A copy runs beside the computation if three things are so: the host memory is pi
 it is queued behind the computation, and the other two bring nothing.
 """
 
+import mmap
 import weakref
 
 import torch
 from torch import Tensor
+
+SYSTEM_PAGE = mmap.PAGESIZE
 
 
 class Lane:
@@ -52,12 +55,16 @@ def pinned_bytes(count: int, device: torch.device) -> Tensor:
     ``pin_memory`` would round up to a power of two; memory that is registered is as large as asked
     for.
     """
-    memory = torch.empty(count, dtype=torch.uint8)
-    if device.type == "cuda" and count:
-        cuda, address = torch.cuda.cudart(), memory.data_ptr()
-        torch.cuda.check_error(int(cuda.cudaHostRegister(address, count, 0)))
-        weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, address)
-    return memory
+    if device.type != "cuda" or not count:
+        return torch.empty(count, dtype=torch.uint8)
+    # Whole pages of the system: two registrations may not share one.
+    whole = -(-count // SYSTEM_PAGE) * SYSTEM_PAGE
+    memory = torch.empty(whole + SYSTEM_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % SYSTEM_PAGE
+    cuda, address = torch.cuda.cudart(), memory.data_ptr() + start
+    torch.cuda.check_error(int(cuda.cudaHostRegister(address, whole, 0)))
+    weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, address)
+    return memory[start : start + count]
 
 
 class Packed:
