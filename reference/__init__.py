@@ -11,7 +11,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     04   nf4
     05   double_quant
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
-    07   paging (optimizer, update, layout, pool, lanes, state, offloaded)
+    07   paging (optimizer, update, layout, pool, lanes, state, offloaded, buckets)
     07   offload (sequential, stores)
     08   checkpointing, precision
     09   ewc, rehearsal, progressive

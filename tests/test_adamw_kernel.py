@@ -36,8 +36,9 @@ def gradients(step, *models, missing=()):
             p.grad = None if number in missing else grad.clone()
 
 
-def settings(beta):
-    return dict(lr=1e-2, betas=(beta, 0.95), eps=1e-8, weight_decay=0.3)
+def settings(beta, dtype=torch.float32):
+    eps = 1e-4 if dtype is torch.float16 else 1e-8  # 1e-8 is zero in float16
+    return dict(lr=1e-2, betas=(beta, 0.95), eps=eps, weight_decay=0.3)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 0/0 in places that are not stored
@@ -45,8 +46,8 @@ def settings(beta):
 @pytest.mark.parametrize("beta", [0.9, 0.3])
 def test_interpreted_it_is_close(dtype, beta):
     one, other = parameters(dtype), parameters(dtype)
-    ours = Interpreted(one, resident_bytes=1 << 15, page_bytes=1 << 14, **settings(beta))
-    theirs = torch.optim.AdamW(other, foreach=False, fused=False, **settings(beta))
+    ours = Interpreted(one, resident_bytes=1 << 15, page_bytes=1 << 14, **settings(beta, dtype))
+    theirs = torch.optim.AdamW(other, foreach=False, fused=False, **settings(beta, dtype))
     for step in range(4):
         gradients(step, one, other, missing=(1,) if step == 2 else ())
         ours.step()
@@ -77,9 +78,9 @@ def test_on_a_gpu_it_is_equal(dtype, beta, kernels, frames):
     shapes = (*SHAPES, (513, 700), (1024, 300))
     one, other = parameters(dtype, "cuda", shapes), parameters(dtype, "cuda", shapes)
     size = 1 << 18
-    ours = PagedAdamW(one, resident_bytes=frames * size, page_bytes=size, **settings(beta))
+    ours = PagedAdamW(one, resident_bytes=frames * size, page_bytes=size, **settings(beta, dtype))
     ours.kernels = kernels
-    theirs = torch.optim.AdamW(other, foreach=False, fused=False, **settings(beta))
+    theirs = torch.optim.AdamW(other, foreach=False, fused=False, **settings(beta, dtype))
     for step in range(20):
         gradients(step, one, other, missing=(1, 7) if step == 5 else ())
         ours.step()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -478,6 +479,23 @@ def test_gradients_are_copied_once_unless_they_change():
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
     assert sorted(sent) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_optimizers_that_are_gone_leave_nothing_behind():
+    model = network()
+    optimizer = OffloadedAdamW(model.parameters())
+    train(model, optimizer, 2)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    parameter = weakref.ref(model[0].weight)
+    optimizer = OffloadedAdamW(model.parameters())
+    model(torch.randn(2, 37)).sum().backward()
+    del optimizer, model
+    gc.collect()
+    assert parameter() is None
 
 
 def test_a_skipped_step_leaves_no_stale_gradient():

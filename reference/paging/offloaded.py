@@ -26,7 +26,8 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from reference.arguments import check_integer, check_number
-from reference.paging.lanes import Lane, Packed, now, pinned_bytes, wait_here
+from reference.paging.buckets import Bucket, buckets_of
+from reference.paging.lanes import Lane, now, wait_here
 from reference.paging.state import (
     MOMENTS,
     check_group,
@@ -34,18 +35,6 @@ from reference.paging.state import (
     gradients_of,
     split_state,
 )
-
-
-class Bucket:
-    """Some parameters of one group, with pinned host copies of values and gradients."""
-
-    def __init__(self, numbers: list[int], parameters: list[nn.Parameter]):
-        self.numbers, device = numbers, parameters[0].device
-        packed = Packed({str(k): p for k, p in zip(numbers, parameters, strict=True)})
-        memory = pinned_bytes(2 * packed.bytes, device).view(2, packed.bytes)
-        values, gradients = (packed.views(half) for half in memory)
-        self.values = {int(k): value for k, value in values.items()}
-        self.gradients = {int(k): gradient for k, gradient in gradients.items()}
 
 
 class OffloadedAdamW(AdamW):
@@ -97,21 +86,25 @@ class OffloadedAdamW(AdamW):
         if not self._parameters:
             self.device = group["params"][0].device
             self.out, self.back = Lane(self.device), Lane(self.device)
-        waiting: list[int] = []
-        for parameter in group["params"]:
-            number = len(self._parameters)
+        first = len(self._parameters)
+        for bucket in buckets_of(group["params"], first, self.bucket_bytes):
+            self._buckets.append((len(self.param_groups) - 1, bucket))
+        for number, parameter in enumerate(group["params"], first):
             self._parameters.append(parameter)
-            waiting.append(number)
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p, number=number: self._send(number, p.grad)
-                )
-            last = parameter is group["params"][-1]
-            if last or sum(self._parameters[k].nbytes for k in waiting) >= self.bucket_bytes:
-                bucket = Bucket(waiting, [self._parameters[k] for k in waiting])
-                self._buckets.append((len(self.param_groups) - 1, bucket))
-                waiting = []
+                self._hook(number, parameter)
         self._home = {k: bucket for _, bucket in self._buckets for k in bucket.numbers}
+
+    def _hook(self, number: int, parameter: nn.Parameter) -> None:
+        """Let the backward begin the copy. The hook does not keep this optimizer alive."""
+        weak = weakref.ref(self)
+
+        def send(parameter: nn.Parameter) -> None:
+            if (optimizer := weak()) is not None:
+                optimizer._send(number, parameter.grad)
+
+        handle = parameter.register_post_accumulate_grad_hook(send)
+        weakref.finalize(self, handle.remove)
 
     def _send(self, number: int, gradient: Tensor) -> None:
         """Begin to copy a gradient out; a sparse one is refused later, in the step."""

@@ -135,13 +135,16 @@ class PagedAdamW(AdamW):
 
     def _count(self, gradients: dict[int, Tensor]) -> dict[int, Numbers]:
         """One step more for each parameter that has a gradient, and the scalars of its update."""
-        settings = [group for group in self.param_groups for _ in group["params"]]
-        numbers = {}
-        for number in gradients:
-            state = self.state[self._parameters[number]]
-            state.setdefault("step", torch.tensor(0.0)).add_(1)
-            numbers[number] = Numbers.of(settings[number], state["step"].item())
-        return numbers
+        groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        states = [self.state[self._parameters[number]] for number in gradients]
+        for state in states:
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        kinds = [(groups[number], t.item()) for number, t in zip(gradients, steps, strict=True)]
+        scalars = {(i, t): Numbers.of(self.param_groups[i], t) for i, t in set(kinds)}
+        return {number: scalars[kind] for number, kind in zip(gradients, kinds, strict=True)}
 
     def _updater(self, gradients: dict[int, Tensor], numbers: dict[int, Numbers]) -> Callable:
         """``update(page, moments)``: by the kernel where there is one, else as torch's loop."""
