@@ -1,12 +1,12 @@
 """Layers whose weights are in host memory or on disk: seconds and rates of a pass, beside accelerate's cpu_offload and the bus.
 
     python -m benchmarks.offloaded_layers          # a CUDA device with 16 GB and a host with 40 GB free, about a minute; "offloaded_layers"
-    python -m benchmarks.offloaded_layers --only memory
     python -m benchmarks.offloaded_layers --smoke  # small shapes on the CPU, in seconds; saves to a temporary folder
 
 Sixteen layers of Llama-2-7B's shape with random bfloat16 weights, 6.5 GB, on a card that may use 4 GB. A pass is a forward without
 gradients over 1 × T tokens. "copying" is what the pass's bytes take at the rate of pinned copies in the same run, "computing" the time of
-the same pass with all weights on the card, measured before the cap. A pass should take the longer of the two.
+the same pass with all weights on the card, measured before the cap. A pass should take the longer of the two. Files and training are tried
+with six of the layers, and without the cap; so is accelerate.
 """
 
 import gc
@@ -25,7 +25,7 @@ from reference.lora import inject_lora
 from reference.model_shapes import LLAMA_2_7B, ModelShape
 from reference.offload import OffloadedSequential
 
-TOKENS = (16, 512, 2048, 4096, 8192, 16384, 32768)
+TOKENS = (16, 512, 2048, 4096, 8192, 16384)
 CAP = 4 * 10**9
 SMOKE_SHAPE = ModelShape("smoke", 64, 3, 4, 4, 16, 96, 100)
 
@@ -33,30 +33,22 @@ SMOKE_SHAPE = ModelShape("smoke", 64, 3, 4, 4, 16, 96, 100)
 class Setting:
     def __init__(self, device: torch.device, smoke: bool):
         self.device, self.smoke, self.cuda = device, smoke, device.type == "cuda"
-        self.shape, self.depth = (SMOKE_SHAPE, 3) if smoke else (LLAMA_2_7B, 16)
+        self.shape, self.depth, self.few = (SMOKE_SHAPE, 4, 3) if smoke else (LLAMA_2_7B, 16, 6)
         self.dtype = torch.bfloat16
         self.tokens = (4, 16) if smoke else TOKENS
 
-    def layers(self, adapters: bool = False) -> nn.ModuleList:
-        """On the host, the same each time; made on the device, which is faster."""
+    def layers(self, depth: int) -> nn.ModuleList:
+        """On the device, the same each time."""
         torch.manual_seed(0)
-        found = nn.ModuleList()
         with torch.device(self.device):
-            for _ in range(self.depth):
-                layer = Layer(self.shape, 1e-5).to(self.dtype).requires_grad_(False)
-                found.append(layer.cpu())
-        if adapters:
-            inject_lora(found, r=16, lora_alpha=32)
-        return found
+            return nn.ModuleList(Layer(self.shape, 1e-5).to(self.dtype) for _ in range(depth)).requires_grad_(False)
 
     def inputs(self, tokens: int) -> tuple[Tensor, tuple]:
         x = torch.randn(1, tokens, self.shape.hidden, device=self.device, dtype=self.dtype)
         return x, rotation(tokens, self.shape.head_dim, 10_000.0, self.device, self.dtype)
 
     def seconds(self, work: Callable, repeats: int = 3) -> float:
-        if self.smoke:
-            repeats = 1
-        return milliseconds(work, repeats=repeats, warmup=1, where=self.device) / 1e3
+        return milliseconds(work, repeats=1 if self.smoke else repeats, warmup=1, where=self.device) / 1e3
 
     def free(self) -> None:
         gc.collect()
@@ -67,14 +59,22 @@ class Setting:
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated() if self.cuda else 0
 
+    def cap(self, count: int | None) -> None:
+        if self.cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0 if count is None else count / torch.cuda.mem_get_info()[1])
+
 
 def bus(s: Setting) -> float:
-    """GB/s of pinned copies in, of a layer's size."""
+    """GB/s of pinned copies in, of about a layer's size."""
     if not s.cuda:
         return 1.0
     host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
     card = torch.empty(1 << 28, dtype=torch.uint8, device=s.device)
     return 8 * host.nbytes / s.seconds(lambda: [card.copy_(host, non_blocking=True) for _ in range(8)]) / 1e9
+
+
+def weights_of(layers: nn.Module) -> int:
+    return sum(p.nbytes for p in layers.parameters())
 
 
 @torch.no_grad()
@@ -84,87 +84,76 @@ def run(layers, x: Tensor, positions) -> Tensor:
     return x
 
 
-def passes(s: Setting, rows: list[dict], how: str, stack: Callable, tokens) -> None:
+class Stack(nn.Module):
+    """For accelerate, which wants one module."""
+
+    def __init__(self, layers: nn.ModuleList):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor, positions) -> Tensor:
+        return run(self.layers, x, positions)
+
+
+def passes(s: Setting, result: dict, how: str, stack: Callable, weights: int, tokens, repeats: int = 3) -> None:
+    """Rows of one way; beside each what copying and what computing alone take."""
     for count in tokens:
-        row = {"how": how, "tokens": count}
+        row = {"how": how, "tokens": count, "weights": weights}
         try:
             x, positions = s.inputs(count)
             s.free()
             with torch.no_grad():
-                row["seconds"] = s.seconds(lambda x=x, positions=positions: stack(x, positions))
+                row["seconds"] = s.seconds(lambda x=x, positions=positions: stack(x, positions), repeats)
             row["peak"] = s.peak()
+            if how != "resident":
+                row["copying"] = weights / 1e9 / result["bus"]
+                alone = next(r for r in result["rows"] if (r["how"], r["tokens"]) == ("resident", count))
+                row["computing"] = alone["seconds"] * weights / alone["weights"]
+                row["predicted"] = max(row["copying"], row["computing"])
+                row["share"] = row["copying"] / row["seconds"]
         except Exception as error:
             traceback.print_exc()
             row["error"] = message(error)
-        rows.append(row)
+        result["rows"].append(row)
         x = positions = None
 
 
-def measure(s: Setting, only: list[str] | None) -> dict:
-    layers = s.layers()
-    weights = sum(p.nbytes for p in layers.parameters())
-    result: dict = {"weights": weights, "layers": s.depth, "bytes per weight": s.dtype.itemsize, "cap": CAP, "bus": bus(s), "rows": []}
-    rows = result["rows"]
-    x, positions = s.inputs(64 if not s.smoke else 4)
-    resident = layers.to(s.device)
-    right = run(resident, x, positions).cpu()
-    passes(s, rows, "resident", lambda *given: run(resident, *given), s.tokens)
-    layers = resident = layers.cpu()
+def memory(s: Setting, result: dict) -> nn.ModuleList:
+    """All weights on the card, then in host memory under the cap; returns the layers, whose weights are there now."""
+    x, positions = s.inputs(16 if s.smoke else 64)
+    layers = s.layers(s.depth)
+    weights = result["weights"] = weights_of(layers)
+    right = run(layers, x, positions)
+    passes(s, result, "resident", lambda *given: run(layers, *given), weights, s.tokens)
+    began = time.perf_counter()
+    stack = OffloadedSequential(layers, s.device)
+    result["building"] = time.perf_counter() - began
     s.free()
-    if s.cuda:
-        torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.mem_get_info()[1])
-    try:
-        for how, store in (("memory", "cpu"), ("disk", "disk")):
-            if only and how not in only:
-                continue
-            began = time.perf_counter()
-            stack = OffloadedSequential(s.layers(), s.device, store)
-            result[f"building, {how}"] = time.perf_counter() - began
-            with torch.no_grad():
-                result[f"equal, {how}"] = torch.equal(stack(x, positions).cpu(), right)
-            passes(s, rows, how, stack, s.tokens if how == "memory" else s.tokens[:4:3])
-            stack = None
-            s.free()
-        if not only or "accelerate" in only:
-            try:
-                from accelerate import cpu_offload
+    s.cap(CAP)
+    with torch.no_grad():
+        result["equal"] = torch.equal(stack(x, positions), right)
+    passes(s, result, "memory", stack, weights, s.tokens)
+    return layers
 
-                class Stack(nn.Module):
-                    def __init__(self):
-                        super().__init__()
-                        self.layers = layers
 
-                    def forward(self, x, positions):
-                        return run(self.layers, x, positions)
+def accelerate(s: Setting, result: dict, layers: nn.ModuleList) -> None:
+    from accelerate import cpu_offload
 
-                theirs = cpu_offload(Stack(), execution_device=s.device)
-                result["equal, accelerate"] = torch.equal(theirs(x, positions).cpu(), right)
-                passes(s, rows, "accelerate", theirs, s.tokens[:4])
-            except Exception as error:
-                traceback.print_exc()
-                result["accelerate"] = message(error)
-            layers = resident = theirs = None
-            s.free()
-        if not only or "training" in only:
-            try:
-                training(s, result)
-            except Exception as error:
-                traceback.print_exc()
-                result["training"] = message(error)
-    finally:
-        if s.cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    add_shares(result)
-    return result
+    for p in layers.parameters():
+        p.data = p.data.clone()  # ordinary memory, as it is after loading
+    theirs = cpu_offload(Stack(layers), execution_device=s.device)
+    passes(s, result, "accelerate", theirs, result["weights"], s.tokens[:1] if s.smoke else (16, 4096), repeats=2)
 
 
 def training(s: Setting, result: dict) -> None:
-    """A step of LoRA through offloaded layers: forward, backward with a second forward, AdamW on the adapters."""
+    """A step of LoRA through a few offloaded layers: forward, backward with a second forward, AdamW on the adapters."""
+    layers = s.layers(s.few)
+    weights = weights_of(layers)
+    inject_lora(layers, r=16, lora_alpha=32)
+    stack = OffloadedSequential(layers, s.device)
     s.free()
-    stack = OffloadedSequential(s.layers(adapters=True), s.device)
     adam = torch.optim.AdamW([p for p in stack.parameters() if p.requires_grad], lr=1e-4)
-    tokens = s.tokens[1]
-    x, positions = s.inputs(tokens)
+    x, positions = s.inputs(s.tokens[1])
     losses = []
 
     def step() -> None:
@@ -175,20 +164,34 @@ def training(s: Setting, result: dict) -> None:
         losses.append(loss.detach())
 
     seconds = s.seconds(step)
-    result["training"] = {"tokens": tokens, "seconds": seconds, "peak": s.peak(), "losses": torch.stack(losses).tolist()}
+    row = {"layers": s.few, "weights": weights, "tokens": s.tokens[1], "seconds": seconds, "peak": s.peak()}
     # Forward and backward bring each layer once, but for the two that are still there at each turn.
-    moved = 2 * (s.depth - 2) / s.depth * result["weights"]
-    result["training"]["share"] = moved / seconds / 1e9 / result["bus"]
+    row["share"] = 2 * (s.few - 2) / s.few * weights / seconds / 1e9 / result["bus"]
+    result["training"] = row | {"losses": torch.stack(losses).tolist()}
 
 
-def add_shares(result: dict) -> None:
-    """Of the bus, the time that copying alone takes, and that of computing alone."""
-    computing = {row["tokens"]: row.get("seconds") for row in result["rows"] if row["how"] == "resident"}
-    copying = result["weights"] / 1e9 / result["bus"]
-    for row in result["rows"]:
-        if "seconds" in row and row["how"] != "resident":
-            row |= {"share": copying / row["seconds"], "copying": copying, "computing": computing[row["tokens"]]}
-            row["predicted"] = max(copying, computing[row["tokens"]])
+def disk(s: Setting, result: dict) -> None:
+    """A few layers in files, which the system has in its memory once they were read."""
+    stack = OffloadedSequential(layers := s.layers(s.few), s.device, "disk")
+    passes(s, result, "disk", stack, weights_of(layers), s.tokens[:1] if s.smoke else (16, 4096), repeats=2)
+
+
+def measure(s: Setting, save: Callable[[dict], None]) -> dict:
+    result: dict = {"layers": s.depth, "bytes per weight": s.dtype.itemsize, "cap": CAP, "bus": bus(s), "rows": []}
+    layers = memory(s, result)
+    save(result)
+    for part in (training, disk, accelerate):
+        s.free()
+        s.cap(None)
+        began = time.perf_counter()
+        try:
+            part(s, result, *([layers] if part is accelerate else []))
+        except Exception as error:
+            traceback.print_exc()
+            result[f"error in {part.__name__}"] = message(error)
+        print(f"{part.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
+        save(result)
+    return result
 
 
 def table(result: dict) -> str:
@@ -202,12 +205,11 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    given = options(
-        "offloaded_layers", __doc__, only={"nargs": "+", "choices": ["memory", "disk", "accelerate", "training"], "help": "these"}
-    )
-    result = rounded(measure(Setting(given.device, given.smoke), given.only))
+    given = options("offloaded_layers", __doc__)
+    name = "offloaded_layers"
+    result = measure(Setting(given.device, given.smoke), lambda found: recorded.save(name, rounded(found), given.out, given.device))
     print(table(result))
-    print("saved to", recorded.save("offloaded_layers", result, given.out, given.device))
+    print("saved to", given.out)
 
 
 if __name__ == "__main__":

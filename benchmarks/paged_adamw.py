@@ -13,20 +13,16 @@ A list of float32 tensors with the shapes of a Llama of a billion parameters, ra
   what the bus gave for both directions at once.
 - "timeline": which page was copied and updated when, by torch's profiler, with one stream and with three.
 - "offloaded": a training iteration, forward, backward and step, with the step on the CPU, beside torchao's CPUOffloadOptimizer.
-- "cap": the same training under a cap on the card's memory in which torch's AdamW runs out.
-- "library": bitsandbytes' order of decay, and what is left of its paging after a resume.
 """
 
-import copy
 import gc
-import io
 import statistics
 import time
 import traceback
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cli import message, options, rounded
 from course.lab import recorded
@@ -265,52 +261,6 @@ def offloaded(s: Setting) -> list[dict]:
     return found
 
 
-def cap(s: Setting) -> dict:
-    """Ten steps of training with and without a cap: what fits, and whether the weights are the same."""
-    width, depth, rows, steps = (16, 4, 8, 3) if s.smoke else (4096, 32, 64, 10)
-
-    def train(make: Callable) -> tuple[list[Tensor] | None, dict]:
-        model = optimizer = None
-        try:
-            model = deep(s, width, depth)
-            optimizer = make(list(model.parameters()))
-            for step in range(steps):
-                torch.manual_seed(step)
-                model(torch.randn(rows, width, device=s.device)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            s.wait()
-            peak = torch.cuda.max_memory_allocated() if s.cuda else 0
-            return [p.detach().cpu() for p in model.parameters()], {"peak": peak}
-        except torch.OutOfMemoryError as error:
-            return None, {"error": message(error)}
-
-    def torchs(params):
-        return torch.optim.AdamW(params, lr=RATE, foreach=False)
-
-    makers = {"torch": torchs, "paged": lambda p: s.paged(p, 4 * s.page)}
-    weights = {}
-    result = {"numbers": depth * (width * width + width), "steps": steps}
-    s.free()
-    weights["uncapped"], result["uncapped"] = train(torchs)
-    s.free()
-    need = 4 * result["numbers"]  # bytes of the weights
-    result["cap"] = int(2 * need + 6 * s.page)  # weights, gradients, and little more
-    if s.cuda:
-        torch.cuda.set_per_process_memory_fraction(result["cap"] / torch.cuda.mem_get_info()[1])
-    try:
-        for name, make in makers.items():
-            if s.cuda:
-                torch.cuda.reset_peak_memory_stats()
-            weights[name], result[name] = train(make)
-            s.free()
-    finally:
-        if s.cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    same = weights["paged"] is not None and all(map(torch.equal, weights["paged"], weights["uncapped"]))
-    return result | {"equal": same}
-
-
 def bits(s: Setting) -> dict:
     """How many numbers of p differ from the loop's after 20 steps, float32: of torch's other ways, and of pages."""
     shapes = SMALL if s.smoke else ((513, 700), (1000, 1031), (77,))
@@ -320,7 +270,7 @@ def bits(s: Setting) -> dict:
         "torch, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     }
     for policy in POLICIES:
-        makers[f"paged, {policy}"] = lambda p, policy=policy: PagedAdamW(p, 1e-2, resident_bytes=3 << 14, page_bytes=1 << 14, policy=policy)
+        makers[f"paged, {policy}"] = lambda p, policy=policy: PagedAdamW(p, 1e-2, resident_bytes=3 << 18, page_bytes=1 << 18, policy=policy)
     makers["paged, resident"] = lambda p: PagedAdamW(p, 1e-2, resident_bytes=1 << 30, page_bytes=1 << 22)
     params = {name: s.tensors(shapes) for name in makers}
     optimizers = {name: make(params[name]) for name, make in makers.items()}
@@ -337,54 +287,7 @@ def bits(s: Setting) -> dict:
     return {"numbers": sum(p.numel() for p in right), "differ": differ}
 
 
-def library(s: Setting) -> dict:
-    """bitsandbytes beside torch after ten steps, with and without decay; and how many of its states are paged after a resume."""
-    found = {}
-    for decay in (0.0, 0.5):
-        one, other = s.tensors([(400, 500)]), s.tensors([(400, 500)])
-        theirs = bitsandbytes().PagedAdamW32bit(one, lr=1e-2, weight_decay=decay)
-        torchs = torch.optim.AdamW(other, lr=1e-2, weight_decay=decay, foreach=False)
-        for step in range(10):
-            torch.manual_seed(step)
-            one[0].grad = torch.randn_like(one[0])
-            other[0].grad = one[0].grad.clone()
-            theirs.step()
-            torchs.step()
-        s.wait()
-        found[f"apart, decay {decay}"] = (one[0] - other[0]).abs().max().item()
-
-    def is_paged(optimizer) -> list[bool]:
-        return [bool(getattr(v, "is_paged", False)) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-
-    found["paged before"] = is_paged(theirs)
-    file = io.BytesIO()
-    torch.save(theirs.state_dict(), file)
-    file.seek(0)
-    for name, where in (("cpu", "cpu"), ("device", s.device)):
-        file.seek(0)
-        again = bitsandbytes().PagedAdamW32bit(one, lr=1e-2)
-        try:
-            again.load_state_dict(torch.load(file, map_location=where, weights_only=False))
-            found[f"paged after, loaded on {name}"] = is_paged(again)
-            found[f"devices after, loaded on {name}"] = sorted(
-                {str(v.device) for state in again.state.values() for v in state.values() if isinstance(v, Tensor)}
-            )
-            again.step()
-            s.wait()
-        except Exception as error:
-            found[f"error, loaded on {name}"] = message(error)
-    ours = s.paged(one, s.page)
-    ours.step()
-    resumed = s.paged(one, s.page)
-    resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
-    resumed.step()
-    found["ours on the device after"] = sum(
-        v.nbytes for state in resumed.state.values() for v in state.values() if v.device == one[0].device
-    )
-    return found
-
-
-PARTS = ("bus", "bits", "resident", "paged", "timeline", "offloaded", "cap", "library")
+PARTS = ("bus", "bits", "resident", "paged", "timeline", "offloaded")
 
 
 def table(result: dict) -> str:
@@ -397,7 +300,7 @@ def table(result: dict) -> str:
         )
     for row in result.get("offloaded", ()):
         lines.append(f"{row['how']:28}{row.get('seconds', row.get('error'))}  {row.get('after_backward')}")
-    return "\n".join([*lines, *(f"{part} {result.get(part)}" for part in ("bits", "cap", "library"))])
+    return "\n".join([*lines, f"bits {result.get('bits')}"])
 
 
 def main() -> None:
