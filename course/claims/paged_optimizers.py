@@ -257,31 +257,40 @@ def offloaded_seconds(how: str, what: str = "seconds", device: str = GPU) -> flo
     return _row("offloaded", device, how=how)[what]
 
 
+def _caps(part: str, device: str = GPU) -> dict:
+    return recorded.load("paged_caps", device)["result"][part]
+
+
 def capped(what: str, device: str = GPU) -> float:
     """The experiment under a cap, GB: the "cap" itself, the "uncapped" peak with torch's AdamW, the "paged" peak."""
-    found = _adamw(device)["cap"]
+    found = _caps("cap", device)
     return (found[what] if what == "cap" else found[what]["peak"]) / 1e9
 
 
 def capped_weights_are_equal(device: str = GPU) -> bool:
     """Torch's AdamW ran out, the paged one did not, and its weights are the uncapped run's."""
-    found = _adamw(device)["cap"]
+    found = _caps("cap", device)
     return "error" in found["torch"] and found["equal"]
 
 
 def library_decays_late(device: str = GPU) -> float:
     """Largest difference between bitsandbytes' PagedAdamW32bit and torch after ten steps at η = 0.01, weight decay 0.5."""
-    return _adamw(device)["library"]["apart, decay 0.5"]
+    return _caps("library", device)["apart, decay 0.5"]
 
 
 def library_agrees_without_decay(device: str = GPU) -> bool:
-    return _adamw(device)["library"]["apart, decay 0.0"] < 1e-6
+    return _caps("library", device)["apart, decay 0.0"] < 1e-6
 
 
 def library_resumes_unpaged(device: str = GPU) -> bool:
     """Its states were paged, and after saving, loading onto the CPU and load_state_dict none is."""
-    found = _adamw(device)["library"]
-    return all(found["paged before"]) and not any(found["paged after, loaded on cpu"])
+    found = _caps("library", device)["resume"][0]
+    return all(found["before"]) and not any(found["after"])
+
+
+def library_keeps_mb(who: str, device: str = GPU) -> float:
+    """Of a paged state of 537 MB, what is still on the card when the optimizer is gone: by the counter of "torch" or of the "driver"."""
+    return _caps("library", device)["memory"]["gone"][who] / 1e6
 
 
 # Measured: layers
