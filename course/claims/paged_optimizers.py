@@ -213,11 +213,6 @@ def resident_ms(how: str, model: str = "a billion", device: str = GPU) -> float:
     return _row("resident", device, how=how, model=model)["ms"]
 
 
-def resident_times(than: str, model: str = "a billion", device: str = GPU) -> float:
-    """How many times as long another optimizer takes as the paged one, all on the card."""
-    return resident_ms(than, model, device) / resident_ms("paged", model, device)
-
-
 def step(what: str, policy: str = "alternate", streams: int = 3, device: str = GPU) -> float:
     """Under a budget of 1 GB: "ms", pages that are a "hit", come "in" or go "out", "share in" of the bus; "frames", all "pages"."""
     if what == "ms":
@@ -243,7 +238,7 @@ def slower_than_resident(device: str = GPU) -> float:
 
 def floor_ms(device: str = GPU) -> float:
     """All moments in and out at the rate of the bus in both directions."""
-    return 8 * _adamw(device)["numbers"] / bus("both", device) / 1e6
+    return 1e3 * state_gb(device) / bus("both", device)
 
 
 def bits_differ(how: str, device: str = GPU) -> float:
@@ -252,9 +247,14 @@ def bits_differ(how: str, device: str = GPU) -> float:
     return 100 * found["differ"][how] / found["numbers"]
 
 
-def offloaded_seconds(how: str, what: str = "seconds", device: str = GPU) -> float:
-    """Of a training iteration, half a billion float32 parameters; or from the end of the backward's launches on, "after_backward"."""
-    return _row("offloaded", device, how=how)[what]
+def offloaded_ms(how: str, device: str = GPU) -> float:
+    """Of a training iteration, forward to step, of half a billion float32 parameters."""
+    return 1e3 * _row("offloaded", device, how=how)["seconds"]
+
+
+def state_gb(device: str = GPU) -> float:
+    """Both moments of the parameters that were measured."""
+    return 8 * _adamw(device)["numbers"] / 1e9
 
 
 def _caps(part: str, device: str = GPU) -> dict:
