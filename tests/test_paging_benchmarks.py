@@ -4,12 +4,9 @@ import json
 import sys
 
 import pytest
-import torch
 
-from benchmarks import offloaded_layers, paged_adamw, paged_caps
+from benchmarks import offloaded_layers, paged_adamw, paged_caps, paged_library
 from course.lab import recorded
-
-CPU = torch.device("cpu")
 
 
 def dry_run(module, name, monkeypatch, tmp_path) -> dict:
@@ -48,18 +45,25 @@ def test_the_record_has_no_gaps():
     assert not any(count for name, count in known["bits"]["differ"].items() if name.startswith("paged"))
 
 
+def test_caps(monkeypatch, tmp_path):
+    found = dry_run(paged_caps, "paged_caps", monkeypatch, tmp_path)["cap"]
+    assert found["equal"]
+    assert set(found) == set(recorded.load("paged_caps", "h200")["result"]["cap"])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_caps(monkeypatch):
-    monkeypatch.setattr(paged_caps, "resumed", lambda where: {"loaded on": where})
-    s = paged_adamw.Setting(CPU, True)
-    assert paged_caps.cap(s)["equal"]
-    found = paged_caps.library(s)
-    assert found["apart, decay 0.0"] < 1e-6 and len(found["resume"]) == 2
+def test_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(paged_library, "resumed", lambda where: {"loaded on": where})
+    found = dry_run(paged_library, "paged_library", monkeypatch, tmp_path)
+    assert found["decay"]["apart, decay 0.0"] < 1e-6 and found["resume"] == {"loaded on": "cpu"}
+    known = recorded.load("paged_library", "h200")["result"]
+    assert set(found) == set(known)
+    assert all(set(found[part]) == set(known[part]) for part in ("decay", "memory", "factors"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_the_process_that_resumes_says(capsys):
-    paged_caps.resume("cpu")
+    paged_library.resume("cpu")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert lines[0]["after"] == [False, False] and lines[-1] == {"stepped": True}
 
