@@ -421,6 +421,18 @@ def test_an_error_in_mid_step_leaves_every_page_old_or_new(failing, where, monke
     assert optimizer.state_dict()["state"][0]["exp_avg"].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [PagedAdamW, OffloadedAdamW])
+def test_a_group_may_be_empty_but_not_all(kind):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = kind([{"params": []}, {"params": [p]}, {"params": []}])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p < 1).all()
+    for nothing in ([], [{"params": []}]):
+        with pytest.raises(ValueError, match=r"empty parameter list|no parameter"):
+            kind(nothing)
+
+
 def test_it_is_not_copied_or_pickled():
     with pytest.raises(TypeError, match="save its state_dict"):
         copy.deepcopy(paged(parameters()))

@@ -257,40 +257,47 @@ def state_gb(device: str = GPU) -> float:
     return 8 * _adamw(device)["numbers"] / 1e9
 
 
-def _caps(part: str, device: str = GPU) -> dict:
-    return recorded.load("paged_caps", device)["result"][part]
+def _cap(device: str = GPU) -> dict:
+    return recorded.load("paged_caps", device)["result"]["cap"]
 
 
 def capped(what: str, device: str = GPU) -> float:
     """The experiment under a cap, GB: the "cap" itself, the "uncapped" peak with torch's AdamW, the "paged" peak."""
-    found = _caps("cap", device)
-    return (found[what] if what == "cap" else found[what]["peak"]) / 1e9
+    return (_cap(device)[what] if what == "cap" else _cap(device)[what]["peak"]) / 1e9
 
 
 def capped_weights_are_equal(device: str = GPU) -> bool:
     """Torch's AdamW ran out, the paged one did not, and its weights are the uncapped run's."""
-    found = _caps("cap", device)
-    return "error" in found["torch"] and found["equal"]
+    return "error" in _cap(device)["torch"] and _cap(device)["equal"]
+
+
+def _library(device: str = GPU) -> dict:
+    return recorded.load("paged_library", device)["result"]
 
 
 def library_decays_late(device: str = GPU) -> float:
     """Largest difference between bitsandbytes' PagedAdamW32bit and torch after ten steps at η = 0.01, weight decay 0.5."""
-    return _caps("library", device)["apart, decay 0.5"]
+    return _library(device)["decay"]["apart, decay 0.5"]
 
 
 def library_agrees_without_decay(device: str = GPU) -> bool:
-    return _caps("library", device)["apart, decay 0.0"] < 1e-6
+    return _library(device)["decay"]["apart, decay 0.0"] < 1e-6
 
 
 def library_resumes_unpaged(device: str = GPU) -> bool:
     """Its states were paged, and after saving, loading onto the CPU and load_state_dict none is."""
-    found = _caps("library", device)["resume"][0]
+    found = _library(device)["resume"]
     return all(found["before"]) and not any(found["after"])
 
 
 def library_keeps_mb(who: str, device: str = GPU) -> float:
     """Of a paged state of 537 MB, what is still on the card when the optimizer is gone: by the counter of "torch" or of the "driver"."""
-    return _caps("library", device)["memory"]["gone"][who] / 1e6
+    return _library(device)["memory"]["gone"][who] / 1e6
+
+
+def factors_ms(how: str, device: str = GPU) -> float:
+    """Milliseconds of a step of LoRA's factors on Llama-2-7B, r = 16, all on the card."""
+    return _library(device)["factors"][how]
 
 
 # Measured: layers
@@ -308,11 +315,6 @@ def layers(what: str, device: str = GPU) -> float:
 def pass_ms(how: str, tokens: int, what: str = "seconds", device: str = GPU) -> float:
     """Milliseconds of a forward pass, or of what was "predicted"."""
     return 1e3 * recorded.row("offloaded_layers", device, how=how, tokens=tokens)[what]
-
-
-def pass_share_percent(how: str = "memory", tokens: int = 16, device: str = GPU) -> float:
-    """Of the bus: copying alone over the time of the pass."""
-    return 100 * recorded.row("offloaded_layers", device, how=how, tokens=tokens)["share"]
 
 
 def measured_break_even(device: str = GPU) -> float:

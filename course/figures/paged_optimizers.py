@@ -101,14 +101,16 @@ def budgets(data: dict[str, list]) -> plt.Figure:
 
 
 def passes_data() -> dict[str, list]:
-    """Way -> (tokens, milliseconds of a forward pass)."""
-    rows = recorded.load("offloaded_layers", GPU)["result"]["rows"]
-    found = {
-        how: [(row["tokens"], 1e3 * row["seconds"]) for row in rows if row["how"] == how and "seconds" in row]
-        for how in ("resident", "memory", "disk", "accelerate")
-    }
-    found["predicted"] = [(row["tokens"], 1e3 * row["predicted"]) for row in rows if row["how"] == "memory" and "predicted" in row]
-    return found
+    """Way -> (tokens, milliseconds of a forward pass per layer)."""
+    result = recorded.load("offloaded_layers", GPU)["result"]
+    rows = result["rows"]
+
+    def points(how: str, what: str = "seconds") -> list[tuple]:
+        """Files were tried with fewer layers."""
+        layers = {row["how"]: result["layers"] * row["weights"] / result["weights"] for row in rows}
+        return [(row["tokens"], 1e3 * row[what] / layers[how]) for row in rows if row["how"] == how]
+
+    return {how: points(how) for how in ("resident", "memory", "disk", "accelerate")} | {"predicted": points("memory", "predicted")}
 
 
 def passes(data: dict[str, list]) -> plt.Figure:
@@ -123,8 +125,8 @@ def passes(data: dict[str, list]) -> plt.Figure:
     for how, (label, colour, mark) in ways.items():
         if data[how]:
             axes.plot(*zip(*data[how], strict=True), mark, ls="-", lw=1, color=colour, label=label, markersize=5)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in a pass", ylabel="milliseconds of a forward pass")
-    axes.legend(fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in a pass", ylabel="milliseconds per layer, forward", ylim=(0.3, 800))
+    axes.legend(fontsize=9, loc="upper left", ncols=2)
     return figure
 
 

@@ -72,6 +72,8 @@ class OffloadedAdamW(AdamW):
         self._copied: dict[int, tuple] = {}  # number -> gradient that was copied, version, event
         self._written: dict[int, tuple] = {}  # number -> the value that the host knows
         super().__init__(params, lr, betas, eps, weight_decay)
+        if not self._parameters:
+            raise ValueError("params has groups, but no parameter: give at least one")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Also makes the new parameters' host copies; torch calls it for the first groups too."""
@@ -83,7 +85,7 @@ class OffloadedAdamW(AdamW):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if not self._parameters:
+        if not self._parameters and group["params"]:
             self.device = group["params"][0].device
             self.out, self.back = Lane(self.device), Lane(self.device)
         first = len(self._parameters)

@@ -79,6 +79,8 @@ class PagedAdamW(AdamW):
         self._tables = None  # of the kernel
         self.pool: Pool | None = None
         super().__init__(params, lr, betas, eps, weight_decay)
+        if self.pool is None:
+            raise ValueError("params has groups, but no parameter: give at least one")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Also lays out the new parameters' pages; torch calls it for the first groups too."""
@@ -87,7 +89,7 @@ class PagedAdamW(AdamW):
         try:
             check_group(group)
             check_parameters(group["params"], self._parameters)
-            if self.pool is None:
+            if self.pool is None and group["params"]:
                 self._open(group["params"][0].device)
         except (TypeError, ValueError):
             self.param_groups.pop()
