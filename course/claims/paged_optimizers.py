@@ -317,6 +317,12 @@ def pass_ms(how: str, tokens: int, what: str = "seconds", device: str = GPU) -> 
     return 1e3 * recorded.row("offloaded_layers", device, how=how, tokens=tokens)[what]
 
 
+def files_take_times(tokens: int = 16, device: str = GPU) -> float:
+    """How many times as long a layer takes from files as from host memory."""
+    share = [recorded.row("offloaded_layers", device, how=how, tokens=tokens)["share"] for how in ("memory", "disk")]
+    return share[0] / share[1]
+
+
 def measured_break_even(device: str = GPU) -> float:
     """Tokens at which the resident pass takes as long as copying all weights, between two that were measured."""
     rows = [row for row in _layers(device)["rows"] if row["how"] == "memory" and "copying" in row]
