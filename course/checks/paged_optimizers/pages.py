@@ -22,6 +22,7 @@ def lay_out(
     rest=lambda size, start, length: start + length,  # where the parameter goes on
     piece=lambda number, start, offset, length, before: (number, start, offset, length),
     empty=False,
+    finished=lambda pages, room: pages,
 ) -> list[list[Piece]]:
     """The worked answer; ``before`` counts the numbers of all earlier parameters."""
     pages, room, before = [], 0, 0
@@ -37,7 +38,7 @@ def lay_out(
             if size == 0:
                 break
         before += size
-    return pages
+    return finished(pages, room)
 
 
 def from_borders(sizes, capacity):
@@ -58,6 +59,7 @@ def observe(answer, seed: int):
         "three small parameters in one page": [2, 1, 3],
         "a parameter that ends with its page": [capacity, 2],
         "a parameter of three pages": [3, 3 * capacity],
+        "two pages without a gap at the end": [3, 2 * capacity - 3],
         "many parameters": [draw.randrange(1, 3 * capacity) for _ in range(8)],
         "a parameter without numbers": [3, 0, draw.randrange(capacity, 3 * capacity), 0, 5],
     }
@@ -95,6 +97,9 @@ check = Check(
         ),
         "every piece begins at 0 of its parameter: the next piece goes on where the last one ended": but(
             piece=lambda number, start, offset, length, before: (number, 0, offset, length)
+        ),
+        "there is an empty page after the last one: begin a page only when something comes into it": but(
+            finished=lambda pages, room: [*pages, []] if room == 0 else pages
         ),
         "a parameter without numbers has a piece of length 0: it needs none": but(empty=True),
     },
