@@ -281,13 +281,14 @@ def library_decays_late(device: str = GPU) -> float:
 
 
 def library_agrees_without_decay(device: str = GPU) -> bool:
-    return _library(device)["decay"]["apart, decay 0.0"] < 1e-6
+    """To rounding."""
+    return _library(device)["decay"]["apart, decay 0.0"] < 1e-5
 
 
 def library_resumes_unpaged(device: str = GPU) -> bool:
-    """Its states were paged, and after saving, loading onto the CPU and load_state_dict none is."""
+    """Its states were paged; after saving, loading onto the CPU and load_state_dict none is, and the next step raises no error."""
     found = _library(device)["resume"]
-    return all(found["before"]) and not any(found["after"])
+    return all(found["before"]) and not any(found["after"]) and found["stepped"]
 
 
 def library_keeps_mb(who: str, device: str = GPU) -> float:
