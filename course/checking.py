@@ -95,7 +95,10 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             return f"expected a {expected.kind.__name__}, but the call was accepted"
         return None if issubclass(actual.kind, expected.kind) else f"expected a {expected.kind.__name__}, got a {actual.kind.__name__}"
     if isinstance(expected, Changed):
-        return f"{next(iter(actual.names), 'nothing')} was changed in place; work on a copy" if actual != expected else None
+        extra, missing = ([name for name in one.names if name not in other.names] for one, other in ((actual, expected), (expected, actual)))
+        if missing:
+            return f"{missing[0]} is as it was: change it in place"
+        return f"{extra[0]} was changed in place; work on a copy" if extra else None
     if isinstance(expected, Tensor):
         return _tensor_difference(actual, expected, rtol, atol)
     if isinstance(expected, bool) or expected is None or isinstance(expected, (str, set, frozenset)):

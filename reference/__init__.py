@@ -11,13 +11,14 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     04   nf4
     05   double_quant
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
-    07   paging, offload
+    07   paging (optimizer, update, layout, pool, lanes, state, offloaded, buckets)
+    07   offload (sequential, stores)
     08   checkpointing, precision
     09   ewc, rehearsal, progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives
     11   multi_lora (layer, combine, serving)
     12   instruct, self_instruct
-    13   kernels (launch, low_rank, nf4, multi_lora)
+    13   kernels (launch, low_rank, nf4, adamw, multi_lora)
     14   sharded
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the

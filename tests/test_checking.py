@@ -266,6 +266,18 @@ def test_what_was_changed_in_place_is_heard_before_what_came_out():
     assert refusal(lambda x: x.mul_(5), check) == "what your code was given: argument 1 was changed in place; work on a copy"
 
 
+def test_an_answer_that_should_change_what_it_is_given_is_told_so():
+    def observe(answer, seed):
+        x = torch.ones(2)
+        answer(x, torch.ones(2))
+        return {"x": x}
+
+    check = Check("scale in place", observe, lambda x, by: x.mul_(3 * by), lambda x, by: x.copy_(3 * by * x))
+    check(lambda x, by: x.mul_(3 * by))
+    assert refusal(lambda x, by: 3 * by * x, check) == "what your code was given: argument 1 is as it was: change it in place"
+    assert "argument 2 was changed in place; work on a copy" in refusal(lambda x, by: (x.mul_(3), by.zero_()), check)
+
+
 def affine(x, *, slope=3.0, shift=torch.zeros_like):
     return slope * x + shift(x)
 

@@ -1,5 +1,6 @@
 """Bytes of tensors, counted exactly."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,6 +18,15 @@ def test_peak_and_what_is_left():
     assert live.peak == 8000 and live.bytes == 4000
     del kept
     assert live.bytes == 0
+
+
+def test_a_cap_is_kept():
+    with LiveBytes(most=4000) as live:
+        kept = torch.ones(1000)
+        with pytest.raises(MemoryError, match="4,004 bytes are there, more than the cap of 4,000"):
+            kept.sum()
+        kept += 1  # in place it fits
+    assert live.bytes == 4000
 
 
 def test_the_backward_pass_is_counted():

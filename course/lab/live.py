@@ -4,6 +4,7 @@ The resident memory of a process says little about a small model on a CPU, where
 and the same on every machine. Not counted: what an operation allocates and frees inside itself, and what existed before.
 """
 
+import math
 import weakref
 from collections.abc import Iterable
 
@@ -14,11 +15,15 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """``with LiveBytes() as live: ...``; then ``live.bytes`` are there now, and ``live.peak`` was the highest sum."""
+    """``with LiveBytes() as live: ...``; then ``live.bytes`` are there now, and ``live.peak`` was the highest sum.
 
-    def __init__(self) -> None:
+    Args:
+        most: a cap on the bytes. What goes beyond it raises a MemoryError, as a device would that is full.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes, self.peak, self.most = 0, 0, most
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -32,6 +37,8 @@ class LiveBytes(TorchDispatchMode):
                     self.bytes += storage.nbytes()
                     self.peak = max(self.peak, self.bytes)
                     weakref.finalize(storage, self._freed, storage._cdata)
+        if self.bytes > self.most:
+            raise MemoryError(f"{self.bytes:,} bytes are there, more than the cap of {self.most:,}")
         return result
 
     def _freed(self, key: int) -> None:
