@@ -12,7 +12,8 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     05   double_quant
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
     07   paging, offload
-    08   checkpointing, precision
+    08   checkpointing (checkpoint, call, surroundings, captured, hooks, sequential, schedule)
+    08   checkpointing (offload, lane, pool), precision (masters, scaler, rounding)
     09   ewc, rehearsal, progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives
     11   multi_lora (layer, combine, serving)
