@@ -52,7 +52,7 @@ class LossScaler:
         self.growth_interval, self.good_steps = growth_interval, 0
         self._scale = torch.tensor(float(init_scale))  # float32, as all arithmetic here
         self._stages: dict[int, str] = {}  # of optimizers, since the last update
-        self._infinite: dict[int, bool] = {}
+        self._infinite: dict[int, Tensor] = {}  # read when it must be: reading waits for a GPU
 
     def get_scale(self) -> float:
         return self._scale.item()
@@ -79,12 +79,11 @@ class LossScaler:
                 raise ValueError("gradients are float16: keep float32 parameters, use autocast")
             if grad.is_sparse:
                 raise ValueError("gradients are sparse: make the embedding's dense")
-        inverse = self._scale.double().reciprocal().float()
-        finite = True
+        inverse, infinite = self._scale.double().reciprocal().float(), torch.zeros((), dtype=bool)
         for grad in grads:
-            finite &= bool(grad.isfinite().all())
+            infinite = infinite.to(grad.device) | ~grad.isfinite().all()
             grad.mul_(inverse.to(grad.device))
-        self._stages[id(optimizer)], self._infinite[id(optimizer)] = UNSCALED, not finite
+        self._stages[id(optimizer)], self._infinite[id(optimizer)] = UNSCALED, infinite
 
     def step(self, optimizer: torch.optim.Optimizer) -> Any:
         """Unscale, if that was not done, and step if all gradients are finite.
