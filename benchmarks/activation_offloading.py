@@ -30,7 +30,7 @@ from reference.checkpointing import OffloadActivations, checkpoint
 from reference.model_shapes import LLAMA_2_7B, ModelShape
 
 DEPTH, BATCH = 4, (4, 2048)
-AHEAD = {"ours": 1 << 28, "ours, twice as far ahead": 1 << 29, "ours, nothing ahead": 0}  # bytes
+AHEAD = {"ours": 1 << 28, "ours, 0.5 GB ahead": 1 << 29, "ours, 0.1 GB ahead": 10**8, "ours, nothing ahead": 0}  # bytes
 THEIRS = "save_on_cpu"
 
 
@@ -83,36 +83,38 @@ def halves(layers: nn.Sequential, x: Tensor, direction: Tensor, cuda: bool) -> t
 def measure(smoke: bool, device: torch.device) -> dict:
     shape = SMOKE_SHAPE if smoke else ModelShape(**{**vars(LLAMA_2_7B), "layers": DEPTH})
     batch, rounds = (SMOKE_BATCH, 1) if smoke else (BATCH, 5)
+    with Meter(device) as meter:
+        return measured(meter, shape, batch, 1000 if smoke else 1 << 16, rounds, device)
+
+
+def measured(meter: Meter, shape: ModelShape, batch: tuple[int, int], min_bytes: int, rounds: int, device: torch.device) -> dict:
+    meter.start()
     layers = chain(shape, batch[1], device)
     x = torch.randn(*batch, shape.hidden, device=device).to(next(layers.parameters()).dtype).requires_grad_()
     x.grad, direction = torch.zeros_like(x), torch.randn_like(x)
     with_gradients(layers)
-    speed = bandwidth(device, 1 << (20 if smoke else 30))
-    works, rows = {}, {}
-    with Meter(device) as meter:
-        meter.start()
-        fixed = 0 if meter.cuda else sum(2 * p.nbytes for p in layers.parameters())
-        held = torch.cuda.memory_allocated() - meter.libraries if meter.cuda else fixed
-        for name, (forward, around) in variants(layers, 1000 if smoke else 1 << 16).items():
-            works[name] = functools.partial(take, forward, around, layers, x, direction)
-            rows[name] = {"how": name, "seconds": [], "first": 0.0}
-            try:
-                began = time.perf_counter()
-                works[name]()
-                rows[name]["first"] = time.perf_counter() - began
-                meter.start()
-                works[name]()
-                rows[name] |= {"peak": held + meter.peak, "activations": meter.peak}
-                if isinstance(around, OffloadActivations):
-                    rows[name] |= {"copied": around.copied_bytes, "host": around.host_bytes}
-            except Exception as error:
-                rows[name]["error"] = message(error)
-            gc.collect()
-        forward_seconds, backward_seconds = halves(layers, x, direction, meter.cuda)
-        for _ in range(rounds):
-            for name, work in works.items():
-                if "error" not in rows[name]:
-                    rows[name]["seconds"].append(timed(work, meter.cuda)[0])
+    speed = bandwidth(device, 1 << (20 if device.type == "cpu" else 30))
+    works, rows, held = {}, {}, meter.now
+    for name, (forward, around) in variants(layers, min_bytes).items():
+        works[name] = functools.partial(take, forward, around, layers, x, direction)
+        rows[name] = {"how": name, "seconds": [], "first": 0.0}
+        try:
+            began = time.perf_counter()
+            works[name]()
+            rows[name]["first"] = time.perf_counter() - began
+            meter.start()
+            works[name]()
+            rows[name] |= {"peak": held + meter.peak, "activations": meter.peak}
+            if isinstance(around, OffloadActivations):
+                rows[name] |= {"copied": around.copied_bytes, "host": around.host_bytes}
+        except Exception as error:
+            rows[name]["error"] = message(error)
+        gc.collect()
+    forward_seconds, backward_seconds = halves(layers, x, direction, meter.cuda)
+    for _ in range(rounds):
+        for name, work in works.items():
+            if "error" not in rows[name]:
+                rows[name]["seconds"].append(timed(work, meter.cuda)[0])
     for row in rows.values():
         if "error" in row:
             continue

@@ -118,13 +118,15 @@ def memory(layers: nn.Sequential, shape: ModelShape, batch: tuple[int, int], x: 
 
 
 def equal_to_plain(layers: nn.Sequential, how: Callable, x: Tensor, direction: Tensor) -> bool:
-    """Of the first and the last layers' gradients."""
+    """Of the first and the last layers' gradients. A fused attention's are the same twice only if torch is asked for it."""
     found = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
     for each in (HOWS["none"], how):
         with_gradients(layers)
         take(functools.partial(one_by_one, layers, each), x, direction)
         ends = [*layers[0].parameters(), *layers[-1].parameters()]
         found.append([p.grad.clone() for p in ends if p.requires_grad])
+    torch.use_deterministic_algorithms(False)
     return all(map(torch.equal, *found))
 
 
@@ -133,17 +135,23 @@ def times(recipe: str, layers: nn.Sequential, x: Tensor, direction: Tensor, mete
     rows = {how: {"work": "time", "recipe": recipe, "how": how} for how in HOWS}
     works = {how: functools.partial(take, functools.partial(one_by_one, layers, each), x, direction) for how, each in HOWS.items()}
     for how in HOWS:
-        rows[how] |= works[how](meter=meter) | {"equal": equal_to_plain(layers, HOWS[how], x, direction)}
+        try:
+            rows[how] |= works[how](meter=meter) | {"equal": equal_to_plain(layers, HOWS[how], x, direction)}
+        except Exception as error:
+            rows[how]["error"] = message(error)
+            del works[how]
         with_gradients(layers)
     for turn in range(rounds + 1):
         for how, work in works.items():
             passed, _ = timed(work, meter.cuda)
             seconds[how] += [passed] * (turn > 0)
-    for how, found in seconds.items():
+    for how in works:
+        found = seconds[how]
         rows[how] |= {"seconds": statistics.median(found), "least": min(found), "most": max(found)}
-    for how, row in rows.items():
-        row["extra_percent"] = 100 * (row["seconds"] / rows["none"]["seconds"] - 1)
-        row["over_torch"] = row["seconds"] / rows[PEER[how]]["seconds"] if how in PEER else None
+        rows[how]["extra_percent"] = 100 * (rows[how]["seconds"] / rows["none"]["seconds"] - 1)
+    for how, peer in PEER.items():
+        if how in works and peer in works:
+            rows[how]["over_torch"] = rows[how]["seconds"] / rows[peer]["seconds"]
     return list(rows.values())
 
 
@@ -161,7 +169,7 @@ def measure(smoke: bool, device: torch.device) -> dict:
                 take(functools.partial(one_by_one, layers, HOWS["ours"]), x, direction)  # warm-up
                 if recipe == "full":
                     result["rows"] += memory(layers, shape, batch, x, direction, meter)
-                result["rows"] += times(recipe, layers, x, direction, meter, 1 if smoke else 7)
+                result["rows"] += times(recipe, layers, x, direction, meter, 1 if smoke else 5)
             except Exception as error:
                 result["errors"].append(f"{recipe}: {message(error)}")
             layers = x = direction = None
@@ -179,9 +187,11 @@ def table(result: dict) -> str:
             lines.append(f"{row['segments']:8}{sizes}{row['ratio']:9.3f}{row['seconds']:10.4f}")
     lines.append(f"\n{'':8}{'':20}{'seconds':>10}{'least':>10}{'most':>10}{'extra %':>9}{'over torch':>12}{'peak':>11}  equal")
     for row in result["rows"]:
-        if row["work"] == "time":
+        if "error" in row:
+            lines.append(f"{row['recipe']:8}{row['how']:20}  FAILED {row['error']}")
+        elif row["work"] == "time":
             times = "".join(f"{row[key]:10.4f}" for key in ("seconds", "least", "most"))
-            over = f"{row['over_torch']:12.4f}" if row["over_torch"] else " " * 12
+            over = f"{row['over_torch']:12.4f}" if "over_torch" in row else " " * 12
             line = f"{row['recipe']:8}{row['how']:20}{times}{row['extra_percent']:9.1f}{over}{show_bytes(row['peak']):>11}  {row['equal']}"
             lines.append(line)
     return "\n".join(lines + result["errors"])

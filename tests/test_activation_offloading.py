@@ -76,8 +76,7 @@ def test_each_storage_travels_once_and_no_weight_does():
     with offload:
         y = model(x)
     assert offload.copied_bytes == saved.bytes
-    every_time = sum(whole().left for whole in offload.order)
-    assert every_time > len(offload.order)  # some are kept more than once
+    assert len(offload.order) > len({whole() for whole in offload.order})  # some are kept more than once
     y.sum().backward()
     copies = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: copies.append(t.nbytes) or t, lambda t: t):
@@ -250,10 +249,18 @@ def on_gpu(layers: int = 4) -> tuple[Chain, torch.Tensor]:
     return model, torch.randn(4, 1024, 1024, device="cuda", dtype=torch.bfloat16)
 
 
+@pytest.fixture
+def deterministic():
+    """A fused attention adds up its gradients in any order, unless it is asked not to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ahead_bytes", [0, 1 << 24, 1 << 28])
 @pytest.mark.parametrize("how", ["plain", "checkpointed"])
-def test_on_a_gpu_steps_are_those_without_it_bit_for_bit(ahead_bytes, how):
+def test_on_a_gpu_steps_are_those_without_it_bit_for_bit(ahead_bytes, how, deterministic):
     model, x = on_gpu()
     forward = model if how == "plain" else functools.partial(model, how=checkpoint)
     plain = gradients(model, model, x)

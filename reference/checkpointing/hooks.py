@@ -58,7 +58,7 @@ def checkpoint_by_hooks(
         return function(*args, **kwargs)
     call = Call(function, args, kwargs)
     before = Surroundings(call.tensors or captured(function), preserve_rng_state)
-    kept = _Keep.apply(torch.zeros((), requires_grad=True), *call.tensors).grad_fn
+    kept = _Keep.apply(torch.zeros((), requires_grad=True), *call.tensors)
     region = _Region(call.without_tensors(), kept, before, check_values)
     with saved_tensors_hooks(region.pack, region.unpack):
         return function(*args, **kwargs)
@@ -67,7 +67,7 @@ def checkpoint_by_hooks(
 class _Region:
     """What is kept of a checkpointed call: how to run it again, and how its tensors looked."""
 
-    def __init__(self, call: Call, kept: Any, before: Surroundings, check_values: bool):
+    def __init__(self, call: Call, kept: Tensor, before: Surroundings, check_values: bool):
         self.call, self.kept, self.before, self.check_values = call, kept, before, check_values
         self.looks: list[tuple] = []
         self.tensors: dict[int, Tensor] = {}
@@ -102,7 +102,7 @@ class _Region:
                 raise _Enough
             return found[-1]
 
-        given = as_leaves(self.kept.saved_tensors)
+        given = as_leaves(self.kept.grad_fn.saved_tensors)
         try:
             hooks = saved_tensors_hooks(collect, lambda tensor: tensor)
             with self.before.restored(), torch.enable_grad(), hooks:

@@ -5,8 +5,6 @@ is why a buffer can be used again at once: the next copy into it begins when the
 has ended.
 """
 
-import weakref
-
 import torch
 from torch import Tensor
 
@@ -44,17 +42,16 @@ class Offloaded:
         tensor: what is leaving; None once it has left.
         content: its bytes on the device, (bytes,); None while they are on the host only.
         left: how many views of it autograd is still to ask for.
-        order, place: references to all that left in its forward, and where in them it is.
+        used: all of them were asked for once; only a second backward needs it again.
     """
 
-    def __init__(self, lane: Lane, tensor: Tensor, order: list[weakref.ref]):
-        self.lane, self.tensor, self.version, self.left = lane, tensor, tensor._version, 0
+    def __init__(self, lane: Lane, tensor: Tensor):
+        self.lane, self.tensor, self.version = lane, tensor, tensor._version
+        self.left, self.used = 0, False
         self.content: Tensor | None = _bytes_of(tensor)
         self.size = len(self.content)
         self.buffer = lane.pool.take(self.size)
         self.moved = lane.copy(self.buffer, self.content)  # the event of the last copy's end
-        self.order, self.place = order, len(order)
-        order.append(weakref.ref(self))
 
     def __del__(self) -> None:
         if hasattr(self, "buffer"):
@@ -92,7 +89,7 @@ class Offloaded:
         self.lane.wait(self.moved)
         content, self.left = self.content, self.left - 1
         if self.left == 0:  # the last view keeps them alive; a second backward fetches them again
-            self.content, self.left = None, 1
+            self.content, self.left, self.used = None, 1, True
         return content[: self.size // dtype.itemsize * dtype.itemsize].view(dtype)
 
 

@@ -27,9 +27,11 @@ from reference.checkpointing.lane import Lane, Offloaded
 
 @dataclass(frozen=True)
 class View:
-    """What autograd holds in a tensor's place."""
+    """What autograd holds in a tensor's place: its storage, and where it stands in the order."""
 
     whole: Offloaded
+    order: list[weakref.ref]
+    place: int
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -60,7 +62,7 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
         self.lanes: dict[torch.device, Lane] = {}
         self.staying: set[int] = set()  # the owner's storages
         self.known: dict[int, weakref.ref] = {}  # a storage that is alive -> its Offloaded
-        self.order: list[weakref.ref] = []  # all that left in this forward
+        self.order: list[weakref.ref] = []  # what this forward kept, one after the other
         self.leaving: deque[Offloaded] = deque()
         self.copied_bytes = 0  # in this forward
         super().__init__(self.pack, self.unpack)
@@ -89,13 +91,15 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
             self.known[key] = weakref.ref(whole)
             weakref.finalize(storage, self.known.pop, key, None).atexit = False
         whole.left += 1
-        return View(whole, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        self.order.append(weakref.ref(whole))
+        form = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return View(whole, self.order, len(self.order) - 1, *form)
 
     def send(self, tensor: Tensor) -> Offloaded:
         """Start the copy out, and let go of what left first."""
         if tensor.device not in self.lanes:
             self.lanes[tensor.device] = Lane(tensor.device)
-        whole = Offloaded(self.lanes[tensor.device], tensor, self.order)
+        whole = Offloaded(self.lanes[tensor.device], tensor)
         self.copied_bytes += whole.size
         self.leaving.append(whole)
         self.let_go(self.ahead_bytes)
@@ -110,11 +114,12 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
         if isinstance(kept, Tensor):
             return kept
         kept.whole.fetch()
-        ahead = 0
-        for place in range(kept.whole.place - 1, -1, -1):
-            if (other := kept.whole.order[place]()) is not None:
-                ahead += other.size
-                if ahead > self.ahead_bytes:
+        ahead = {kept.whole: 0}  # what is to be on the device -> its bytes
+        for place in range(kept.place - 1, -1, -1):
+            other = kept.order[place]()
+            if other is not None and not other.used and other not in ahead:
+                ahead[other] = other.size
+                if sum(ahead.values()) > self.ahead_bytes:
                     break
                 other.fetch()
         return kept.whole.use(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
