@@ -58,11 +58,6 @@ def checkpoint(
     return Checkpoint.apply(x, *parameters)
 
 
-def reentrant(block: nn.Module, x: Tensor) -> Tensor:
-    """What torch's re-entrant variant does: the parameters' gradients are accumulated on the side."""
-    return checkpoint_without_parameters(block, x)
-
-
 class _Aside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block, state, x):
@@ -80,7 +75,8 @@ class _Aside(torch.autograd.Function):
         return None, None, x.grad
 
 
-def checkpoint_without_parameters(block: nn.Module, x: Tensor) -> Tensor:
+def reentrant(block: nn.Module, x: Tensor) -> Tensor:
+    """What torch's re-entrant variant does: the parameters' gradients are accumulated on the side."""
     return _Aside.apply(block, torch.get_rng_state(), x)
 
 
@@ -146,6 +142,7 @@ def observe(answer, seed: int) -> Seen:
     yield "kept for the backward", kept(answer, block, g)
     fresh()
     y = answer(block, leaf)
+    torch.rand(3)  # a training step goes on drawing before its backward
     yield "the backward", after_backward(y, direction)
     yield "the gradient of x", leaf.grad
     yield "the gradients of the parameters", found()

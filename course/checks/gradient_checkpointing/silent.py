@@ -3,6 +3,7 @@
 import functools
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -79,7 +80,7 @@ class Model(nn.Module):
         super().__init__()
         self.reentrant = reentrant
         self.embedding, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(blocks))
+        self.blocks = nn.ModuleList(nn.Sequential(OrderedDict(linear=nn.Linear(6, 6), act=nn.Tanh())) for _ in range(blocks))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -106,7 +107,7 @@ def cases(seed: int) -> dict[str, nn.Module]:
     trap, plain, lora, head_too, all_frozen = (Model(blocks, how) for how in (True, False, False, True, True))
     trap.embedding.requires_grad_(False)
     plain.embedding.requires_grad_(False)
-    inject_lora(lora, r=2, lora_alpha=4, target_modules=["0"])  # B is zero, so A's gradient is zero
+    inject_lora(lora, r=2, lora_alpha=4, target_modules=["linear"])  # B is zero, so A's gradient is zero
     head_too.embedding.requires_grad_(False)
     all_frozen.embedding.requires_grad_(False)
     all_frozen.head.requires_grad_(False)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from course.checking import Check, Seen, but
-from reference.precision import stochastic_round as by_the_reference
 
 LOW = (1 << 16) - 1
 
@@ -70,7 +69,7 @@ check = Check(
     task="float32 to bfloat16, up or down by the random bits",
     observe=observe,
     reference=stochastic_round,
-    second=by_the_reference,
+    second=by_spacing,
     misconceptions={
         "that is rounding to nearest: whether it goes up depends on the noise": but(up=lambda noise, low, bits: low > 1 << 15),
         "the low bits are cut off and nothing goes up: that rounds every number toward zero": but(
