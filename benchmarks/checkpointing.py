@@ -3,19 +3,16 @@
     python -m benchmarks.checkpointing               # a CUDA device, about a minute; saves the recorded result "checkpointing"
     python -m benchmarks.checkpointing --smoke       # small shapes on the CPU, in seconds; saves to a temporary folder
 
-64 layers of a Llama (reference.llama) in bf16 with random weights, forward and backward of 4 × 2,048 tokens. Every parameter has its
-gradient before the measurement, so that what comes and goes is activations and their gradients. No optimizer.
+64 layers of a Llama (reference.llama) in bf16 with random weights, all trained, forward and backward of 4 × 2,048 tokens. Every parameter
+has its gradient before the measurement, so that what comes and goes is activations and their gradients. No optimizer.
 
 - "memory": in k segments, the last of them not checkpointed. "kept" is what the forward leaves, "peak" the height of the step. The
   formula is k·b + ⌈N/k⌉·a, with b the bytes of a layer's input and a what one layer keeps, counted tensor by tensor; "predicted" adds the
   gradients that are there while an MLP runs backward (reference.memory.activations).
-- "time": one layer per segment, the last one too, as libraries do it. All weights trained ("full"), and LoRA with r = 16 on all linears
-  over frozen ones. Variants take turns; medians by CUDA events after warm-up. "equal": the gradients are those without checkpointing, bit
-  for bit.
+- "time": one layer per segment, the last one too, as libraries do it. Variants take turns; medians by CUDA events after warm-up.
 """
 
 import functools
-import gc
 import statistics
 from collections.abc import Callable
 
@@ -55,7 +52,7 @@ class Placed(nn.Module):
         self.layer, self.positions = layer, positions
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, self.positions)
+        return self.layer(x, tuple(table[: x.shape[1]] for table in self.positions))
 
 
 def chain(shape: ModelShape, length: int, device: torch.device, lora: bool = False) -> nn.Sequential:
@@ -117,30 +114,16 @@ def memory(layers: nn.Sequential, shape: ModelShape, batch: tuple[int, int], x: 
     return rows
 
 
-def equal_to_plain(layers: nn.Sequential, how: Callable, x: Tensor, direction: Tensor) -> bool:
-    """Of the first and the last layers' gradients. A fused attention's are the same twice only if torch is asked for it."""
-    found = []
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    for each in (HOWS["none"], how):
-        with_gradients(layers)
-        take(functools.partial(one_by_one, layers, each), x, direction)
-        ends = [*layers[0].parameters(), *layers[-1].parameters()]
-        found.append([p.grad.clone() for p in ends if p.requires_grad])
-    torch.use_deterministic_algorithms(False)
-    return all(map(torch.equal, *found))
-
-
-def times(recipe: str, layers: nn.Sequential, x: Tensor, direction: Tensor, meter: Meter, rounds: int) -> list[dict]:
-    seconds: dict[str, list[float]] = {how: [] for how in HOWS}
-    rows = {how: {"work": "time", "recipe": recipe, "how": how} for how in HOWS}
+def times(layers: nn.Sequential, x: Tensor, direction: Tensor, meter: Meter, rounds: int) -> list[dict]:
+    """A row for each way; one that fails is a row with an error."""
     works = {how: functools.partial(take, functools.partial(one_by_one, layers, each), x, direction) for how, each in HOWS.items()}
+    rows, seconds = {how: {"work": "time", "how": how} for how in HOWS}, {how: [] for how in HOWS}
     for how in HOWS:
         try:
-            rows[how] |= works[how](meter=meter) | {"equal": equal_to_plain(layers, HOWS[how], x, direction)}
+            rows[how] |= works[how](meter=meter)
         except Exception as error:
             rows[how]["error"] = message(error)
             del works[how]
-        with_gradients(layers)
     for turn in range(rounds + 1):
         for how, work in works.items():
             passed, _ = timed(work, meter.cuda)
@@ -155,28 +138,23 @@ def times(recipe: str, layers: nn.Sequential, x: Tensor, direction: Tensor, mete
     return list(rows.values())
 
 
+def inputs(layers: nn.Sequential, shape: ModelShape, batch: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """x, which has its gradient too, and the gradient of the output."""
+    p = next(layers.parameters())
+    x = torch.randn(*batch, shape.hidden, device=p.device).to(p.dtype).requires_grad_()
+    x.grad = torch.zeros_like(x)
+    return x, torch.randn_like(x)
+
+
 def measure(smoke: bool, device: torch.device) -> dict:
     shape, batch = (SMOKE_SHAPE, SMOKE_BATCH) if smoke else (SHAPE, BATCH)
-    result = {"shape": shape.name, "batch": list(batch), "rows": [], "errors": []}
     with Meter(device) as meter:
-        for recipe in ("full", "LoRA"):
-            try:
-                layers = chain(shape, batch[1], device, lora=recipe == "LoRA")
-                dtype = next(layers.parameters()).dtype
-                x = torch.randn(*batch, shape.hidden, device=device).to(dtype).requires_grad_()
-                x.grad, direction = torch.zeros_like(x), torch.randn_like(x)
-                with_gradients(layers)
-                take(functools.partial(one_by_one, layers, HOWS["ours"]), x, direction)  # warm-up
-                if recipe == "full":
-                    result["rows"] += memory(layers, shape, batch, x, direction, meter)
-                result["rows"] += times(recipe, layers, x, direction, meter, 1 if smoke else 5)
-            except Exception as error:
-                result["errors"].append(f"{recipe}: {message(error)}")
-            layers = x = direction = None
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return rounded(result)
+        layers = chain(shape, batch[1], device)
+        x, direction = inputs(layers, shape, batch)
+        with_gradients(layers)
+        take(functools.partial(one_by_one, layers, HOWS["ours"]), x, direction)  # warm-up
+        rows = memory(layers, shape, batch, x, direction, meter) + times(layers, x, direction, meter, 1 if smoke else 5)
+    return rounded({"shape": shape.name, "batch": list(batch), "rows": rows})
 
 
 def table(result: dict) -> str:
@@ -185,16 +163,19 @@ def table(result: dict) -> str:
         if row["work"] == "memory":
             sizes = "".join(f"{show_bytes(row[key]):>10}" for key in ("kept", "peak", "predicted"))
             lines.append(f"{row['segments']:8}{sizes}{row['ratio']:9.3f}{row['seconds']:10.4f}")
-    lines.append(f"\n{'':8}{'':20}{'seconds':>10}{'least':>10}{'most':>10}{'extra %':>9}{'over torch':>12}{'peak':>11}  equal")
-    for row in result["rows"]:
+    return "\n".join([*lines, "", table_of_times(result["rows"])])
+
+
+def table_of_times(rows: list[dict]) -> str:
+    lines = [f"{'':20}{'seconds':>10}{'least':>10}{'most':>10}{'extra %':>9}{'over torch':>12}{'peak':>11}"]
+    for row in rows:
         if "error" in row:
-            lines.append(f"{row['recipe']:8}{row['how']:20}  FAILED {row['error']}")
+            lines.append(f"{row['how']:20}  FAILED {row['error']}")
         elif row["work"] == "time":
-            times = "".join(f"{row[key]:10.4f}" for key in ("seconds", "least", "most"))
+            seconds = "".join(f"{row[key]:10.4f}" for key in ("seconds", "least", "most"))
             over = f"{row['over_torch']:12.4f}" if "over_torch" in row else " " * 12
-            line = f"{row['recipe']:8}{row['how']:20}{times}{row['extra_percent']:9.1f}{over}{show_bytes(row['peak']):>11}  {row['equal']}"
-            lines.append(line)
-    return "\n".join(lines + result["errors"])
+            lines.append(f"{row['how']:20}{seconds}{row['extra_percent']:9.1f}{over}{show_bytes(row['peak']):>11}")
+    return "\n".join(lines)
 
 
 def main() -> None:

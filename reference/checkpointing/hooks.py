@@ -70,8 +70,7 @@ class _Region:
     def __init__(self, call: Call, kept: Tensor, before: Surroundings, check_values: bool):
         self.call, self.kept, self.before, self.check_values = call, kept, before, check_values
         self.looks: list[tuple] = []
-        self.tensors: dict[int, Tensor] = {}
-        self.backward: int | None = None  # the one that the tensors were computed for
+        self.tensors: dict[int, Tensor] = {}  # computed again, until they are asked for
 
     def look(self, tensor: Tensor) -> tuple:
         seen = tuple(tensor.shape), tensor.dtype, tensor.device
@@ -82,9 +81,8 @@ class _Region:
         return len(self.looks) - 1
 
     def unpack(self, place: int) -> Tensor:
-        number = torch._C._current_graph_task_id()
-        if self.backward != number or place not in self.tensors:
-            self.backward, self.tensors = number, self.recompute()
+        if place not in self.tensors:  # the first that is asked for, or one for a second backward
+            self.tensors = self.recompute()
         return self.tensors.pop(place)  # from here on it is the operation's
 
     def recompute(self) -> dict[int, Tensor]:
