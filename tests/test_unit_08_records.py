@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import activation_offloading, bf16_training, checkpointing, precision_step
+from benchmarks import activation_offloading, bf16_training, checkpointing, checkpointing_lora, precision_step
 from benchmarks.meters import Meter
 from course import bench
 from course.lab import recorded
@@ -21,16 +21,20 @@ def rows(name: str, device: str, **where) -> list[dict]:
 # ---- bars
 
 
-def test_checkpointing_is_within_two_percent_of_torch_and_bit_for_bit():
-    times = rows("checkpointing", "h200", work="time")
-    assert len(times) == 10 and not [row for row in times if "error" in row]
-    for row in times:
-        assert row["equal"], row["how"]
-        assert row.get("over_torch", 0) <= 1.02, (row["recipe"], row["how"])
+@pytest.mark.parametrize("name", ["checkpointing", "checkpointing_lora"])
+def test_checkpointing_is_within_two_percent_of_torch(name):
+    times = {row["how"]: row for row in rows(name, "h200", work="time")}
+    assert set(times) == set(checkpointing.HOWS) and not [row for row in times.values() if "error" in row]
+    assert {how for how, row in times.items() if row.get("over_torch", 9) <= 1.02} == set(checkpointing.PEER)
+
+
+def test_gradients_are_those_without_checkpointing_bit_for_bit():
+    same = rows("checkpointing_lora", "h200", work="equal")
+    assert len(same) == 2 * len(checkpointing.HOWS) and all(row["equal"] for row in same)
 
 
 def test_one_more_forward_takes_20_to_40_percent_of_a_full_step():
-    for row in rows("checkpointing", "h200", work="time", recipe="full"):
+    for row in rows("checkpointing", "h200", work="time"):
         assert row["how"] == "none" or 20 <= row["extra_percent"] <= 40, row["how"]
 
 
@@ -48,7 +52,8 @@ def test_offloading_is_faster_than_save_on_cpu_with_its_memory():
         (ours,) = rows("activation_offloading", "h200", how=how)
         assert ours["seconds"] < theirs["seconds"]
         assert ours["peak"] <= 1.1 * theirs["peak"], how
-        assert ours["seconds"] < 1.5 * ours["limit"]
+    (ours,) = rows("activation_offloading", "h200", how="ours")
+    assert ours["seconds"] < 1.05 * ours["limit"]  # what the bus allows
     (nothing,) = rows("activation_offloading", "h200", how="ours, nothing ahead")
     assert nothing["activations"] <= 1.1 * theirs["activations"]
 
@@ -72,7 +77,7 @@ def test_rounding_to_nearest_loses_at_small_rates_in_every_seed():
 # ---- small shapes
 
 
-@pytest.mark.parametrize("name", ["activation_offloading", "bf16_training", "checkpointing", "precision_step"])
+@pytest.mark.parametrize("name", ["activation_offloading", "bf16_training", "checkpointing", "checkpointing_lora", "precision_step"])
 def test_a_dry_run_gives_what_is_recorded(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--out", str(tmp_path)])
     bench.load(name).main()
@@ -88,18 +93,24 @@ def small() -> dict:
 
 def test_the_formula_holds_on_small_shapes(small):
     memory = [row for row in small["rows"] if row["work"] == "memory"]
-    assert [row["segments"] for row in memory] == [1, 2, 4, 8] and small["errors"] == []
+    assert [row["segments"] for row in memory] == [1, 2, 4, 8]
     for row in memory:
         assert row["ratio"] == pytest.approx(1, abs=0.08)
         assert row["kept"] < row["peak"]
 
 
-def test_all_ways_give_the_same_gradients(small):
-    times = [row for row in small["rows"] if row["work"] == "time"]
-    assert len(times) == 2 * len(checkpointing.HOWS) and all(row["equal"] for row in times)
-    for recipe in ("full", "LoRA"):
-        peaks = {row["how"]: row["peak"] for row in times if row["recipe"] == recipe}
-        assert all(peak < 0.3 * peaks["none"] for how, peak in peaks.items() if how != "none")
+def test_every_way_needs_less(small):
+    peaks = {row["how"]: row["peak"] for row in small["rows"] if row["work"] == "time"}
+    assert set(peaks) == set(checkpointing.HOWS)
+    assert all(peak < 0.3 * peaks["none"] for how, peak in peaks.items() if how != "none")
+
+
+@pytest.mark.parametrize("recipe", ["full", "LoRA"])
+def test_equality_is_noticed_and_so_is_a_difference(recipe, monkeypatch):
+    small = checkpointing_lora.with_layers(checkpointing.SMOKE_SHAPE, 2)
+    monkeypatch.setitem(checkpointing.HOWS, "torch", lambda layer, x: layer(x) * 1.001)
+    found = {row["how"]: row["equal"] for row in checkpointing_lora.equal(recipe, small, (1, 16), CPU)}
+    assert found == dict.fromkeys(checkpointing.HOWS, True) | {"torch": False}
 
 
 def test_a_way_that_fails_is_a_row_and_stops_nothing(monkeypatch):
@@ -110,9 +121,9 @@ def test_a_way_that_fails_is_a_row_and_stops_nothing(monkeypatch):
     layers = checkpointing.chain(checkpointing.SMOKE_SHAPE, 16, CPU)
     x = torch.randn(1, 16, 64, requires_grad=True)
     with Meter(CPU) as meter:
-        found = checkpointing.times("full", layers, x, torch.randn_like(x), meter, 1)
+        found = checkpointing.times(layers, x, torch.randn_like(x), meter, 1)
     assert [row["how"] for row in found if "error" in row] == ["ours"]
-    assert "FAILED ValueError: no" in checkpointing.table({"rows": found, "errors": []})
+    assert "FAILED ValueError: no" in checkpointing.table_of_times(found)
 
 
 def test_offloading_counts_what_leaves():
