@@ -81,6 +81,11 @@ def best(layers: int, ratio: float = 1.0) -> int:
     return optimal_segments(layers, ratio)
 
 
+def best_for(model: str) -> int:
+    """The same for a model's layers, all of them trained."""
+    return best(SHAPES[model].layers, ratio(model))
+
+
 def revolve(layers: int, slots: int, what: str) -> int:
     """ "runs" of layers in all, "extra" ones beyond N, or "repetitions", the most that one layer is run again."""
     extra = extra_runs(layers, slots)
