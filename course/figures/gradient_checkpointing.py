@@ -1,7 +1,7 @@
 """Figures of unit 08: memory in the course of a step, against segments, offloaded; gradients in float16; what vanishes in bfloat16."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import torch
@@ -42,26 +42,28 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-def timeline(forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[float], int]:
-    """Activations in the course of a step, in units of x, and where its backward begins."""
+def timeline(forward: Callable[[Tensor], Tensor], x: Tensor, layers: Iterable[nn.Module]) -> dict:
+    """Activations in the course of a step, in units of x ("curve"), and where its backward begins ("turn").
+
+    The gradients of the weights are there before, and are not counted.
+    """
+    for p in (p for layer in layers for p in layer.parameters()):
+        p.grad = torch.zeros_like(p)
     with Timeline() as live:
         y = forward(x)
         turn = len(live.history)
         y.backward(torch.zeros_like(x))
-    return [count / x.nbytes for count in live.history], turn
+    return {"curve": [round(count / x.nbytes, 2) for count in live.history], "turn": turn}
 
 
 def timeline_data() -> dict[str, dict]:
-    """Ways -> the curve and its turn, of 16 blocks. Gradients of weights are there before, and are not counted."""
+    """Ways -> the curve and its turn, of 16 blocks."""
     torch.manual_seed(0)
     width, blocks = 8, 16
     layers, x = nn.Sequential(*(Block(width) for _ in range(blocks))), torch.randn(4096, width)
-    for p in layers.parameters():
-        p.grad = torch.zeros_like(p)
     how, found = functools.partial(checkpoint, preserve_rng_state=False), {}
     for label, segments in {"nothing recomputed": 1, "4 segments of 4": 4, "one segment per layer": 16}.items():
-        curve, turn = timeline(functools.partial(checkpoint_sequential, layers, segments=segments, how=how), x)
-        found[label] = {"curve": [round(value, 2) for value in curve], "turn": turn}
+        found[label] = timeline(functools.partial(checkpoint_sequential, layers, segments=segments, how=how), x, layers)
     return found
 
 
