@@ -29,6 +29,8 @@ def checkpoint(
     keep=lambda ctx, y: None,
     state=torch.get_rng_state,
     around=torch.random.fork_rng,
+    fresh=lambda x, needed: x.detach().requires_grad_(needed),
+    recording=torch.enable_grad,
     gradients=of_all,
     returned=lambda found: found,
 ) -> Tensor:  # fmt: skip
@@ -46,8 +48,8 @@ def checkpoint(
 
         @staticmethod
         def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-            x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.enable_grad(), around():
+            x = fresh(ctx.saved_tensors[0], ctx.needs_input_grad[0])
+            with recording(), around():
                 if ctx.state is not None:
                     torch.set_rng_state(ctx.state)
                 y = block(x)
@@ -178,6 +180,12 @@ check = Check(
         ),
         "where x needs no gradient the parameters get none: autograd sees x alone; pass the parameters to apply as well, and return "
         "their gradients": reentrant,
+        "the second run builds no graph: backward() runs without one, unless you say `with torch.enable_grad()`": but(
+            recording=contextlib.nullcontext
+        ),
+        "the second run's graph goes on into the layers below, whose backward is still to come: run the block on x.detach()": but(
+            fresh=lambda x, needed: x
+        ),
         "the incoming gradient is not used: pass it to torch.autograd.grad as grad_outputs": but(
             gradients=lambda y, inputs, grad: of_all(y, inputs, torch.ones_like(grad))
         ),
