@@ -13,7 +13,8 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
     07   paging (optimizer, update, layout, pool, lanes, state, offloaded, buckets)
     07   offload (sequential, stores)
-    08   checkpointing, precision
+    08   checkpointing (checkpoint, call, surroundings, captured, hooks, sequential, schedule)
+    08   checkpointing (offload, lane, pool), precision (masters, scaler, rounding)
     09   ewc, rehearsal, progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives
     11   multi_lora (layer, combine, serving)
