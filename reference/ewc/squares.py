@@ -1,0 +1,175 @@
+"""Squares of per-row gradients, without a pass for each row.
+
+A row's gradient of a layer's parameters needs only what went into the layer and the gradient of
+what came out. One forward pass keeps the inputs. One backward pass, vectorised over the k
+gradients that are asked of every row, gives the others, of shape (k, rows, ...): rows do not mix,
+so all rows go at once. For a linear layer that sees one vector a row the square factorises,
+
+    Σ_k (∂/∂W)² = (Σ_k s²) · (a²)ᵀ        a: input, s: gradient of the output
+
+and no gradient of W is ever formed (so does BackPACK, Dangel et al. 2020). Where a row passes a
+layer at many positions, the gradient is a sum over them and has to be formed before it is squared:
+one layer at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Call(NamedTuple):
+    """One call of a module that owns trained parameters."""
+
+    module: nn.Module
+    trained: dict[str, str]  # the parameter's name in the module -> its name in the model
+    arguments: tuple[Tensor, ...]
+    output: Tensor
+
+
+class Squares:
+    """Adds up squared per-row gradients of ``trained``, the parameters of ``model``, by name."""
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+        self.trained = dict(trained)
+        of = {id(p): name for name, p in trained.items()}
+        owned = {
+            module: {
+                local: of[id(p)]
+                for local, p in module.named_parameters(recurse=False)
+                if id(p) in of
+            }
+            for module in model.modules()
+        }
+        self.owners = {module: names for module, names in owned.items() if names}
+        self.calls: list[Call] = []
+        self.proven = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what goes in and out of the modules that own trained parameters."""
+        self.calls = []
+
+        def note(module: nn.Module, arguments: tuple, settings: dict, output: object) -> None:
+            if not isinstance(output, Tensor) or settings or not all(map(_is_tensor, arguments)):
+                kind = type(module).__name__
+                raise ValueError(f"model: a {kind} with trained parameters must map tensors to one")
+            kept = tuple(each.detach() for each in arguments)
+            self.calls.append(Call(module, self.owners[module], kept, output))
+
+        hooks = [m.register_forward_hook(note, with_kwargs=True) for m in self.owners]
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no vectorised backward
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, total: dict[str, Tensor], outputs: Tensor, columns: Tensor) -> None:
+        """total += Σ over k and rows of (∂⟨outputs, column⟩ / ∂θ)²; columns (k, *outputs.shape)."""
+        if not self.proven:
+            self._prove(outputs)
+        self._each(outputs, columns, lambda name, g: total[name].add_(g), squared=True)
+
+    def add_whole(
+        self, total: dict[str, Tensor], outputs: Tensor, column: Tensor, times: int
+    ) -> None:
+        """total += times · (∂⟨outputs, column⟩ / ∂θ)², of all rows together."""
+        found = torch.autograd.grad(outputs, list(self.trained.values()), column, allow_unused=True)
+        for name, g in zip(self.trained, found, strict=True):
+            if g is not None:
+                total[name] += times * g.square()
+
+    def _each(
+        self,
+        outputs: Tensor,
+        columns: Tensor,
+        take: Callable[[str, Tensor], object],
+        squared: bool,
+    ) -> None:
+        """Hand on, by parameter, the sum over k and rows of the gradients or of their squares."""
+        into = [call.output for call in self.calls]
+        signals = torch.autograd.grad(
+            outputs, into, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        uses = [name for call in self.calls for name in call.trained.values()]
+        waiting: dict[str, Tensor] = {}
+        for call, s in zip(self.calls, signals, strict=True):  # s: (k, rows, ...)
+            if s is not None and s.shape[1] != outputs.shape[0]:
+                kind, seen, rows = type(call.module).__name__, s.shape[1], outputs.shape[0]
+                raise ValueError(
+                    f"model: a {kind} sees {seen} rows where the batch has {rows}, so that a row's "
+                    "gradient can't be told apart: pass batches of one row"
+                )
+            alone = all(uses.count(name) == 1 for name in call.trained.values())
+            if s is not None and squared and alone and _factorises(call):
+                for name, value in _factorised(call, s):
+                    take(name, value)
+                continue
+            gradients = {} if s is None else _gradients(call, s)
+            for local, name in call.trained.items():
+                uses.remove(name)
+                if local in gradients:  # tied weights add up before the square
+                    waiting[name] = gradients[local] + waiting.get(name, 0)
+                if name in waiting and name not in uses:
+                    g = waiting.pop(name)  # (k, rows, *shape)
+                    take(name, (g.square() if squared else g).sum((0, 1)))
+
+    def _prove(self, outputs: Tensor) -> None:
+        """Once: what the layers' gradients add up to must be autograd's own gradient."""
+        column = torch.randn_like(outputs)
+        found: dict[str, Tensor] = {}
+        self._each(outputs, column[None], found.__setitem__, squared=False)
+        own = torch.autograd.grad(
+            outputs, list(self.trained.values()), column, retain_graph=True, allow_unused=True
+        )
+        all_of_it = torch.stack([g.norm() for g in own if g is not None]).norm()
+        for name, g in zip(self.trained, own, strict=True):
+            g = torch.zeros_like(self.trained[name]) if g is None else g
+            apart = (found.get(name, torch.zeros_like(g)) - g).norm()
+            if apart > 1e-2 * g.norm() + 1e-5 * all_of_it:  # some gradients are zero but for noise
+                raise ValueError(
+                    f"model: the gradient of {name!r} comes from outside of its module's forward"
+                )
+        self.proven = True
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _factorises(call: Call) -> bool:
+    return type(call.module) is nn.Linear and call.arguments[0].dim() == 2
+
+
+def _factorised(call: Call, s: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name -> Σ over k and rows of the squared gradient, of a linear layer on vectors."""
+    summed = s.square().sum(0)  # (rows, out)
+    for local, name in call.trained.items():
+        yield name, summed.T @ call.arguments[0].square() if local == "weight" else summed.sum(0)
+
+
+def _gradients(call: Call, s: Tensor) -> dict[str, Tensor]:
+    """Local name -> gradients (k, rows, *shape), from s, (k, rows, ...): those of the output."""
+    module, a = call.module, call.arguments[0]
+    if type(module) is nn.Linear:
+        k, rows, out = s.shape[0], s.shape[1], s.shape[-1]
+        s, a = s.reshape(k, rows, -1, out), a.reshape(rows, -1, a.shape[-1])
+        found = {"bias": s.sum(2)} if "bias" in call.trained else {}
+        return (
+            found | {"weight": torch.einsum("knpo,npi->knoi", s, a)}
+            if "weight" in call.trained
+            else found
+        )
+    own = {local: getattr(module, local).detach() for local in call.trained}
+
+    def row(arguments: tuple[Tensor, ...], columns: Tensor) -> dict[str, Tensor]:
+        alone = tuple(each[None] for each in arguments)
+        _, back = vjp(lambda p: functional_call(module, p, alone)[0], own)
+        return vmap(back)(columns)[0]
+
+    return vmap(row, in_dims=(0, 1), out_dims=1)(call.arguments, s)
