@@ -1,6 +1,7 @@
 """The Fisher's diagonal against brute force, closed forms, libraries and their formulas; EWC's penalty, and EWC for adapters."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ from reference.progressive import Adapter
 
 def mlp(*sizes: int, seed: int = 0, dtype=torch.float64) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.Tanh())][:-1]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())][:-1]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -239,7 +240,9 @@ def test_mode_gradients_and_parameters_are_left_as_they_were():
     before = [(p.clone(), p.grad.clone()) for p in model.parameters()]
     first = fisher_diagonal(model, batches)
     alike(first, fisher_diagonal(model, batches))  # without dropout
-    assert model.training and all(torch.equal(p, a) and torch.equal(p.grad, b) for p, (a, b) in zip(model.parameters(), before, strict=True))
+    assert model.training and all(
+        torch.equal(p, a) and torch.equal(p.grad, b) for p, (a, b) in zip(model.parameters(), before, strict=True)
+    )
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -311,7 +314,10 @@ def test_avalanches_penalty_is_ours_with_batch_and_twice_its_lambda():
     alike(fisher_diagonal(model, batches, "batch"), theirs)
     ones = [(x, y) for xs, ys in batches for x, y in zip(xs.split(1), ys.split(1), strict=True)]
     alike(fisher_diagonal(model, batches, "empirical"), avalanche(model, ones))
-    ours, start = EWC(model, fisher_diagonal(model, batches, "batch"), lam=2 * 0.7), {n: p.detach().clone() for n, p in model.named_parameters()}
+    ours, start = (
+        EWC(model, fisher_diagonal(model, batches, "batch"), lam=2 * 0.7),
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+    )
     moved(model)
     penalty = 0.7 * sum((theirs[n] * (p - start[n]) ** 2).sum() for n, p in model.named_parameters())
     torch.testing.assert_close(ours.penalty(), penalty)
@@ -580,7 +586,7 @@ def test_adapters_that_do_not_fit():
     with pytest.raises(ValueError, match="holds no LoRA layer"):
         LoRAEWC(base, fisher, 1.0)
     inject()
-    with pytest.raises(ValueError, match="lacks '2.weight'"):
+    with pytest.raises(ValueError, match=r"lacks '2\.weight'"):
         LoRAEWC(base, {"0.weight": fisher["0.weight"]}, 1.0)
     base[0].merge()
     with pytest.raises(ValueError, match="0 is merged"):
@@ -597,7 +603,9 @@ def test_adapters_that_do_not_fit():
 def test_on_a_gpu_as_on_a_cpu(estimator):
     model, batches = words().float(), sentences()
     found = [
-        fisher_diagonal(model.to(where), [(x.to(where), y.to(where)) for x, y in batches], estimator, generator=torch.Generator().manual_seed(0))
+        fisher_diagonal(
+            model.to(where), [(x.to(where), y.to(where)) for x, y in batches], estimator, generator=torch.Generator().manual_seed(0)
+        )
         for where in ("cpu", "cuda")
     ]
     assert all(value.is_cuda for value in found[1].values())

@@ -1,5 +1,7 @@
 """Progressive networks: the paper's formula, and old columns that stay as they were, bit for bit."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from reference.progressive import Adapter, ProgressiveNetwork
 
 
 def column(*sizes):
-    return [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
 
 
 def linear_laterals(*sizes):
@@ -30,10 +32,7 @@ def test_it_is_the_papers_formula():
     net, x = network(), torch.randn(8, 5)
     h = [x, x, x]
     for i in range(3):
-        sums = [
-            net.columns[k][i](h[k]) + (sum(net.laterals[k][i][j](h[j]) for j in range(k)) if i and k else 0)
-            for k in range(3)
-        ]
+        sums = [net.columns[k][i](h[k]) + (sum(net.laterals[k][i][j](h[j]) for j in range(k)) if i and k else 0) for k in range(3)]
         h = [s if i == 2 else F.relu(s) for s in sums]
     for task in range(3):
         torch.testing.assert_close(net(x, task), h[task])

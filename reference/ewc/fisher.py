@@ -49,7 +49,7 @@ def fisher_diagonal(
     likelihood: str = "softmax",
     forward: Forward = logits,
     generator: torch.Generator | None = None,
-    chunk: int = 64,
+    chunk: int = 256,
 ) -> dict[str, Tensor]:
     """The diagonal of F for every parameter that requires gradients: name -> tensor of its shape.
 

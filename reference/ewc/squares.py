@@ -8,10 +8,14 @@ so all rows go at once. For a linear layer that sees one vector a row the square
     Σ_k (∂/∂W)² = (Σ_k s²) · (a²)ᵀ        a: input, s: gradient of the output
 
 and no gradient of W is ever formed (so does BackPACK, Dangel et al. 2020). Where a row passes a
-layer at many positions, the gradient is a sum over them and has to be formed before it is squared:
-one layer at a time.
+layer at many positions, the gradient is a sum over them, whose square has a term for each pair:
+
+    Σ_k (∂/∂W_oi)² = Σ_pq (Σ_k s_kpo s_kqo) a_pi a_qi
+
+With many k and few positions that is far less work than forming every gradient, and less memory.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -96,7 +100,8 @@ class Squares:
         signals = torch.autograd.grad(
             outputs, into, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        uses = [name for call in self.calls for name in call.trained.values()]
+        uses = Counter(name for call in self.calls for name in call.trained.values())
+        left = uses.copy()
         waiting: dict[str, Tensor] = {}
         for call, s in zip(self.calls, signals, strict=True):  # s: (k, rows, ...)
             if s is not None and s.shape[1] != outputs.shape[0]:
@@ -105,19 +110,19 @@ class Squares:
                     f"model: a {kind} sees {seen} rows where the batch has {rows}, so that a row's "
                     "gradient can't be told apart: pass batches of one row"
                 )
-            alone = all(uses.count(name) == 1 for name in call.trained.values())
-            if s is not None and squared and alone and _factorises(call):
-                for name, value in _factorised(call, s):
+            alone = all(uses[name] == 1 for name in call.trained.values())
+            if s is not None and squared and alone and type(call.module) is nn.Linear:
+                for name, value in _squares_of_linear(call, s):
                     take(name, value)
                 continue
             gradients = {} if s is None else _gradients(call, s)
             for local, name in call.trained.items():
-                uses.remove(name)
+                left[name] -= 1
                 if local in gradients:  # tied weights add up before the square
                     waiting[name] = gradients[local] + waiting.get(name, 0)
-                if name in waiting and name not in uses:
+                if name in waiting and left[name] == 0:
                     g = waiting.pop(name)  # (k, rows, *shape)
-                    take(name, (g.square() if squared else g).sum((0, 1)))
+                    take(name, _sum_of_squares(g) if squared else g.sum((0, 1)))
 
     def _prove(self, outputs: Tensor) -> None:
         """Once: what the layers' gradients add up to must be autograd's own gradient."""
@@ -142,29 +147,40 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _factorises(call: Call) -> bool:
-    return type(call.module) is nn.Linear and call.arguments[0].dim() == 2
+def _sum_of_squares(g: Tensor) -> Tensor:
+    """Over the first two axes, in one pass."""
+    return torch.linalg.vector_norm(g, dim=(0, 1)).square()
 
 
-def _factorised(call: Call, s: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name -> Σ over k and rows of the squared gradient, of a linear layer on vectors."""
-    summed = s.square().sum(0)  # (rows, out)
+def _by_positions(call: Call, s: Tensor) -> tuple[Tensor, Tensor]:
+    """s (k, rows, positions, out) and the input (rows, positions, in) of a linear layer."""
+    a, (k, rows, *_, out) = call.arguments[0], s.shape
+    return s.reshape(k, rows, -1, out), a.reshape(rows, -1, a.shape[-1])
+
+
+def _squares_of_linear(call: Call, s: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name -> Σ over k and rows of the squared gradient."""
+    s, a = _by_positions(call, s)
+    k, positions, width = s.shape[0], a.shape[1], a.shape[2]
     for local, name in call.trained.items():
-        yield name, summed.T @ call.arguments[0].square() if local == "weight" else summed.sum(0)
+        if local == "bias":
+            yield name, _sum_of_squares(s.sum(2))
+        elif positions == 1:
+            yield name, s.square().sum(0).flatten(0, 1).T @ a.square().flatten(0, 1)
+        elif positions * (k + width) < 2 * k * width:
+            pairs = torch.einsum("knpo,knqo->nopq", s, s)
+            yield name, torch.einsum("nopi,npi->oi", torch.matmul(pairs, a[:, None]), a)
+        else:
+            yield name, _sum_of_squares(torch.einsum("knpo,npi->knoi", s, a))
 
 
 def _gradients(call: Call, s: Tensor) -> dict[str, Tensor]:
     """Local name -> gradients (k, rows, *shape), from s, (k, rows, ...): those of the output."""
-    module, a = call.module, call.arguments[0]
+    module = call.module
     if type(module) is nn.Linear:
-        k, rows, out = s.shape[0], s.shape[1], s.shape[-1]
-        s, a = s.reshape(k, rows, -1, out), a.reshape(rows, -1, a.shape[-1])
-        found = {"bias": s.sum(2)} if "bias" in call.trained else {}
-        return (
-            found | {"weight": torch.einsum("knpo,npi->knoi", s, a)}
-            if "weight" in call.trained
-            else found
-        )
+        s, a = _by_positions(call, s)
+        found = {"bias": s.sum(2), "weight": torch.einsum("knpo,npi->knoi", s, a)}
+        return {local: found[local] for local in call.trained}
     own = {local: getattr(module, local).detach() for local in call.trained}
 
     def row(arguments: tuple[Tensor, ...], columns: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,590 @@
+"""Learning against forgetting on the tiny model: every method, setting and rate, over seven seeds, compared at equal learning.
+
+    python -m benchmarks.forgetting             # a minute or two on a GPU, some hours on a CPU
+    python -m benchmarks.forgetting --smoke     # every path in seconds, no meaning
+
+The tiny model knows the small world's general domain; it learns clinic notes. Along each run the losses on fresh text of both domains
+are followed, in nats per token above the floor, and the share of facts that it still answers. What a method forgot is read where its loss
+on clinic notes first reaches a level (``course.lab.forgetting``): a method that learns less would else look as if it forgot less.
+
+- **Choice and report are apart.** At each level a method's setting and learning rate are those that forgot least with seed 0; reported
+  are the six other seeds at that choice.
+- **Old data.** Methods that need some draw from a reservoir of 512 rows of general text. The Fisher is taken of other rows.
+- **One arithmetic.** All runs of a method are one stack (``course.lab.stacked``); a test holds a copy against the model trained alone
+  and the penalties against ``reference.ewc`` and ``reference.rehearsal``.
+
+Two more studies: *foreign*, general text with every word replaced by another one, a domain as far from pre-training as can be; and
+*sequence*, clinic, legal and SQL one after the other.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from benchmarks.cli import options, rounded
+from course.lab import models, recorded
+from course.lab.forgetting import at_equal_learning
+from course.lab.stacked import Stack, StackedAdam, next_token_losses
+from course.lab.world import World
+from reference.ewc import fisher_diagonal
+from reference.lora import inject_lora, lora_layers
+from reference.rehearsal import ReplayBuffer, mix_batches
+
+LENGTH = 40
+LEVELS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08)  # nats per token above the floor, on clinic notes
+MOMENTS = (0, 4, 8, 12, 16, 20, 26, 32, 40, 50, 60, 80, 100, 130, 160, 200, 250, 300)
+FULL_LRS, LORA_LRS = (3e-4, 1e-3, 3e-3), (2e-3, 5e-3, 1.2e-2)
+OLD_ROWS = 4  # of general text in each step, where a method takes them beside the new batch
+TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    seeds: int = 7  # the first chooses, the others are reported
+    rows: int = 16
+    moments: tuple[int, ...] = MOMENTS
+    held_out: int = 64
+    fisher_rows: int = 2048
+    reservoir: int = 512
+    values: int = 99  # at most so many settings of a method
+    rates: int = 99  # and learning rates
+    at_once: int = 128  # copies in a stack
+    foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 400, 600)
+    sequence_steps: int = 150
+
+
+SMALL = Sizes(
+    seeds=2, rows=2, moments=(0, 1, 2), held_out=2, fisher_rows=2, reservoir=4, values=1, rates=1, foreign=(0, 1), sequence_steps=2
+)
+
+
+@dataclass
+class Step:
+    """What a loss can look at; a leading axis of copies everywhere."""
+
+    stack: Stack
+    study: "Study"
+    value: Tensor  # the setting, (copies,)
+    ids: Tensor
+    logits: Tensor
+    loss: Tensor  # on the new batch, (copies,)
+    old: Tensor | None  # (copies, rows, length) of general text
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn clinic notes.
+
+    Attributes:
+        values: of its setting. lrs: learning rates that are tried.
+        loss: from a :class:`Step` to the loss of each copy.
+        ranks: of a copy's adapter, from its setting; None trains all weights.
+        fraction: of rows that are replayed, from its setting.
+        old_rows: of general text beside the batch.
+        project: whether gradients are projected (A-GEM).
+    """
+
+    name: str
+    setting: str
+    values: tuple[float, ...]
+    lrs: tuple[float, ...] = FULL_LRS
+    loss: Callable[[Step], Tensor] = field(default=lambda step: step.loss)
+    ranks: Callable[[float], int] | None = None
+    fraction: Callable[[float], float] | None = None
+    old_rows: int = 0
+    project: bool = False
+    lateral: bool = False
+
+
+def anchored(fisher: str | None) -> Callable[[Step], Tensor]:
+    """λ/2 Σ F (θ − θ*)²; None: F = 1."""
+
+    def loss(step: Step) -> Tensor:
+        F_of = step.study.fishers[fisher] if fisher else {}
+        rise = 0
+        for name, p in step.stack.trained.items():
+            square = (p - step.study.start[name]).square()
+            rise = rise + (square * F_of[name] if fisher else square).flatten(1).sum(1)
+        return step.loss + step.value / 2 * rise
+
+    return loss
+
+
+def anchored_update(step: Step) -> Tensor:
+    """EWC on ΔW of adapters."""
+    F_of = step.study.fishers["sampled"]
+    rises = [(F_of[f"{name}.weight"] * step.stack.delta(name).square()).flatten(1).sum(1) for name in step.stack.linears()]
+    return step.loss + step.value / 2 * torch.stack(rises).sum(0)
+
+
+def anchored_factors(step: Step) -> Tensor:
+    """EWC on A and B as parameters: F of A is zero where B is, and F of B is that of the first A."""
+    squares = {name: step.stack.trained[f"{name}.lora_B"].square() for name in step.stack.linears()}
+    rises = [(step.stack.factor_fisher[name] * square).flatten(1).sum(1) for name, square in squares.items()]
+    return step.loss + step.value / 2 * torch.stack(rises).sum(0)
+
+
+def distilled(rows: str) -> Callable[[Step], Tensor]:
+    """The weight of distillation to the base, on old rows or on the new batch itself."""
+
+    def loss(step: Step) -> Tensor:
+        ids = step.old if rows == "old" else step.ids
+        ours = step.stack(ids) if rows == "old" else step.logits
+        theirs = step.study.base(ids)
+        log_p, log_q = (F.log_softmax(x[:, :, :-1] / TEMPERATURE, -1) for x in (ours, theirs))
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1).flatten(1).mean(1)
+        return step.loss + step.value * TEMPERATURE**2 * kl
+
+    return loss
+
+
+def dark(step: Step) -> Tensor:
+    """DER++: α · MSE of logits on half of the old rows, β · cross-entropy on the others; the setting is β, and α is a tenth of it."""
+    half = step.old.shape[1] // 2
+    logits = step.stack(step.old)
+    stored = step.study.base(step.old[:, :half])
+    mse = (logits[:, :half] - stored).square().flatten(1).mean(1)
+    labels = next_token_losses(logits[:, half:], step.old[:, half:])
+    return step.loss + 0.1 * step.value * mse + step.value * labels
+
+
+def methods() -> list[Method]:
+    r16, lambdas = (lambda value: 16), (0.1, 1.0, 10.0, 100.0, 1000.0)
+    fractions = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    weights = (0.1, 0.3, 1.0, 3.0, 10.0)
+    return [
+        Method("full fine-tuning", "", (0.0,), (1e-4, *FULL_LRS, 6e-3)),
+        Method("LoRA", "r", (1, 2, 4, 8, 16, 32, 64), (1e-3, *LORA_LRS, 2.5e-2), ranks=int),
+        Method("L2 to the start", "λ", (1e-3, 1e-2, 0.1, 1.0, 10.0), loss=anchored(None)),
+        Method("EWC", "λ", lambdas, loss=anchored("sampled")),
+        Method("EWC, batch Fisher", "λ", (1.0, 10.0, 100.0, 1e3, 1e4, 1e5), loss=anchored("batch")),
+        Method("replay", "share of old rows", fractions, fraction=float),
+        Method("distillation, old text", "weight", weights, loss=distilled("old"), old_rows=OLD_ROWS),
+        Method("distillation, new text", "weight", weights, loss=distilled("new")),
+        Method("A-GEM", "", (0.0,), (1e-4, *FULL_LRS), old_rows=OLD_ROWS, project=True),
+        Method("DER++", "β", weights, loss=dark, old_rows=OLD_ROWS),
+        Method("LoRA + EWC on ΔW", "λ", lambdas, LORA_LRS, loss=anchored_update, ranks=r16),
+        Method("LoRA + EWC on A, B", "λ", lambdas, LORA_LRS, loss=anchored_factors, ranks=r16),
+        Method("LoRA + replay", "share of old rows", fractions, LORA_LRS, ranks=r16, fraction=float),
+        Method("progressive column", "", (0.0,), (1e-3, 3e-3, 6e-3), lateral=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    value: float
+    lr: float
+    seed: int
+
+
+class Study:
+    def __init__(self, sizes: Sizes, where: torch.device):
+        self.sizes, self.where, self.world = sizes, where, World()
+        self.model, _ = models.load("tiny", where=where)
+        self.frozen = Stack(self.model, 1, ranks=[0])
+        self.start = self.frozen.weights
+        held_out = {domain: self.world.sample(domain, sizes.held_out, 48, 1_000_003) for domain in ("general", "clinic", "legal", "sql")}
+        self.held_out = {domain: (ids.to(where), -self.world.log_probs(domain, ids).mean().item()) for domain, ids in held_out.items()}
+        self.questions = self._questions()
+        self.fishers = {kind: self._fisher(kind) for kind in ("sampled", "batch")}
+        self.way_back: dict[str, dict[Run, dict[str, list[float]]]] = {}
+
+    def base(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.frozen(ids)
+
+    def _fisher(self, kind: str) -> dict[str, Tensor]:
+        rows = self.world.sample("general", self.sizes.fisher_rows, LENGTH, 600_000).to(self.where)
+        parts = [(ids[:, :-1], ids[:, 1:]) for ids in rows.split(self.sizes.rows if kind == "batch" else 64)]
+        return fisher_diagonal(self.model, parts, kind, generator=torch.Generator().manual_seed(0))
+
+    def factor_fisher(self, stack: Stack) -> dict[str, Tensor]:
+        """F of B at B = 0, (copies, out, r): of an injected model with each copy's A. That of A is zero there."""
+        found: dict[int, dict[str, Tensor]] = {}
+        rows = self.world.sample("general", max(2, self.sizes.fisher_rows // 8), LENGTH, 600_000).to(self.where)
+        parts = [(ids[:, :-1], ids[:, 1:]) for ids in rows.split(64)]
+        for copy, seed in enumerate(stack.seeds):
+            if seed in found:
+                continue
+            model, _ = models.load("tiny", where=self.where)
+            inject_lora(model, 16, 32)  # the rank of all copies that are anchored so
+            for name, layer in lora_layers(model):
+                layer.lora_A.data = stack.trained[f"{name}.lora_A"][copy].detach().clone()
+            fisher = fisher_diagonal(model, parts, "sampled", generator=torch.Generator().manual_seed(0))
+            found[seed] = {name: fisher[f"{name}.lora_B"] for name, _ in lora_layers(model)}
+        return {name: torch.stack([found[seed][name] for seed in stack.seeds]) for name in stack.linears()}
+
+    # data
+
+    def batches(self, domain: str, seed: int, steps: int) -> Iterator[Tensor]:
+        for step in range(steps):
+            yield self.world.sample(domain, self.sizes.rows, LENGTH, 1000 * seed + step)
+
+    def reservoir(self, seed: int) -> ReplayBuffer:
+        buffer = ReplayBuffer(self.sizes.reservoir, seed)
+        buffer.add(self.world.sample("general", 2 * self.sizes.reservoir, LENGTH, 700_000 + seed))
+        return buffer
+
+    def stream(self, method: Method, runs: list[Run], steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(ids, old rows) of each step, both with an axis of copies."""
+        buffers = {run.seed: self.reservoir(run.seed) for run in runs}
+        new = {seed: list(self.batches("clinic", seed, steps)) for seed in buffers}
+        if method.fraction:
+            each = [mix_batches(new[run.seed], self.reservoir(run.seed).sample, method.fraction(run.value)) for run in runs]
+        else:
+            each = [iter(new[run.seed]) for run in runs]
+        for _ in range(steps):
+            ids = torch.stack([next(one) for one in each])
+            old = None
+            if method.old_rows:
+                drawn = {seed: buffer.sample(min(method.old_rows, len(buffer))) for seed, buffer in buffers.items()}
+                old = torch.stack([drawn[run.seed] for run in runs]).to(self.where)
+            yield ids.to(self.where), old
+
+    # measures
+
+    def _questions(self) -> list[tuple[Tensor, Tensor]]:
+        """Facts as (ids (questions, length), answers), a tensor for each length."""
+        found: dict[int, list] = {}
+        for question, answer in self.world.facts():
+            ids = self.world.tokenizer(question).input_ids
+            found.setdefault(len(ids), []).append((ids, self.world.ids[answer]))
+        return [
+            (torch.tensor([q for q, _ in pairs], device=self.where), torch.tensor([a for _, a in pairs], device=self.where))
+            for pairs in found.values()
+        ]
+
+    @torch.no_grad()
+    def above_floor(self, stack: Stack, domain: str, as_seen: Callable[[Tensor], Tensor] = lambda ids: ids) -> list[float]:
+        ids, floor = self.held_out[domain]
+        rows = as_seen(ids).expand(stack.copies, *ids.shape)
+        parts = [next_token_losses(stack(part), part) * part.shape[1] for part in rows.split(16, dim=1)]
+        return (torch.stack(parts).sum(0) / len(ids) - floor).tolist()
+
+    @torch.no_grad()
+    def facts(self, stack: Stack) -> list[float]:
+        right = total = 0
+        for ids, answers in self.questions:
+            best = stack(ids.expand(stack.copies, *ids.shape))[:, :, -1].argmax(-1)  # (copies, questions)
+            right, total = right + (best == answers).sum(1), total + len(answers)
+        return (right / total).tolist()
+
+    # one stack of runs
+
+    def stack_of(self, method: Method, runs: list[Run]) -> Stack:
+        seeds = [run.seed for run in runs]
+        if method.lateral:  # a column with weights of its own, drawn by its seed
+            fresh = []
+            for seed in seeds:
+                torch.manual_seed(seed)
+                fresh.append(LlamaForCausalLM(self.model.config).to(self.where))
+            return Stack(fresh, len(runs), seeds=seeds, lateral=self.model)
+        ranks = [method.ranks(run.value) for run in runs] if method.ranks else None
+        stack = Stack(self.model, len(runs), ranks=ranks, seeds=seeds)
+        if method.loss is anchored_factors:
+            stack.factor_fisher = self.factor_fisher(stack)
+        return stack
+
+    def train(self, method: Method, runs: list[Run], moments: tuple[int, ...], watch: Callable[[Stack], None]) -> Stack:
+        """Train a stack of ``runs`` on clinic notes; ``watch`` is called at ``moments``, which are numbers of steps done."""
+        stack = self.stack_of(method, runs)
+        optimizer = StackedAdam(stack, [run.lr for run in runs])
+        value = torch.tensor([float(run.value) for run in runs], device=self.where)
+        if 0 in moments:
+            watch(stack)
+        for done, (ids, old) in enumerate(self.stream(method, runs, moments[-1]), 1):
+            logits = stack(ids)
+            step = Step(stack, self, value, ids, logits, next_token_losses(logits, ids), old)
+            leaves = list(stack.trained.values())
+            gradients = torch.autograd.grad(method.loss(step).sum(), leaves)
+            if method.project:
+                reference = torch.autograd.grad(next_token_losses(stack(old), old).sum(), leaves)
+                gradients = projected(gradients, reference)
+            optimizer.step(gradients)
+            if done in moments:
+                watch(stack)
+        return stack
+
+    def trajectories(self, method: Method) -> dict[Run, dict[str, list[float]]]:
+        """Of every setting, rate and seed: losses on both domains and facts, at each moment."""
+        s = self.sizes
+        runs = [Run(v, lr, seed) for v in method.values[: s.values] for lr in method.lrs[: s.rates] for seed in range(s.seeds)]
+        found: dict[Run, dict[str, list[float]]] = {}
+        for first in range(0, len(runs), s.at_once):
+            part = runs[first : first + s.at_once]
+            for run in part:
+                found[run] = {"new": [], "old": [], "facts": []}
+
+            def watch(stack: Stack, part=part) -> None:
+                new = self.above_floor(stack, "clinic")
+                both = [self.above_floor(self.frozen, "general") * len(part), [1.0] * len(part)] if method.lateral else None
+                old, facts = both or (self.above_floor(stack, "general"), self.facts(stack))
+                for run, *values in zip(part, new, old, facts, strict=True):
+                    for key, value in zip(("new", "old", "facts"), values, strict=True):
+                        found[run][key].append(value)
+
+            stack = self.train(method, part, s.moments, watch)
+            if method.name in ("full fine-tuning", "LoRA"):
+                self.keep_way_back(method, part, stack, found)
+        return found
+
+    @torch.no_grad()
+    def keep_way_back(self, method: Method, runs: list[Run], stack: Stack, found: dict) -> None:
+        """The same measures along the straight way from the start to the end of each run: (1 − α) θ₀ + α θ₁."""
+        name = f"{method.name}, scaled back"
+        ends = {key: p.detach().clone() for key, p in stack.trained.items()}
+        paths = {run: {"new": [], "old": [], "facts": []} for run in runs}
+        for alpha in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            for key, p in stack.trained.items():
+                if method.ranks:
+                    if key.endswith("lora_B"):
+                        p.copy_(alpha * ends[key])
+                else:
+                    p.copy_(torch.lerp(self.start[key].expand_as(p), ends[key], alpha))
+            measures = self.above_floor(stack, "clinic"), self.above_floor(stack, "general"), self.facts(stack)
+            for run, *values in zip(runs, *measures, strict=True):
+                for key, value in zip(("new", "old", "facts"), values, strict=True):
+                    paths[run][key].append(value)
+        self.way_back.setdefault(name, {}).update(paths)
+
+    # the frontier
+
+    def frontier(self) -> dict:
+        base = self.above_floor(self.frozen, "general")[0]
+        rows, shown = [], []
+        for method in methods():
+            began = time.perf_counter()
+            found = self.trajectories(method)
+            sets = {method.name: (method.setting, found)}
+            if method.name in ("full fine-tuning", "LoRA"):
+                sets[f"{method.name}, scaled back"] = (method.setting, self.way_back[f"{method.name}, scaled back"])
+            for name, (setting, runs) in sets.items():
+                rows += list(chosen_at_levels(name, setting, runs, base))
+                shown += list(at_the_end(name, setting, runs, base))
+            print(f"{method.name:24} {len(found):4} runs  {time.perf_counter() - began:6.1f} s", flush=True)
+        return {"base": {"old": base, "new": self.above_floor(self.frozen, "clinic")[0]}, "levels": rows, "settings": shown}
+
+    # far from pre-training
+
+    def foreign(self) -> list[dict]:
+        """General text in a language of its own: every word is another one, by a fixed permutation."""
+        words = torch.arange(3, len(self.world.vocabulary))
+        order = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
+        mapping = torch.cat([torch.arange(3), order]).to(self.where)
+        s, rows = self.sizes, []
+        both = ("model.embed_tokens.weight", "lm_head.weight")
+        plans = [("full fine-tuning", None, (), (3e-4, 1e-3, 3e-3))]
+        plans += [(f"LoRA r={r}", r, (), (2e-3, 5e-3, 1.2e-2)) for r in (1, 4, 16, 64)]
+        plans += [("LoRA r=16 + embeddings and head", 16, both, (2e-3, 5e-3, 1.2e-2))]
+        for name, r, also, lrs in plans:
+            lrs = lrs[: s.rates]
+            runs = [Run(0.0, lr, seed) for lr in lrs for seed in range(s.seeds)]
+            seeds = [run.seed for run in runs]
+            stack = Stack(self.model, len(runs), ranks=[r] * len(runs) if r else None, seeds=seeds, also=also)
+            optimizer, left = StackedAdam(stack, [run.lr for run in runs]), []
+            data = {seed: self.batches("general", 300 + seed, s.foreign[-1]) for seed in set(seeds)}
+            for step in range(s.foreign[-1] + 1):
+                if step in s.foreign:
+                    left.append(self.above_floor(stack, "general", lambda ids: mapping[ids]))
+                if step == s.foreign[-1]:
+                    break
+                now = {seed: mapping[next(stream).to(self.where)] for seed, stream in data.items()}
+                ids = torch.stack([now[seed] for seed in seeds])
+                loss = next_token_losses(stack(ids), ids).sum()
+                optimizer.step(torch.autograd.grad(loss, list(stack.trained.values())))
+            old, facts = self.above_floor(stack, "general"), self.facts(stack)
+            curves = [[moment[i] for moment in left] for i in range(len(runs))]
+            best = min(lrs, key=lambda lr: curves[runs.index(Run(0.0, lr, 0))][-1])
+            reported = [i for i, run in enumerate(runs) if run.lr == best and run.seed > 0]
+            trained = sum(p[0].numel() for p in stack.trained.values())
+            rows.append(
+                {"method": name, "lr": best, "trained": trained, "steps": list(s.foreign), "left": [curves[i] for i in reported]}
+                | {"old": [old[i] for i in reported], "facts": [facts[i] for i in reported]}
+            )
+            print(f"foreign  {name:34} lr {best:g}  left {curves[reported[0]][-1]:.3f}", flush=True)
+        return rows
+
+    # task after task
+
+    def sequence(self) -> list[dict]:
+        """clinic, legal, sql: what is left of each, and of general, after the last."""
+        s, tasks = self.sizes, ("clinic", "legal", "sql")
+        r16, rows = (lambda value: 16), []
+        plans = [
+            Method("full fine-tuning", "", (0.0,), (1e-3, 3e-3)),
+            Method("full fine-tuning + online EWC", "λ", (1.0, 10.0, 100.0), (1e-3, 3e-3), loss=online),
+            Method("full fine-tuning + replay 10 %", "", (0.1,), (1e-3, 3e-3), fraction=float),
+            Method("one adapter for all", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
+            Method("an adapter for each", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
+            Method("an adapter for each, O-LoRA", "λ", (0.001, 0.01, 0.1, 1.0), (5e-3, 1.2e-2), loss=apart, ranks=r16),
+            Method("an adapter for each + replay 10 %", "", (0.1,), (5e-3, 1.2e-2), ranks=r16, fraction=float),
+        ]
+        for method in plans:
+            runs = [Run(v, lr, seed) for v in method.values[: s.values] for lr in method.lrs[: s.rates] for seed in range(s.seeds)]
+            stack = self.stack_of(method, runs)
+            stack.earlier, stack.rehearsed, stack.centre = [], [], None
+            learned = []
+            for i, task in enumerate(tasks):
+                stack.rehearsed = ["general", *tasks[:i]]
+                if method.loss is online:
+                    self.consolidate(stack, "general" if i == 0 else tasks[i - 1], runs)
+                self.train_on(method, runs, task, stack, seeds=[1000 + 10 * i + run.seed for run in runs])
+                learned.append(self.above_floor(stack, task))
+                if method.ranks and method.name.startswith("an adapter") and task != tasks[-1]:
+                    stack.earlier.append(stack.merge_and_restart([50 * (i + 1) + run.seed for run in runs]))
+            final = {domain: self.above_floor(stack, domain) for domain in ("general", *tasks)} | {"facts": self.facts(stack)}
+
+            def score(choice: tuple[float, float], runs=runs, final=final) -> float:
+                at = runs.index(Run(*choice, 0))
+                return sum(final[domain][at] for domain in ("general", *tasks))
+
+            choice = min(((run.value, run.lr) for run in runs), key=score)
+            reported = [i for i, run in enumerate(runs) if (run.value, run.lr) == choice and run.seed > 0]
+            rows.append(
+                {"method": method.name, "value": choice[0], "lr": choice[1]}
+                | {domain: [values[i] for i in reported] for domain, values in final.items()}
+                | {"when learned": [[each[i] for each in learned] for i in reported]}
+            )
+            print(f"sequence  {method.name:36} value {choice[0]:g} lr {choice[1]:g}", flush=True)
+        return rows
+
+    def train_on(self, method: Method, runs: list[Run], task: str, stack: Stack, seeds: list[int]) -> None:
+        """One task of a sequence; replay draws from all earlier tasks, general included."""
+        s = self.sizes
+        optimizer = StackedAdam(stack, [run.lr for run in runs])
+        value = torch.tensor([float(run.value) for run in runs], device=self.where)
+        new = {seed: list(self.batches(task, seed, s.sequence_steps)) for seed in set(seeds)}
+        each = [iter(new[seed]) for seed in seeds]
+        if method.fraction:
+            shares = [method.fraction(run.value) for run in runs]
+            each = [
+                mix_batches(new[seed], self.past(stack.rehearsed, seed).sample, share) for seed, share in zip(seeds, shares, strict=True)
+            ]
+        for _ in range(s.sequence_steps):
+            ids = torch.stack([next(one) for one in each]).to(self.where)
+            logits = stack(ids)
+            step = Step(stack, self, value, ids, logits, next_token_losses(logits, ids), None)
+            optimizer.step(torch.autograd.grad(method.loss(step).sum(), list(stack.trained.values())))
+
+    def past(self, domains: list[str], seed: int) -> ReplayBuffer:
+        buffer = ReplayBuffer(self.sizes.reservoir, seed)
+        for domain in domains:
+            buffer.add(self.world.sample(domain, self.sizes.reservoir, LENGTH, 800_000 + seed))
+        return buffer
+
+    def consolidate(self, stack: Stack, learned: str, runs: list[Run]) -> None:
+        """Online EWC: add the Fisher of the task that was just learned, copy by copy, and move the centre."""
+        fishers: list[dict[str, Tensor]] = []
+        rows = self.world.sample(learned, max(2, self.sizes.fisher_rows // 8), LENGTH, 610_000).to(self.where)
+        parts = [(ids[:, :-1], ids[:, 1:]) for ids in rows.split(64)]
+        model, _ = models.load("tiny", where=self.where)
+        for copy in range(1 if stack.centre is None else stack.copies):
+            model.load_state_dict({name: W[min(copy, len(W) - 1)].detach() for name, W in stack.weights.items()})
+            fishers.append(fisher_diagonal(model, parts, "sampled", generator=torch.Generator().manual_seed(0)))
+        new = {name: torch.stack([each[name] for each in fishers]) for name in stack.trained}
+        stack.fisher = new if stack.centre is None else {name: stack.fisher[name] + new[name] for name in new}
+        stack.centre = {name: p.detach().clone() for name, p in stack.trained.items()}
+
+
+def online(step: Step) -> Tensor:
+    rises = [(step.stack.fisher[name] * (p - step.stack.centre[name]).square()).flatten(1).sum(1) for name, p in step.stack.trained.items()]
+    return step.loss + step.value / 2 * torch.stack(rises).sum(0)
+
+
+def apart(step: Step) -> Tensor:
+    """O-LoRA: Σ |A_old · A_newᵀ| over layers and earlier adapters."""
+    if not step.stack.earlier:
+        return step.loss
+    total = 0
+    for old in step.stack.earlier:
+        for name, A in old.items():
+            total = total + (A @ step.stack.trained[f"{name}.lora_A"].transpose(1, 2)).abs().flatten(1).sum(1)
+    return step.loss + step.value * total
+
+
+def projected(gradients: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> list[Tensor]:
+    """A-GEM for each copy."""
+    along = torch.stack([(g * ref).flatten(1).sum(1) for g, ref in zip(gradients, reference, strict=True)]).sum(0)
+    size = torch.stack([ref.flatten(1).square().sum(1) for ref in reference]).sum(0)
+    factor = torch.where(along < 0, along / size.clamp(min=1e-30), 0.0)
+    return [g - factor.view(-1, *[1] * (g.dim() - 1)) * ref for g, ref in zip(gradients, reference, strict=True)]
+
+
+def chosen_at_levels(name: str, setting: str, runs: dict[Run, dict], base: float) -> Iterator[dict]:
+    """For each level: the setting and rate that forgot least with seed 0, and what the other seeds forgot there."""
+    for level in LEVELS:
+        reached = {}
+        for run, path in runs.items():
+            if run.seed == 0 and (old := at_equal_learning(path["new"], path["old"], level)) is not None:
+                reached[run.value, run.lr] = old - base
+        if not reached:
+            continue
+        value, lr = min(reached, key=reached.get)
+        others = [path for run, path in runs.items() if (run.value, run.lr) == (value, lr) and run.seed > 0]
+        old = [at_equal_learning(path["new"], path["old"], level) for path in others]
+        facts = [at_equal_learning(path["new"], path["facts"], level) for path in others]
+        if None in old:  # a seed did not get there: the method does not, at this choice
+            continue
+        forgotten = [each - base for each in old]
+        yield {"method": name, "setting": setting, "level": level, "value": value, "lr": lr, "forgotten": forgotten, "facts": facts}
+
+
+def at_the_end(name: str, setting: str, runs: dict[Run, dict], base: float) -> Iterator[dict]:
+    """Each setting at the rate that learned most with seed 0: losses of the other seeds at the end, and forgetting at each level."""
+    for value in dict.fromkeys(run.value for run in runs):
+        lrs = list(dict.fromkeys(run.lr for run in runs))
+        lr = min(lrs, key=lambda lr, value=value: runs[Run(value, lr, 0)]["new"][-1])
+        paths = [runs[run] for run in runs if (run.value, run.lr) == (value, lr) and run.seed > 0]
+        at = {str(level): [at_equal_learning(p["new"], p["old"], level) for p in paths] for level in LEVELS}
+        forgotten = {level: [v - base for v in values] for level, values in at.items() if None not in values}
+        ends = {key: [p[key][-1] for p in paths] for key in ("new", "old", "facts")}
+        path = {key: paths[0][key] for key in ("new", "old", "facts")}
+        yield {"method": name, "setting": setting, "value": value, "lr": lr, **ends, "forgotten": forgotten, "path": path}
+
+
+def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None) -> dict:
+    torch.manual_seed(0)
+    study = Study(sizes, where)
+    result = {
+        "steps": list(sizes.moments),
+        "rows": sizes.rows,
+        "length": LENGTH,
+        "reported_seeds": sizes.seeds - 1,
+        "reservoir": sizes.reservoir,
+        "fisher_rows": sizes.fisher_rows,
+        "fisher_sums": {kind: sum(F.sum().item() for F in fisher.values()) for kind, fisher in study.fishers.items()},
+    }
+    for part in ("frontier", "foreign", "sequence"):
+        if not only or part in only:
+            result[part] = getattr(study, part)()
+    return result
+
+
+def shortened(value):
+    """Five significant digits: the record is read by people, too."""
+    if isinstance(value, dict):
+        return {key: shortened(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shortened(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    only = {"nargs": "+", "choices": ("frontier", "foreign", "sequence"), "help": "parts of the study"}
+    given: argparse.Namespace = options("forgetting", __doc__, only=only, gpu=False)
+    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only)
+    for row in result.get("frontier", {}).get("levels", []):
+        if row["level"] in (0.5, 0.25, 0.12):
+            values = row["forgotten"]
+            print(f"{row['level']:5} {row['method']:32} {row['value']:8g} lr {row['lr']:6g}  {sum(values) / len(values):8.4f}")
+    print("saved to", recorded.save("forgetting", shortened(rounded(result)), given.out, given.device))
+
+
+if __name__ == "__main__":
+    main()
