@@ -5,7 +5,7 @@
 
 *Classifier*: an MLP on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the exact Fisher of
 one row, every position and every one of its 349 words. All contestants do the same work and their results are compared. Times are medians
-of rounds in turn, except for the loop, which takes seconds and runs once after a warm-up on a part.
+of rounds in turn, except for the loop, which takes seconds and runs twice.
 
 The limit is what the products alone would take, at the rate that a large float32 product reaches on this device: for each answer one
 backward pass through what lies above a layer, and where a row has positions one more product to form each gradient.
@@ -104,7 +104,9 @@ def product_rate(where: torch.device, size: int) -> float:
     return 2 * size**3 / (1e-3 * milliseconds(lambda: a @ a, repeats=5, warmup=2, where=where))
 
 
-def compare(contestants: dict[str, Callable[[], Fisher]], where: torch.device, rounds: int, repeats: int) -> tuple[dict, dict]:
+def compare(
+    contestants: dict[str, Callable[[], Fisher]], where: torch.device, rounds: int, repeats: int, warmup: int = 1
+) -> tuple[dict, dict]:
     """Median milliseconds of each and its largest relative difference from ours; None with the reason for one that fails."""
     results, times, failed = {}, {}, {}
     for name, work in contestants.items():
@@ -115,7 +117,7 @@ def compare(contestants: dict[str, Callable[[], Fisher]], where: torch.device, r
             failed[name] = message(error)
     for _ in range(rounds):
         for name, found in times.items():
-            found.append(milliseconds(contestants[name], repeats=repeats, warmup=1, where=where))
+            found.append(milliseconds(contestants[name], repeats=repeats, warmup=warmup, where=where))
     apart = {
         name: max(
             ((value - results["ours"][key]).norm() / results["ours"][key].norm().clamp(min=1e-30)).item() for key, value in found.items()
@@ -139,7 +141,7 @@ def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repea
         slow = {"loop": lambda estimator=estimator: by_loop(model, x, y if estimator == "empirical" else None)}
         if estimator == "exact":
             slow["torch.func"] = lambda: by_func(model, x, 64)
-        slow_times, slow_apart = compare({"ours": quick["ours"]} | slow, where, 1, 1)
+        slow_times, slow_apart = compare({"ours": quick["ours"]} | slow, where, 1, 1, warmup=0)
         times |= {name: value for name, value in slow_times.items() if name != "ours"}  # ours from the longer measurement
         apart |= slow_apart
         limit = 1e3 * (2 * rows * answers * inner + 2 * rows * everything * 2) / rate
@@ -157,7 +159,7 @@ def on_tiny(where: torch.device, positions: int, chunk: int, rate: float, rounds
         "torch.func": lambda: by_func(model, x, chunk),
     }
     times, apart = compare(contestants, where, rounds, 1)
-    slow, slow_apart = compare({"ours": contestants["ours"], "loop": lambda: by_loop(model, x)}, where, 1, 1)
+    slow, slow_apart = compare({"ours": contestants["ours"], "loop": lambda: by_loop(model, x)}, where, 1, 1, warmup=0)
     times["loop"], apart["loop"] = slow["loop"], slow_apart.get("loop")
     with peak_memory(where) as peak:
         contestants["ours"]()
@@ -173,7 +175,7 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     where = where or device()
     rate = product_rate(where, 64 if small else 8192)
     rows = on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate)
-    rows += on_tiny(where, *((2, 64) if small else (8, 256)), rate, 1 if small else 5)
+    rows += on_tiny(where, *((1, 64) if small else (4, 256)), rate, 1 if small else 5)
     return {"product_rate": rate, "rows": rows}
 
 

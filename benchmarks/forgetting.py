@@ -54,7 +54,7 @@ class Sizes:
     reservoir: int = 512
     values: int = 99  # at most so many settings of a method
     rates: int = 99  # and learning rates
-    at_once: int = 128  # copies in a stack
+    at_once: int = 256  # copies in a stack
     foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 400, 600)
     sequence_steps: int = 150
 
@@ -550,6 +550,7 @@ def at_the_end(name: str, setting: str, runs: dict[Run, dict], base: float) -> I
 
 def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None) -> dict:
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is one
     study = Study(sizes, where)
     result = {
         "steps": list(sizes.moments),
