@@ -3,7 +3,7 @@
     python -m benchmarks.fisher             # a CUDA device; saves the recorded result "fisher"
     python -m benchmarks.fisher --smoke     # small, also on a CPU; saves to a temporary folder
 
-*Classifier*: an MLP on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the exact Fisher of
+*Classifier*: an MLP of two sizes on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the exact Fisher of
 one row, every position and every one of its 349 words. All contestants do the same work and their results are compared. Times are medians
 of rounds in turn, except for the loop, which takes seconds and runs twice.
 
@@ -118,16 +118,14 @@ def compare(
     for _ in range(rounds):
         for name, found in times.items():
             found.append(milliseconds(contestants[name], repeats=repeats, warmup=warmup, where=where))
+    size = torch.stack([value.norm() for value in results["ours"].values()]).norm()
     apart = {
-        name: max(
-            ((value - results["ours"][key]).norm() / results["ours"][key].norm().clamp(min=1e-30)).item() for key, value in found.items()
-        )
-        for name, found in results.items()
+        name: max(((value - results["ours"][key]).norm() / size).item() for key, value in found.items()) for name, found in results.items()
     }
     return {name: statistics.median(found) for name, found in times.items()} | failed, apart
 
 
-def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repeats: int, rate: float) -> list[dict]:
+def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repeats: int, rate: float, slow: bool) -> list[dict]:
     model = classifier(width, where)
     x, y = torch.randn(rows, 784, device=where), torch.randint(10, (rows,), device=where)
     inner = sum(m.weight.numel() for m in model[1:] if isinstance(m, nn.Linear))
@@ -138,14 +136,14 @@ def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repea
         with contextlib.suppress(ImportError):  # a peer of tests and benchmarks only
             quick["BackPACK"] = by_backpack(classifier(width, where), x, y, estimator)
         times, apart = compare(quick, where, rounds, repeats)
-        slow = {"loop": lambda estimator=estimator: by_loop(model, x, y if estimator == "empirical" else None)}
-        if estimator == "exact":
-            slow["torch.func"] = lambda: by_func(model, x, 64)
-        slow_times, slow_apart = compare({"ours": quick["ours"]} | slow, where, 1, 1, warmup=0)
+        others = {"loop": lambda estimator=estimator: by_loop(model, x, y if estimator == "empirical" else None)} if slow else {}
+        if slow and estimator == "exact":
+            others["torch.func"] = lambda: by_func(model, x, 64)
+        slow_times, slow_apart = compare({"ours": quick["ours"]} | others, where, 1, 1, warmup=0)
         times |= {name: value for name, value in slow_times.items() if name != "ours"}  # ours from the longer measurement
         apart |= slow_apart
         limit = 1e3 * (2 * rows * answers * inner + 2 * rows * everything * 2) / rate
-        row = {"model": "classifier", "estimator": estimator, "rows": rows, "answers": answers, "parameters": everything}
+        row = {"model": "classifier", "estimator": estimator, "rows": rows, "width": width, "answers": answers, "parameters": everything}
         found.append(row | {"milliseconds": times, "apart": apart, "limit_ms": limit})
     return found
 
@@ -174,7 +172,8 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """All comparisons; ``small`` for a machine without a GPU."""
     where = where or device()
     rate = product_rate(where, 64 if small else 8192)
-    rows = on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate)
+    rows = on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate, slow=True)
+    rows += on_classifier(where, *((32, 8, 1, 1) if small else (2048, 4096, 5, 5)), rate, slow=False)
     rows += on_tiny(where, *((1, 64) if small else (4, 256)), rate, 1 if small else 5)
     return {"product_rate": rate, "rows": rows}
 
@@ -185,7 +184,11 @@ def table(result: dict) -> str:
         times = row["milliseconds"]
         cells = [times.get(name) for name in ("ours", "BackPACK", "torch.func", "loop")]
         shown = [f"{cell:10.3f}" if isinstance(cell, float) else f"{'-' if cell is None else 'failed':>10}" for cell in cells]
-        lines.append(f"{row['model']} {row['estimator']}, {row['answers']} answers".ljust(34) + "".join(shown) + f"{row['limit_ms']:9.3f}")
+        lines.append(
+            f"{row['model']} {row['estimator']}, {row['rows']} × {row['answers']} answers".ljust(34)
+            + "".join(shown)
+            + f"{row['limit_ms']:9.3f}"
+        )
         lines += [f"    {name}: {cell}" for name, cell in times.items() if isinstance(cell, str)]
         lines.append("    differ from ours by at most " + ", ".join(f"{n} {v:.1e}" for n, v in row["apart"].items() if v is not None))
     return "\n".join(lines)

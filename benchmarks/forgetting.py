@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from benchmarks.cli import options, rounded
+from benchmarks.cli import options
 from course.lab import models, recorded
 from course.lab.forgetting import at_equal_learning
 from course.lab.stacked import Stack, StackedAdam, next_token_losses
@@ -548,7 +548,8 @@ def at_the_end(name: str, setting: str, runs: dict[Run, dict], base: float) -> I
         yield {"method": name, "setting": setting, "value": value, "lr": lr, **ends, "forgotten": forgotten, "path": path}
 
 
-def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None) -> dict:
+def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None, keep: Callable[[dict], object] = lambda result: None) -> dict:
+    """All parts, or those of ``only``; ``keep`` gets what there is after each."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     study = Study(sizes, where)
@@ -564,6 +565,7 @@ def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None) ->
     for part in ("frontier", "foreign", "sequence"):
         if not only or part in only:
             result[part] = getattr(study, part)()
+            keep(result)
     return result
 
 
@@ -579,12 +581,17 @@ def shortened(value):
 def main() -> None:
     only = {"nargs": "+", "choices": ("frontier", "foreign", "sequence"), "help": "parts of the study"}
     given: argparse.Namespace = options("forgetting", __doc__, only=only, gpu=False)
-    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only)
+    paths = []
+
+    def keep(result: dict) -> None:
+        paths.append(recorded.save("forgetting", shortened(result), given.out, given.device))
+
+    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only, keep)
     for row in result.get("frontier", {}).get("levels", []):
         if row["level"] in (0.5, 0.25, 0.12):
             values = row["forgotten"]
             print(f"{row['level']:5} {row['method']:32} {row['value']:8g} lr {row['lr']:6g}  {sum(values) / len(values):8.4f}")
-    print("saved to", recorded.save("forgetting", shortened(rounded(result)), given.out, given.device))
+    print("saved to", paths[-1])
 
 
 if __name__ == "__main__":

@@ -77,7 +77,11 @@ class Squares:
         """total += Σ over k and rows of (∂⟨outputs, column⟩ / ∂θ)²; columns (k, *outputs.shape)."""
         if not self.proven:
             self._prove(outputs)
-        self._each(outputs, columns, lambda name, g: total[name].add_(g), squared=True)
+        into = [call.output for call in self.calls]
+        signals = torch.autograd.grad(
+            outputs, into, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        self._each(signals, len(outputs), lambda name, g: total[name].add_(g), squared=True)
 
     def add_whole(
         self, total: dict[str, Tensor], outputs: Tensor, column: Tensor, times: int
@@ -90,22 +94,21 @@ class Squares:
 
     def _each(
         self,
-        outputs: Tensor,
-        columns: Tensor,
+        signals: tuple[Tensor | None, ...],
+        rows: int,
         take: Callable[[str, Tensor], object],
         squared: bool,
     ) -> None:
-        """Hand on, by parameter, the sum over k and rows of the gradients or of their squares."""
-        into = [call.output for call in self.calls]
-        signals = torch.autograd.grad(
-            outputs, into, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        """Hand on, by parameter, the sum over k and rows of the gradients or of their squares.
+
+        ``signals``: the gradients of every call's output, each (k, rows, ...).
+        """
         uses = Counter(name for call in self.calls for name in call.trained.values())
         left = uses.copy()
         waiting: dict[str, Tensor] = {}
         for call, s in zip(self.calls, signals, strict=True):  # s: (k, rows, ...)
-            if s is not None and s.shape[1] != outputs.shape[0]:
-                kind, seen, rows = type(call.module).__name__, s.shape[1], outputs.shape[0]
+            if s is not None and s.shape[1] != rows:
+                kind, seen = type(call.module).__name__, s.shape[1]
                 raise ValueError(
                     f"model: a {kind} sees {seen} rows where the batch has {rows}, so that a row's "
                     "gradient can't be told apart: pass batches of one row"
@@ -126,12 +129,18 @@ class Squares:
 
     def _prove(self, outputs: Tensor) -> None:
         """Once: what the layers' gradients add up to must be autograd's own gradient."""
-        column = torch.randn_like(outputs)
-        found: dict[str, Tensor] = {}
-        self._each(outputs, column[None], found.__setitem__, squared=False)
-        own = torch.autograd.grad(
-            outputs, list(self.trained.values()), column, retain_graph=True, allow_unused=True
+        column, into = torch.randn_like(outputs), [call.output for call in self.calls]
+        both = torch.autograd.grad(
+            outputs,
+            into + list(self.trained.values()),
+            column,
+            retain_graph=True,
+            allow_unused=True,
         )
+        signals, own = both[: len(into)], both[len(into) :]
+        found: dict[str, Tensor] = {}
+        once = tuple(None if s is None else s[None] for s in signals)
+        self._each(once, len(outputs), found.__setitem__, squared=False)
         all_of_it = torch.stack([g.norm() for g in own if g is not None]).norm()
         for name, g in zip(self.trained, own, strict=True):
             g = torch.zeros_like(self.trained[name]) if g is None else g
