@@ -3,9 +3,9 @@
     python -m benchmarks.fisher             # a CUDA device; saves the recorded result "fisher"
     python -m benchmarks.fisher --smoke     # small, also on a CPU; saves to a temporary folder
 
-*Classifier*: an MLP of two sizes on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the exact Fisher of
-one row, every position and every one of its 349 words. All contestants do the same work and their results are compared. Times are medians
-of rounds in turn, except for the loop, which takes seconds and runs twice.
+*Classifier*: an MLP of two sizes on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the
+exact Fisher of one row, every position and every one of its 349 words. All contestants do the same work and their results are compared.
+Times are medians of rounds in turn, except for the loop, which takes seconds and runs twice.
 
 The limit is what the products alone would take, at the rate that a large float32 product reaches on this device: for each answer one
 backward pass through what lies above a layer, and where a row has positions one more product to form each gradient.
