@@ -217,7 +217,7 @@ class Benchmark:
         return found
 
     def execute(self, keep: Callable[[dict], object]) -> None:
-        """Seed 0 chooses a plan for each method; the other seeds report it, with the probes. ``keep`` gets what there is after each seed."""
+        """Seed 0 chooses a plan for each method; the other seeds report it, with the probes. ``keep`` gets what there is after each."""
         first, *others = self.settings.seeds
         tried: dict[str, list[tuple[Plan, dict]]] = {}
         for plan in plans():
