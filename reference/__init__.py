@@ -13,7 +13,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     06   qlora (quantize, dense, layer, merge, product, ops, format), llama (model, loss, step)
     07   paging, offload
     08   checkpointing, precision
-    09   ewc (penalty, fisher, squares, adapters)
+    09   ewc (penalty, fisher, squares, layers, adapters)
     09   rehearsal (buffer, gradients, logits, weights), progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives
     11   multi_lora (layer, combine, serving)

@@ -3,36 +3,24 @@
 A row's gradient of a layer's parameters needs only what went into the layer and the gradient of
 what came out. One forward pass keeps the inputs. One backward pass, vectorised over the k
 gradients that are asked of every row, gives the others, of shape (k, rows, ...): rows do not mix,
-so all rows go at once. For a linear layer that sees one vector a row the square factorises,
-
-    Σ_k (∂/∂W)² = (Σ_k s²) · (a²)ᵀ        a: input, s: gradient of the output
-
-and no gradient of W is ever formed (so does BackPACK, Dangel et al. 2020). Where a row passes a
-layer at many positions, the gradient is a sum over them, whose square has a term for each pair:
-
-    Σ_k (∂/∂W_oi)² = Σ_pq (Σ_k s_kpo s_kqo) a_pi a_qi
-
-With many k and few positions that is far less work than forming every gradient, and less memory.
+so all rows go at once. What a layer makes of the two is in :mod:`reference.ewc.layers`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-class Call(NamedTuple):
-    """One call of a module that owns trained parameters."""
-
-    module: nn.Module
-    trained: dict[str, str]  # the parameter's name in the module -> its name in the model
-    arguments: tuple[Tensor, ...]
-    output: Tensor
+from reference.ewc.layers import (
+    Call,
+    gradients_of,
+    squares_of_linear,
+    sum_of_squares,
+    sums_of_linear,
+)
 
 
 class Squares:
@@ -59,7 +47,11 @@ class Squares:
         self.calls = []
 
         def note(module: nn.Module, arguments: tuple, settings: dict, output: object) -> None:
-            if not isinstance(output, Tensor) or settings or not all(map(_is_tensor, arguments)):
+            if (
+                not isinstance(output, Tensor)
+                or settings
+                or not all(isinstance(a, Tensor) for a in arguments)
+            ):
                 kind = type(module).__name__
                 raise ValueError(f"model: a {kind} with trained parameters must map tensors to one")
             kept = tuple(each.detach() for each in arguments)
@@ -114,18 +106,18 @@ class Squares:
                     "gradient can't be told apart: pass batches of one row"
                 )
             alone = all(uses[name] == 1 for name in call.trained.values())
-            if s is not None and squared and alone and type(call.module) is nn.Linear:
-                for name, value in _squares_of_linear(call, s):
+            if s is not None and alone and type(call.module) is nn.Linear:
+                for name, value in (squares_of_linear if squared else sums_of_linear)(call, s):
                     take(name, value)
                 continue
-            gradients = {} if s is None else _gradients(call, s)
+            gradients = {} if s is None else gradients_of(call, s)
             for local, name in call.trained.items():
                 left[name] -= 1
                 if local in gradients:  # tied weights add up before the square
                     waiting[name] = gradients[local] + waiting.get(name, 0)
                 if name in waiting and left[name] == 0:
                     g = waiting.pop(name)  # (k, rows, *shape)
-                    take(name, _sum_of_squares(g) if squared else g.sum((0, 1)))
+                    take(name, sum_of_squares(g) if squared else g.sum((0, 1)))
 
     def _prove(self, outputs: Tensor) -> None:
         """Once: what the layers' gradients add up to must be autograd's own gradient."""
@@ -150,51 +142,3 @@ class Squares:
                     f"model: the gradient of {name!r} comes from outside of its module's forward"
                 )
         self.proven = True
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _sum_of_squares(g: Tensor) -> Tensor:
-    """Over the first two axes, in one pass."""
-    return torch.linalg.vector_norm(g, dim=(0, 1)).square()
-
-
-def _by_positions(call: Call, s: Tensor) -> tuple[Tensor, Tensor]:
-    """s (k, rows, positions, out) and the input (rows, positions, in) of a linear layer."""
-    a, (k, rows, *_, out) = call.arguments[0], s.shape
-    return s.reshape(k, rows, -1, out), a.reshape(rows, -1, a.shape[-1])
-
-
-def _squares_of_linear(call: Call, s: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name -> Σ over k and rows of the squared gradient."""
-    s, a = _by_positions(call, s)
-    k, positions, width = s.shape[0], a.shape[1], a.shape[2]
-    for local, name in call.trained.items():
-        if local == "bias":
-            yield name, _sum_of_squares(s.sum(2))
-        elif positions == 1:
-            yield name, s.square().sum(0).flatten(0, 1).T @ a.square().flatten(0, 1)
-        elif positions * (k + width) < 2 * k * width:
-            pairs = torch.einsum("knpo,knqo->nopq", s, s)
-            yield name, torch.einsum("nopi,npi->oi", torch.matmul(pairs, a[:, None]), a)
-        else:
-            yield name, _sum_of_squares(torch.einsum("knpo,npi->knoi", s, a))
-
-
-def _gradients(call: Call, s: Tensor) -> dict[str, Tensor]:
-    """Local name -> gradients (k, rows, *shape), from s, (k, rows, ...): those of the output."""
-    module = call.module
-    if type(module) is nn.Linear:
-        s, a = _by_positions(call, s)
-        found = {"bias": s.sum(2), "weight": torch.einsum("knpo,npi->knoi", s, a)}
-        return {local: found[local] for local in call.trained}
-    own = {local: getattr(module, local).detach() for local in call.trained}
-
-    def row(arguments: tuple[Tensor, ...], columns: Tensor) -> dict[str, Tensor]:
-        alone = tuple(each[None] for each in arguments)
-        _, back = vjp(lambda p: functional_call(module, p, alone)[0], own)
-        return vmap(back)(columns)[0]
-
-    return vmap(row, in_dims=(0, 1), out_dims=1)(call.arguments, s)
