@@ -172,9 +172,9 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """All comparisons; ``small`` for a machine without a GPU."""
     where = where or device()
     rate = product_rate(where, 64 if small else 8192)
-    rows = on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate, slow=True)
+    rows = on_tiny(where, *((1, 64) if small else (4, 256)), rate, 1 if small else 5)
+    rows += on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate, slow=True)
     rows += on_classifier(where, *((32, 8, 1, 1) if small else (2048, 4096, 5, 5)), rate, slow=False)
-    rows += on_tiny(where, *((1, 64) if small else (4, 256)), rate, 1 if small else 5)
     return {"product_rate": rate, "rows": rows}
 
 

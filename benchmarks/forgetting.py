@@ -1,6 +1,6 @@
-"""Learning against forgetting on the tiny model: every method, setting and rate, over seven seeds, compared at equal learning.
+"""Learning against forgetting on the tiny model: every method, setting and rate, over six seeds, compared at equal learning.
 
-    python -m benchmarks.forgetting             # a minute or two on a GPU, some hours on a CPU
+    python -m benchmarks.forgetting             # a minute or two on a GPU with --workers 8, an hour or two on a CPU
     python -m benchmarks.forgetting --smoke     # every path in seconds, no meaning
 
 The tiny model knows the small world's general domain; it learns clinic notes. Along each run the losses on fresh text of both domains
@@ -8,7 +8,7 @@ are followed, in nats per token above the floor, and the share of facts that it 
 on clinic notes first reaches a level (``course.lab.forgetting``): a method that learns less would else look as if it forgot less.
 
 - **Choice and report are apart.** At each level a method's setting and learning rate are those that forgot least with seed 0; reported
-  are the six other seeds at that choice.
+  are the five other seeds at that choice.
 - **Old data.** Methods that need some draw from a reservoir of 512 rows of general text. The Fisher is taken of other rows.
 - **One arithmetic.** All runs of a method are one stack (``course.lab.stacked``); a test holds a copy against the model trained alone
   and the penalties against ``reference.ewc`` and ``reference.rehearsal``.
@@ -17,9 +17,11 @@ Two more studies: *foreign*, general text with every word replaced by another on
 *sequence*, clinic, legal and SQL one after the other.
 """
 
-import argparse
+import functools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +39,8 @@ from reference.lora import inject_lora, lora_layers
 from reference.rehearsal import ReplayBuffer, mix_batches
 
 LENGTH = 40
-LEVELS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08)  # nats per token above the floor, on clinic notes
-MOMENTS = (0, 4, 8, 12, 16, 20, 26, 32, 40, 50, 60, 80, 100, 130, 160, 200, 250, 300)
+LEVELS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # nats per token above the floor, on clinic notes
+MOMENTS = (0, 4, 8, 12, 16, 20, 26, 32, 40, 50, 60, 75, 90, 110, 135, 160)
 FULL_LRS, LORA_LRS = (3e-4, 1e-3, 3e-3), (2e-3, 5e-3, 1.2e-2)
 OLD_ROWS = 4  # of general text in each step, where a method takes them beside the new batch
 TEMPERATURE = 2.0
@@ -46,17 +48,17 @@ TEMPERATURE = 2.0
 
 @dataclass(frozen=True)
 class Sizes:
-    seeds: int = 7  # the first chooses, the others are reported
+    seeds: int = 6  # the first chooses, the others are reported
     rows: int = 16
     moments: tuple[int, ...] = MOMENTS
-    held_out: int = 64
+    held_out: int = 48
     fisher_rows: int = 2048
     reservoir: int = 512
     values: int = 99  # at most so many settings of a method
     rates: int = 99  # and learning rates
     at_once: int = 256  # copies in a stack
-    foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 400, 600)
-    sequence_steps: int = 150
+    foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 400)
+    sequence_steps: int = 120
 
 
 SMALL = Sizes(
@@ -176,6 +178,9 @@ def methods() -> list[Method]:
     ]
 
 
+Path = dict[str, list[float]]  # "new", "old", "facts": what was measured at each moment
+
+
 @dataclass(frozen=True)
 class Run:
     value: float
@@ -193,7 +198,6 @@ class Study:
         self.held_out = {domain: (ids.to(where), -self.world.log_probs(domain, ids).mean().item()) for domain, ids in held_out.items()}
         self.questions = self._questions()
         self.fishers = {kind: self._fisher(kind) for kind in ("sampled", "batch")}
-        self.way_back: dict[str, dict[Run, dict[str, list[float]]]] = {}
 
     def base(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -222,9 +226,9 @@ class Study:
 
     # data
 
-    def batches(self, domain: str, seed: int, steps: int) -> Iterator[Tensor]:
-        for step in range(steps):
-            yield self.world.sample(domain, self.sizes.rows, LENGTH, 1000 * seed + step)
+    @functools.cache  # noqa: B019  a study lives as long as its process
+    def batches(self, domain: str, seed: int, steps: int) -> list[Tensor]:
+        return [self.world.sample(domain, self.sizes.rows, LENGTH, 1000 * seed + step) for step in range(steps)]
 
     def reservoir(self, seed: int) -> ReplayBuffer:
         buffer = ReplayBuffer(self.sizes.reservoir, seed)
@@ -234,7 +238,7 @@ class Study:
     def stream(self, method: Method, runs: list[Run], steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(ids, old rows) of each step, both with an axis of copies."""
         buffers = {run.seed: self.reservoir(run.seed) for run in runs}
-        new = {seed: list(self.batches("clinic", seed, steps)) for seed in buffers}
+        new = {seed: self.batches("clinic", seed, steps) for seed in buffers}
         if method.fraction:
             each = [mix_batches(new[run.seed], self.reservoir(run.seed).sample, method.fraction(run.value)) for run in runs]
         else:
@@ -311,64 +315,56 @@ class Study:
                 watch(stack)
         return stack
 
-    def trajectories(self, method: Method) -> dict[Run, dict[str, list[float]]]:
-        """Of every setting, rate and seed: losses on both domains and facts, at each moment."""
+    def trajectories(self, method: Method, runs: list[Run]) -> dict[str, dict[Run, Path]]:
+        """Of each run the losses on both domains and the facts, at each moment; of some methods the straight way back, too."""
         s = self.sizes
-        runs = [Run(v, lr, seed) for v in method.values[: s.values] for lr in method.lrs[: s.rates] for seed in range(s.seeds)]
-        found: dict[Run, dict[str, list[float]]] = {}
+        found: dict[str, dict[Run, Path]] = {}
         for first in range(0, len(runs), s.at_once):
             part = runs[first : first + s.at_once]
-            for run in part:
-                found[run] = {"new": [], "old": [], "facts": []}
+            paths = {run: {"new": [], "old": [], "facts": []} for run in part}
+            untouched = [self.above_floor(self.frozen, "general") * len(part), [1.0] * len(part)] if method.lateral else None
 
-            def watch(stack: Stack, part=part) -> None:
-                new = self.above_floor(stack, "clinic")
-                both = [self.above_floor(self.frozen, "general") * len(part), [1.0] * len(part)] if method.lateral else None
-                old, facts = both or (self.above_floor(stack, "general"), self.facts(stack))
-                for run, *values in zip(part, new, old, facts, strict=True):
-                    for key, value in zip(("new", "old", "facts"), values, strict=True):
-                        found[run][key].append(value)
+            def watch(stack: Stack, paths=paths, untouched=untouched) -> None:
+                note(paths, self.above_floor(stack, "clinic"), *(untouched or (self.above_floor(stack, "general"), self.facts(stack))))
 
             stack = self.train(method, part, s.moments, watch)
+            found.setdefault(method.name, {}).update(paths)
             if method.name in ("full fine-tuning", "LoRA"):
-                self.keep_way_back(method, part, stack, found)
+                found.setdefault(f"{method.name}, scaled back", {}).update(self.way_back(method, part, stack))
         return found
 
     @torch.no_grad()
-    def keep_way_back(self, method: Method, runs: list[Run], stack: Stack, found: dict) -> None:
+    def way_back(self, method: Method, runs: list[Run], stack: Stack) -> dict[Run, Path]:
         """The same measures along the straight way from the start to the end of each run: (1 − α) θ₀ + α θ₁."""
-        name = f"{method.name}, scaled back"
         ends = {key: p.detach().clone() for key, p in stack.trained.items()}
-        paths = {run: {"new": [], "old": [], "facts": []} for run in runs}
+        paths: dict[Run, Path] = {run: {"new": [], "old": [], "facts": []} for run in runs}
         for alpha in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
             for key, p in stack.trained.items():
-                if method.ranks:
-                    if key.endswith("lora_B"):
-                        p.copy_(alpha * ends[key])
-                else:
+                if not method.ranks:
                     p.copy_(torch.lerp(self.start[key].expand_as(p), ends[key], alpha))
-            measures = self.above_floor(stack, "clinic"), self.above_floor(stack, "general"), self.facts(stack)
-            for run, *values in zip(runs, *measures, strict=True):
-                for key, value in zip(("new", "old", "facts"), values, strict=True):
-                    paths[run][key].append(value)
-        self.way_back.setdefault(name, {}).update(paths)
+                elif key.endswith("lora_B"):
+                    p.copy_(alpha * ends[key])
+            note(paths, self.above_floor(stack, "clinic"), self.above_floor(stack, "general"), self.facts(stack))
+        return paths
 
     # the frontier
 
-    def frontier(self) -> dict:
+    def frontier(self, name: str) -> dict:
+        """One method: every setting and rate with seed 0, then the choices of that with the other seeds."""
+        method, s = next(m for m in methods() if m.name == name), self.sizes
         base = self.above_floor(self.frozen, "general")[0]
-        rows, shown = [], []
-        for method in methods():
-            began = time.perf_counter()
-            found = self.trajectories(method)
-            sets = {method.name: (method.setting, found)}
-            if method.name in ("full fine-tuning", "LoRA"):
-                sets[f"{method.name}, scaled back"] = (method.setting, self.way_back[f"{method.name}, scaled back"])
-            for name, (setting, runs) in sets.items():
-                rows += list(chosen_at_levels(name, setting, runs, base))
-                shown += list(at_the_end(name, setting, runs, base))
-            print(f"{method.name:24} {len(found):4} runs  {time.perf_counter() - began:6.1f} s", flush=True)
-        return {"base": {"old": base, "new": self.above_floor(self.frozen, "clinic")[0]}, "levels": rows, "settings": shown}
+        tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
+        found = self.trajectories(method, tried)
+        chosen = {choice for paths in found.values() for choice in [*choices(paths).values(), *learned_most(paths).values()]}
+        reported = [Run(value, lr, seed) for value, lr in sorted(chosen) for seed in range(1, s.seeds)]
+        for kind, paths in self.trajectories(method, reported).items():
+            found[kind].update(paths)
+        rows: dict[str, list[dict]] = {"levels": [], "settings": []}
+        for kind, paths in found.items():
+            about = {"method": kind, "setting": method.setting}
+            rows["levels"] += [about | row for row in at_levels(paths, base)]
+            rows["settings"] += [about | row for row in at_the_end(paths, base)]
+        return rows | {"base": {"old": base, "new": self.above_floor(self.frozen, "clinic")[0]}}
 
     # far from pre-training
 
@@ -383,32 +379,34 @@ class Study:
         plans += [(f"LoRA r={r}", r, (), (2e-3, 5e-3, 1.2e-2)) for r in (1, 4, 16, 64)]
         plans += [("LoRA r=16 + embeddings and head", 16, both, (2e-3, 5e-3, 1.2e-2))]
         for name, r, also, lrs in plans:
-            lrs = lrs[: s.rates]
-            runs = [Run(0.0, lr, seed) for lr in lrs for seed in range(s.seeds)]
-            seeds = [run.seed for run in runs]
-            stack = Stack(self.model, len(runs), ranks=[r] * len(runs) if r else None, seeds=seeds, also=also)
-            optimizer, left = StackedAdam(stack, [run.lr for run in runs]), []
-            data = {seed: self.batches("general", 300 + seed, s.foreign[-1]) for seed in set(seeds)}
-            for step in range(s.foreign[-1] + 1):
-                if step in s.foreign:
-                    left.append(self.above_floor(stack, "general", lambda ids: mapping[ids]))
-                if step == s.foreign[-1]:
-                    break
-                now = {seed: mapping[next(stream).to(self.where)] for seed, stream in data.items()}
-                ids = torch.stack([now[seed] for seed in seeds])
-                loss = next_token_losses(stack(ids), ids).sum()
-                optimizer.step(torch.autograd.grad(loss, list(stack.trained.values())))
-            old, facts = self.above_floor(stack, "general"), self.facts(stack)
-            curves = [[moment[i] for moment in left] for i in range(len(runs))]
-            best = min(lrs, key=lambda lr: curves[runs.index(Run(0.0, lr, 0))][-1])
-            reported = [i for i, run in enumerate(runs) if run.lr == best and run.seed > 0]
-            trained = sum(p[0].numel() for p in stack.trained.values())
-            rows.append(
-                {"method": name, "lr": best, "trained": trained, "steps": list(s.foreign), "left": [curves[i] for i in reported]}
-                | {"old": [old[i] for i in reported], "facts": [facts[i] for i in reported]}
-            )
-            print(f"foreign  {name:34} lr {best:g}  left {curves[reported[0]][-1]:.3f}", flush=True)
+            first = self.foreign_runs(r, also, [(lr, 0) for lr in lrs[: s.rates]], mapping)
+            best = min(first, key=lambda choice, first=first: first[choice]["left"][-1])[0]
+            found = self.foreign_runs(r, also, [(best, seed) for seed in range(1, s.seeds)], mapping).values()
+            row = {"method": name, "lr": best, "trained": next(iter(found))["trained"], "steps": list(s.foreign)}
+            rows.append(row | {key: [each[key] for each in found] for key in ("left", "old", "facts")})
+            print(f"foreign  {name:34} lr {best:g}  left {rows[-1]['left'][0][-1]:.3f}", flush=True)
         return rows
+
+    def foreign_runs(self, r: int | None, also: tuple[str, ...], runs: list[tuple[float, int]], mapping: Tensor) -> dict:
+        """(rate, seed) -> what is left to learn at each moment, and the general domain at the end."""
+        s, seeds, left = self.sizes, [seed for _, seed in runs], []
+        stack = Stack(self.model, len(runs), ranks=[r] * len(runs) if r else None, seeds=seeds, also=also)
+        optimizer = StackedAdam(stack, [lr for lr, _ in runs])
+        data = [self.batches("general", 300 + seed, s.foreign[-1]) for seed in seeds]
+        for step in range(s.foreign[-1] + 1):
+            if step in s.foreign:
+                left.append(self.above_floor(stack, "general", lambda ids: mapping[ids]))
+            if step == s.foreign[-1]:
+                break
+            ids = mapping[torch.stack([each[step] for each in data]).to(self.where)]
+            loss = next_token_losses(stack(ids), ids).sum()
+            optimizer.step(torch.autograd.grad(loss, list(stack.trained.values())))
+        old, facts = self.above_floor(stack, "general"), self.facts(stack)
+        trained = sum(p[0].numel() for p in stack.trained.values())
+        return {
+            run: {"left": [moment[i] for moment in left], "old": old[i], "facts": facts[i], "trained": trained}
+            for i, run in enumerate(runs)
+        }
 
     # task after task
 
@@ -426,40 +424,40 @@ class Study:
             Method("an adapter for each + replay 10 %", "", (0.1,), (5e-3, 1.2e-2), ranks=r16, fraction=float),
         ]
         for method in plans:
-            runs = [Run(v, lr, seed) for v in method.values[: s.values] for lr in method.lrs[: s.rates] for seed in range(s.seeds)]
-            stack = self.stack_of(method, runs)
-            stack.earlier, stack.rehearsed, stack.centre = [], [], None
-            learned = []
-            for i, task in enumerate(tasks):
-                stack.rehearsed = ["general", *tasks[:i]]
-                if method.loss is online:
-                    self.consolidate(stack, "general" if i == 0 else tasks[i - 1], runs)
-                self.train_on(method, runs, task, stack, seeds=[1000 + 10 * i + run.seed for run in runs])
-                learned.append(self.above_floor(stack, task))
-                if method.ranks and method.name.startswith("an adapter") and task != tasks[-1]:
-                    stack.earlier.append(stack.merge_and_restart([50 * (i + 1) + run.seed for run in runs]))
-            final = {domain: self.above_floor(stack, domain) for domain in ("general", *tasks)} | {"facts": self.facts(stack)}
-
-            def score(choice: tuple[float, float], runs=runs, final=final) -> float:
-                at = runs.index(Run(*choice, 0))
-                return sum(final[domain][at] for domain in ("general", *tasks))
-
-            choice = min(((run.value, run.lr) for run in runs), key=score)
-            reported = [i for i, run in enumerate(runs) if (run.value, run.lr) == choice and run.seed > 0]
-            rows.append(
-                {"method": method.name, "value": choice[0], "lr": choice[1]}
-                | {domain: [values[i] for i in reported] for domain, values in final.items()}
-                | {"when learned": [[each[i] for each in learned] for i in reported]}
-            )
-            print(f"sequence  {method.name:36} value {choice[0]:g} lr {choice[1]:g}", flush=True)
+            tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
+            first = self.sequence_runs(method, tried, tasks)
+            best = min(tried, key=lambda run, first=first: sum(first[run][domain] for domain in ("general", *tasks)))
+            reported = [Run(best.value, best.lr, seed) for seed in range(1, s.seeds)]
+            found = self.sequence_runs(method, reported, tasks).values()
+            row = {"method": method.name, "value": best.value, "lr": best.lr}
+            rows.append(row | {key: [each[key] for each in found] for key in ("general", *tasks, "facts", "when learned")})
+            print(f"sequence  {method.name:36} value {best.value:g} lr {best.lr:g}", flush=True)
         return rows
+
+    def sequence_runs(self, method: Method, runs: list[Run], tasks: tuple[str, ...]) -> dict[Run, dict]:
+        """Of each run the losses on all domains after the last task, and on each task when it was learned."""
+        stack = self.stack_of(method, runs)
+        stack.earlier, stack.rehearsed, stack.centre, learned = [], [], None, []
+        for i, task in enumerate(tasks):
+            stack.rehearsed = ["general", *tasks[:i]]
+            if method.loss is online:
+                self.consolidate(stack, stack.rehearsed[-1])
+            self.train_on(method, runs, task, stack, seeds=[1000 + 10 * i + run.seed for run in runs])
+            learned.append(self.above_floor(stack, task))
+            if method.name.startswith("an adapter for each") and task != tasks[-1]:
+                stack.earlier.append(stack.merge_and_restart([50 * (i + 1) + run.seed for run in runs]))
+        final = {domain: self.above_floor(stack, domain) for domain in ("general", *tasks)} | {"facts": self.facts(stack)}
+        return {
+            run: {key: values[i] for key, values in final.items()} | {"when learned": [each[i] for each in learned]}
+            for i, run in enumerate(runs)
+        }
 
     def train_on(self, method: Method, runs: list[Run], task: str, stack: Stack, seeds: list[int]) -> None:
         """One task of a sequence; replay draws from all earlier tasks, general included."""
         s = self.sizes
         optimizer = StackedAdam(stack, [run.lr for run in runs])
         value = torch.tensor([float(run.value) for run in runs], device=self.where)
-        new = {seed: list(self.batches(task, seed, s.sequence_steps)) for seed in set(seeds)}
+        new = {seed: self.batches(task, seed, s.sequence_steps) for seed in set(seeds)}
         each = [iter(new[seed]) for seed in seeds]
         if method.fraction:
             shares = [method.fraction(run.value) for run in runs]
@@ -478,7 +476,7 @@ class Study:
             buffer.add(self.world.sample(domain, self.sizes.reservoir, LENGTH, 800_000 + seed))
         return buffer
 
-    def consolidate(self, stack: Stack, learned: str, runs: list[Run]) -> None:
+    def consolidate(self, stack: Stack, learned: str) -> None:
         """Online EWC: add the Fisher of the task that was just learned, copy by copy, and move the centre."""
         fishers: list[dict[str, Tensor]] = []
         rows = self.world.sample(learned, max(2, self.sizes.fisher_rows // 8), LENGTH, 610_000).to(self.where)
@@ -516,43 +514,73 @@ def projected(gradients: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> l
     return [g - factor.view(-1, *[1] * (g.dim() - 1)) * ref for g, ref in zip(gradients, reference, strict=True)]
 
 
-def chosen_at_levels(name: str, setting: str, runs: dict[Run, dict], base: float) -> Iterator[dict]:
-    """For each level: the setting and rate that forgot least with seed 0, and what the other seeds forgot there."""
+def note(paths: dict[Run, Path], new: list[float], old: list[float], facts: list[float]) -> None:
+    for path, *values in zip(paths.values(), new, old, facts, strict=True):
+        for key, value in zip(("new", "old", "facts"), values, strict=True):
+            path[key].append(value)
+
+
+def choices(paths: dict[Run, Path]) -> dict[float, tuple[float, float]]:
+    """Level -> the setting and rate that forgot least there, with seed 0; levels that none reaches are left out."""
+    found = {}
     for level in LEVELS:
-        reached = {}
-        for run, path in runs.items():
-            if run.seed == 0 and (old := at_equal_learning(path["new"], path["old"], level)) is not None:
-                reached[run.value, run.lr] = old - base
-        if not reached:
-            continue
-        value, lr = min(reached, key=reached.get)
-        others = [path for run, path in runs.items() if (run.value, run.lr) == (value, lr) and run.seed > 0]
-        old = [at_equal_learning(path["new"], path["old"], level) for path in others]
-        facts = [at_equal_learning(path["new"], path["facts"], level) for path in others]
-        if None in old:  # a seed did not get there: the method does not, at this choice
-            continue
-        forgotten = [each - base for each in old]
-        yield {"method": name, "setting": setting, "level": level, "value": value, "lr": lr, "forgotten": forgotten, "facts": facts}
+        first = {(run.value, run.lr): at_equal_learning(p["new"], p["old"], level) for run, p in paths.items() if run.seed == 0}
+        if reached := {choice: old for choice, old in first.items() if old is not None}:
+            found[level] = min(reached, key=reached.get)
+    return found
 
 
-def at_the_end(name: str, setting: str, runs: dict[Run, dict], base: float) -> Iterator[dict]:
-    """Each setting at the rate that learned most with seed 0: losses of the other seeds at the end, and forgetting at each level."""
-    for value in dict.fromkeys(run.value for run in runs):
-        lrs = list(dict.fromkeys(run.lr for run in runs))
-        lr = min(lrs, key=lambda lr, value=value: runs[Run(value, lr, 0)]["new"][-1])
-        paths = [runs[run] for run in runs if (run.value, run.lr) == (value, lr) and run.seed > 0]
-        at = {str(level): [at_equal_learning(p["new"], p["old"], level) for p in paths] for level in LEVELS}
+def learned_most(paths: dict[Run, Path]) -> dict[float, tuple[float, float]]:
+    """Setting -> itself and the rate that ended lowest on the new task, with seed 0."""
+    ends = {(run.value, run.lr): p["new"][-1] for run, p in paths.items() if run.seed == 0}
+    return {value: min((c for c in ends if c[0] == value), key=ends.get) for value in {choice[0] for choice in ends}}
+
+
+def others(paths: dict[Run, Path], choice: tuple[float, float]) -> list[Path]:
+    return [path for run, path in paths.items() if (run.value, run.lr) == choice and run.seed > 0]
+
+
+def at_levels(paths: dict[Run, Path], base: float) -> Iterator[dict]:
+    """What the other seeds forgot at each level, at the choice of seed 0; a level that one of them never reaches is left out."""
+    for level, choice in choices(paths).items():
+        ways = others(paths, choice)
+        old, facts = ([at_equal_learning(p["new"], p[key], level) for p in ways] for key in ("old", "facts"))
+        if None not in old:
+            about = {"level": level, "value": choice[0], "lr": choice[1]}
+            yield about | {"forgotten": [each - base for each in old], "facts": facts}
+
+
+def at_the_end(paths: dict[Run, Path], base: float) -> Iterator[dict]:
+    """Each setting at the rate that learned most: losses at the end, forgetting at each level, and one seed's whole path."""
+    for value, choice in sorted(learned_most(paths).items()):
+        ways = others(paths, choice)
+        at = {str(level): [at_equal_learning(p["new"], p["old"], level) for p in ways] for level in LEVELS}
         forgotten = {level: [v - base for v in values] for level, values in at.items() if None not in values}
-        ends = {key: [p[key][-1] for p in paths] for key in ("new", "old", "facts")}
-        path = {key: paths[0][key] for key in ("new", "old", "facts")}
-        yield {"method": name, "setting": setting, "value": value, "lr": lr, **ends, "forgotten": forgotten, "path": path}
+        ends = {key: [p[key][-1] for p in ways] for key in ("new", "old", "facts")}
+        yield {"value": value, "lr": choice[1], **ends, "forgotten": forgotten, "path": ways[0]}
 
 
-def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None, keep: Callable[[dict], object] = lambda result: None) -> dict:
-    """All parts, or those of ``only``; ``keep`` gets what there is after each."""
-    torch.manual_seed(0)
+@functools.cache
+def study_of(sizes: Sizes, kind: str) -> Study:
+    """One a process."""
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    study = Study(sizes, where)
+    return Study(sizes, torch.device(kind))
+
+
+def work(job: str, sizes: Sizes, kind: str) -> tuple[str, object, float]:
+    """One part of the study, in a process of its own or not: a method of the frontier, "foreign" or "sequence"."""
+    began, study = time.perf_counter(), study_of(sizes, kind)
+    found = getattr(study, job)() if job in PARTS else study.frontier(job)
+    return job, found, time.perf_counter() - began
+
+
+PARTS = ("foreign", "sequence")
+
+
+def measure(
+    sizes: Sizes, where: torch.device, only: list[str] | None = None, workers: int = 1, keep: Callable[[dict], object] = lambda result: None
+) -> dict:
+    """All parts, or those of ``only``; ``keep`` gets what there is after each. Processes share a GPU that one of them leaves idle."""
     result = {
         "steps": list(sizes.moments),
         "rows": sizes.rows,
@@ -560,12 +588,28 @@ def measure(sizes: Sizes, where: torch.device, only: list[str] | None = None, ke
         "reported_seeds": sizes.seeds - 1,
         "reservoir": sizes.reservoir,
         "fisher_rows": sizes.fisher_rows,
-        "fisher_sums": {kind: sum(F.sum().item() for F in fisher.values()) for kind, fisher in study.fishers.items()},
+        "frontier": {"levels": [], "settings": []},
     }
-    for part in ("frontier", "foreign", "sequence"):
-        if not only or part in only:
-            result[part] = getattr(study, part)()
-            keep(result)
+    jobs = [job for job in ("LoRA", *PARTS, *(m.name for m in methods() if m.name != "LoRA")) if not only or job in only]
+
+    def take(done: tuple[str, object, float]) -> None:
+        job, found, seconds = done
+        if job in PARTS:
+            result[job] = found
+        else:
+            for key in ("levels", "settings"):
+                result["frontier"][key] += found[key]
+            result["frontier"]["base"] = found["base"]
+        print(f"{job:24}{seconds:7.1f} s", flush=True)
+        keep(result)
+
+    if workers == 1:
+        for job in jobs:
+            take(work(job, sizes, where.type))
+        return result
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(work, job, sizes, where.type) for job in jobs]):
+            take(done.result())
     return result
 
 
@@ -579,15 +623,20 @@ def shortened(value):
 
 
 def main() -> None:
-    only = {"nargs": "+", "choices": ("frontier", "foreign", "sequence"), "help": "parts of the study"}
-    given: argparse.Namespace = options("forgetting", __doc__, only=only, gpu=False)
+    given = options(
+        "forgetting",
+        __doc__,
+        gpu=False,
+        only={"nargs": "+", "help": f"parts of the study: {', '.join(PARTS)}, or names of methods"},
+        workers={"type": int, "default": 1, "help": "processes; on a GPU 8 keep it busy"},
+    )
     paths = []
 
     def keep(result: dict) -> None:
         paths.append(recorded.save("forgetting", shortened(result), given.out, given.device))
 
-    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only, keep)
-    for row in result.get("frontier", {}).get("levels", []):
+    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only, given.workers, keep)
+    for row in result["frontier"]["levels"]:
         if row["level"] in (0.5, 0.25, 0.12):
             values = row["forgotten"]
             print(f"{row['level']:5} {row['method']:32} {row['value']:8g} lr {row['lr']:6g}  {sum(values) / len(values):8.4f}")
