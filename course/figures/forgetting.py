@@ -43,12 +43,11 @@ WITH = {  # what keeps some
 
 
 @functools.cache
-def three_or_eight() -> tuple[nn.Linear, Tensor, Tensor]:
-    """Softmax regression of threes against eights, at the optimum of its loss with a little weight decay; float64."""
+def odd_or_even() -> tuple[nn.Linear, Tensor, Tensor]:
+    """Softmax regression of odd against even digits from 4 × 4 coarse pixels, at the optimum of its loss; float64."""
     x, y = permuted.digits()
-    chosen = (y == 3) | (y == 8)
-    x, y = x[chosen].double(), (y[chosen] == 8).long()
-    model = nn.Linear(64, 2).double()
+    x, y = x.double().view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1), y % 2
+    model = nn.Linear(16, 2).double()
     with torch.no_grad():
         model.weight.zero_()
         model.bias.zero_()
@@ -58,7 +57,7 @@ def three_or_eight() -> tuple[nn.Linear, Tensor, Tensor]:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y) + 2e-3 * model.weight.square().sum()
+        loss = F.cross_entropy(model(x), y) + 1e-7 * model.weight.square().sum()  # for one optimum and not a line of them
         loss.backward()
         return loss
 
@@ -66,14 +65,14 @@ def three_or_eight() -> tuple[nn.Linear, Tensor, Tensor]:
     return model, x, y
 
 
-PIXELS = (26, 34)  # one above the other, in the middle of the picture
+PIXELS = (5, 9)  # one above the other, in the middle of the picture
 
 
 def curvature_data() -> dict[str, list]:
     """The loss over two weights around the optimum, and the Fisher of both."""
-    model, x, y = three_or_eight()
+    model, x, y = odd_or_even()
     fisher = fisher_diagonal(model, [(x, y)])["weight"][1]
-    steps, start = torch.linspace(-3, 3, 41, dtype=torch.float64), model.weight.detach().clone()
+    steps, start = torch.linspace(-5, 5, 61, dtype=torch.float64), model.weight.detach().clone()
 
     def loss(a: float, b: float) -> float:
         weight = start.clone()
@@ -89,15 +88,19 @@ def curvature_data() -> dict[str, list]:
     }
 
 
-def draw_curvature(axes: plt.Axes, data: dict[str, list], level: float = 0.05) -> None:
-    """Contours of the loss's rise, and the ellipse ½ F₁δ₁² + ½ F₂δ₂² = level."""
-    contours = axes.contour(data["steps"], data["steps"], np.array(data["rise"]), levels=[0.01, level, 0.15, 0.3], colors=[plotting.BLUE])
+LEVEL = 0.05  # nats
+
+
+def draw_curvature(axes: plt.Axes, data: dict[str, list]) -> None:
+    """Contours of the loss's rise, and the ellipse ½ F₁δ₁² + ½ F₂δ₂² = LEVEL."""
+    levels, widths = [0.01, LEVEL, 0.15, 0.4], [0.9, 2.4, 0.9, 0.9]
+    contours = axes.contour(data["steps"], data["steps"], np.array(data["rise"]), levels, colors=[plotting.BLUE], linewidths=widths)
     axes.clabel(contours, fmt="%g", fontsize=8)
-    widths = [2 * (2 * level / f) ** 0.5 for f in data["F"]]
-    axes.add_patch(Ellipse((0, 0), *widths, fill=False, color=plotting.RED, lw=2))
+    sizes = [2 * (2 * LEVEL / f) ** 0.5 for f in data["F"]]
+    axes.add_patch(Ellipse((0, 0), *sizes, fill=False, color=plotting.RED, lw=2.4))
     axes.plot(0, 0, "+", color=plotting.BLACK, ms=9)
-    axes.plot([], [], color=plotting.BLUE, label="rise of the loss, nats")
-    axes.plot([], [], color=plotting.RED, lw=2, label=f"Fisher's ellipse for {level:g} nats")
+    axes.plot([], [], color=plotting.BLUE, label="the loss rises by so many nats")
+    axes.plot([], [], color=plotting.RED, lw=2.4, label=f"the Fisher says {LEVEL:g} nats")
     axes.set(xlabel="change of one weight", ylabel="change of its neighbour's weight", aspect="equal")
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
 
@@ -111,17 +114,10 @@ def curvature(data: dict[str, list]) -> plt.Figure:
 # Estimators
 
 
-@functools.cache
-def estimator_rows() -> tuple[nn.Linear, Tensor, Tensor]:
-    model, x, y = three_or_eight()
-    drawn = torch.bernoulli(model(x).softmax(-1)[:, 1].detach(), generator=torch.Generator().manual_seed(0)).long()
-    return model, x, drawn
-
-
 def batch_shares(sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)) -> dict[str, list]:
     """The batch estimator's F over the exact one, in sum, by the size of a batch; labels of the data, and labels drawn from the model."""
-    model, x, y = three_or_eight()
-    drawn = estimator_rows()[2]
+    model, x, y = odd_or_even()
+    drawn = torch.bernoulli(model(x).softmax(-1)[:, 1].detach(), generator=torch.Generator().manual_seed(0)).long()
     exact = total(fisher_diagonal(model, [(x, None)]))
     shares = {
         label: [total(fisher_diagonal(model, zip(x.split(size), labels.split(size), strict=True), "batch")) / exact for size in sizes]
@@ -230,6 +226,20 @@ def foreign(data: dict[str, dict]) -> plt.Figure:
     axes.minorticks_off()
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1))
     return figure
+
+
+# Estimators, by the size of a batch
+
+
+def draw_shares(axes: plt.Axes, data: dict[str, list]) -> None:
+    sizes = data["sizes"]
+    for (label, shares), mark in zip(((key, value) for key, value in data.items() if key != "sizes"), "os", strict=True):
+        axes.plot(sizes, shares, marker=mark, ms=4, label=label)
+    axes.plot(sizes, [1 / size for size in sizes], "--", color=plotting.BLACK, lw=1, label="1 / rows in a batch")
+    axes.set(xscale="log", yscale="log", xlabel="rows in a batch", ylabel="sum of F, over the exact one")
+    axes.set_xticks(sizes, sizes)
+    axes.minorticks_off()
+    axes.legend(fontsize=9)
 
 
 FIGURES = [

@@ -19,7 +19,7 @@ from reference.rehearsal import ReplayBuffer, dark_experience, project_gradient
 TASKS, HIDDEN, ROWS, EPOCHS, LR, HELD_OUT = 5, 256, 32, 10, 1e-3, 397
 SETTINGS = {  # method -> what its number means, and the number that did best with seed 0 in benchmarks/permuted_digits.py
     "plain": ("", 0.0),
-    "L2 to the start": ("λ", 0.1),
+    "L2 to the start": ("λ", 0.03),
     "EWC": ("λ", 100.0),
     "A-GEM": ("rows in the buffer", 200.0),
     "replay": ("rows in the buffer", 200.0),

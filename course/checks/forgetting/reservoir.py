@@ -5,7 +5,7 @@ from torch import Tensor
 
 from course.checking import Check, Seen, but
 
-TRIALS, CAPACITY = 1500, 3
+TRIALS, CAPACITY = 3000, 3
 
 
 class Reservoir:
@@ -109,6 +109,6 @@ check = Check(
         "what is kept is the caller's own tensor, which may be changed later: keep a copy, row.clone()": but(kept=lambda self, row: row),
     },
     rtol=0.0,
-    atol=0.055,
+    atol=0.06,
     rounds=1,
 )
