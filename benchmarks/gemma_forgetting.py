@@ -50,7 +50,7 @@ class Settings:
     batch_tokens: int = 8192
 
 
-QUICK = Settings(24, 2, (0, 1, 2), 1, 12, 2, 3, (0, 1), 80, 512)
+QUICK = Settings(24, 2, (0, 1), 1, 12, 2, 3, (0,), 160, 512)
 
 
 @dataclasses.dataclass(frozen=True)
