@@ -5,7 +5,7 @@
 
 *Classifier*: an MLP of two sizes on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the
 exact Fisher of one row, every position and every one of its 349 words. All contestants do the same work and their results are compared.
-Times are medians of rounds in turn, except for the loop, which takes seconds and runs twice.
+Times are medians of rounds in turn, except for the loop, which takes seconds and runs once.
 
 The limit is what the products alone would take, at the rate that a large float32 product reaches on this device: for each answer one
 backward pass through what lies above a layer, and where a row has positions one more product to form each gradient.
@@ -104,25 +104,27 @@ def product_rate(where: torch.device, size: int) -> float:
     return 2 * size**3 / (1e-3 * milliseconds(lambda: a @ a, repeats=5, warmup=2, where=where))
 
 
-def compare(
-    contestants: dict[str, Callable[[], Fisher]], where: torch.device, rounds: int, repeats: int, warmup: int = 1
-) -> tuple[dict, dict]:
-    """Median milliseconds of each and its largest relative difference from ours; None with the reason for one that fails."""
+def compare(contestants: dict[str, Callable[[], Fisher]], where: torch.device, rounds: int, repeats: int) -> tuple[dict, dict]:
+    """Median milliseconds of each, and how far it is from the first in size of the whole; in place of a time the reason where one fails.
+
+    Without rounds each runs once, and that is its time.
+    """
     results, times, failed = {}, {}, {}
     for name, work in contestants.items():
+        found: list[Fisher] = []
         try:
-            results[name] = {key: value.detach().clone() for key, value in work().items()}
-            times[name] = []
+            once = milliseconds(lambda work=work, found=found: found.append(work()), repeats=1, warmup=0, where=where)
         except Exception as error:
             failed[name] = message(error)
+            continue
+        results[name], times[name] = {key: value.detach().clone() for key, value in found[0].items()}, [] if rounds else [once]
     for _ in range(rounds):
-        for name, found in times.items():
-            found.append(milliseconds(contestants[name], repeats=repeats, warmup=warmup, where=where))
-    size = torch.stack([value.norm() for value in results["ours"].values()]).norm()
-    apart = {
-        name: max(((value - results["ours"][key]).norm() / size).item() for key, value in found.items()) for name, found in results.items()
-    }
-    return {name: statistics.median(found) for name, found in times.items()} | failed, apart
+        for name, taken in times.items():
+            taken.append(milliseconds(contestants[name], repeats=repeats, warmup=1, where=where))
+    first = next(iter(results.values()))
+    size = torch.stack([value.norm() for value in first.values()]).norm()
+    apart = {name: max(((value - first[key]).norm() / size).item() for key, value in found.items()) for name, found in results.items()}
+    return {name: statistics.median(taken) for name, taken in times.items()} | failed, apart
 
 
 def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repeats: int, rate: float, slow: bool) -> list[dict]:
@@ -139,7 +141,7 @@ def on_classifier(where: torch.device, width: int, rows: int, rounds: int, repea
         others = {"loop": lambda estimator=estimator: by_loop(model, x, y if estimator == "empirical" else None)} if slow else {}
         if slow and estimator == "exact":
             others["torch.func"] = lambda: by_func(model, x, 64)
-        slow_times, slow_apart = compare({"ours": quick["ours"]} | others, where, 1, 1, warmup=0)
+        slow_times, slow_apart = compare({"ours": quick["ours"]} | others, where, 0, 1)
         times |= {name: value for name, value in slow_times.items() if name != "ours"}  # ours from the longer measurement
         apart |= slow_apart
         limit = 1e3 * (2 * rows * answers * inner + 2 * rows * everything * 2) / rate
@@ -157,7 +159,7 @@ def on_tiny(where: torch.device, positions: int, chunk: int, rate: float, rounds
         "torch.func": lambda: by_func(model, x, chunk),
     }
     times, apart = compare(contestants, where, rounds, 1)
-    slow, slow_apart = compare({"ours": contestants["ours"], "loop": lambda: by_loop(model, x)}, where, 1, 1, warmup=0)
+    slow, slow_apart = compare({"ours": contestants["ours"], "loop": lambda: by_loop(model, x)}, where, 0, 1)
     times["loop"], apart["loop"] = slow["loop"], slow_apart.get("loop")
     with peak_memory(where) as peak:
         contestants["ours"]()
@@ -172,7 +174,7 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """All comparisons; ``small`` for a machine without a GPU."""
     where = where or device()
     rate = product_rate(where, 64 if small else 8192)
-    rows = on_tiny(where, *((1, 64) if small else (4, 256)), rate, 1 if small else 5)
+    rows = on_tiny(where, *((1, 64) if small else (3, 256)), rate, 1 if small else 5)
     rows += on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate, slow=True)
     rows += on_classifier(where, *((32, 8, 1, 1) if small else (2048, 4096, 5, 5)), rate, slow=False)
     return {"product_rate": rate, "rows": rows}

@@ -57,8 +57,8 @@ class Sizes:
     values: int = 99  # at most so many settings of a method
     rates: int = 99  # and learning rates
     at_once: int = 256  # copies in a stack
-    foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 400)
-    sequence_steps: int = 120
+    foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 300)
+    sequence_steps: int = 100
 
 
 SMALL = Sizes(
@@ -368,24 +368,17 @@ class Study:
 
     # far from pre-training
 
-    def foreign(self) -> list[dict]:
+    def foreign(self, name: str) -> dict:
         """General text in a language of its own: every word is another one, by a fixed permutation."""
         words = torch.arange(3, len(self.world.vocabulary))
         order = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
         mapping = torch.cat([torch.arange(3), order]).to(self.where)
-        s, rows = self.sizes, []
-        both = ("model.embed_tokens.weight", "lm_head.weight")
-        plans = [("full fine-tuning", None, (), (3e-4, 1e-3, 3e-3))]
-        plans += [(f"LoRA r={r}", r, (), (2e-3, 5e-3, 1.2e-2)) for r in (1, 4, 16, 64)]
-        plans += [("LoRA r=16 + embeddings and head", 16, both, (2e-3, 5e-3, 1.2e-2))]
-        for name, r, also, lrs in plans:
-            first = self.foreign_runs(r, also, [(lr, 0) for lr in lrs[: s.rates]], mapping)
-            best = min(first, key=lambda choice, first=first: first[choice]["left"][-1])[0]
-            found = self.foreign_runs(r, also, [(best, seed) for seed in range(1, s.seeds)], mapping).values()
-            row = {"method": name, "lr": best, "trained": next(iter(found))["trained"], "steps": list(s.foreign)}
-            rows.append(row | {key: [each[key] for each in found] for key in ("left", "old", "facts")})
-            print(f"foreign  {name:34} lr {best:g}  left {rows[-1]['left'][0][-1]:.3f}", flush=True)
-        return rows
+        s, (r, also, lrs) = self.sizes, FOREIGN[name]
+        first = self.foreign_runs(r, also, [(lr, 0) for lr in lrs[: s.rates]], mapping)
+        best = min(first, key=lambda choice: first[choice]["left"][-1])[0]
+        found = self.foreign_runs(r, also, [(best, seed) for seed in range(1, s.seeds)], mapping).values()
+        row = {"method": name, "lr": best, "trained": next(iter(found))["trained"], "steps": list(s.foreign)}
+        return row | {key: [each[key] for each in found] for key in ("left", "old", "facts")}
 
     def foreign_runs(self, r: int | None, also: tuple[str, ...], runs: list[tuple[float, int]], mapping: Tensor) -> dict:
         """(rate, seed) -> what is left to learn at each moment, and the general domain at the end."""
@@ -410,29 +403,17 @@ class Study:
 
     # task after task
 
-    def sequence(self) -> list[dict]:
+    def sequence(self, name: str) -> dict:
         """clinic, legal, sql: what is left of each, and of general, after the last."""
         s, tasks = self.sizes, ("clinic", "legal", "sql")
-        r16, rows = (lambda value: 16), []
-        plans = [
-            Method("full fine-tuning", "", (0.0,), (1e-3, 3e-3)),
-            Method("full fine-tuning + online EWC", "λ", (1.0, 10.0, 100.0), (1e-3, 3e-3), loss=online),
-            Method("full fine-tuning + replay 10 %", "", (0.1,), (1e-3, 3e-3), fraction=float),
-            Method("one adapter for all", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
-            Method("an adapter for each", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
-            Method("an adapter for each, O-LoRA", "λ", (0.001, 0.01, 0.1, 1.0), (5e-3, 1.2e-2), loss=apart, ranks=r16),
-            Method("an adapter for each + replay 10 %", "", (0.1,), (5e-3, 1.2e-2), ranks=r16, fraction=float),
-        ]
-        for method in plans:
-            tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
-            first = self.sequence_runs(method, tried, tasks)
-            best = min(tried, key=lambda run, first=first: sum(first[run][domain] for domain in ("general", *tasks)))
-            reported = [Run(best.value, best.lr, seed) for seed in range(1, s.seeds)]
-            found = self.sequence_runs(method, reported, tasks).values()
-            row = {"method": method.name, "value": best.value, "lr": best.lr}
-            rows.append(row | {key: [each[key] for each in found] for key in ("general", *tasks, "facts", "when learned")})
-            print(f"sequence  {method.name:36} value {best.value:g} lr {best.lr:g}", flush=True)
-        return rows
+        method = next(m for m in in_sequence() if m.name == name)
+        tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
+        first = self.sequence_runs(method, tried, tasks)
+        best = min(tried, key=lambda run: sum(first[run][domain] for domain in ("general", *tasks)))
+        reported = [Run(best.value, best.lr, seed) for seed in range(1, s.seeds)]
+        found = self.sequence_runs(method, reported, tasks).values()
+        row = {"method": method.name, "value": best.value, "lr": best.lr}
+        return row | {key: [each[key] for each in found] for key in ("general", *tasks, "facts", "when learned")}
 
     def sequence_runs(self, method: Method, runs: list[Run], tasks: tuple[str, ...]) -> dict[Run, dict]:
         """Of each run the losses on all domains after the last task, and on each task when it was learned."""
@@ -488,6 +469,31 @@ class Study:
         new = {name: torch.stack([each[name] for each in fishers]) for name in stack.trained}
         stack.fisher = new if stack.centre is None else {name: stack.fisher[name] + new[name] for name in new}
         stack.centre = {name: p.detach().clone() for name, p in stack.trained.items()}
+
+
+def in_sequence() -> list[Method]:
+    """Ways to learn three tasks in a row."""
+
+    def r16(value: float) -> int:
+        return 16
+
+    return [
+        Method("full fine-tuning", "", (0.0,), (1e-3, 3e-3)),
+        Method("full fine-tuning + online EWC", "λ", (1.0, 10.0, 100.0), (1e-3, 3e-3), loss=online),
+        Method("full fine-tuning + replay 10 %", "", (0.1,), (1e-3, 3e-3), fraction=float),
+        Method("one adapter for all", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
+        Method("an adapter for each", "", (0.0,), (5e-3, 1.2e-2), ranks=r16),
+        Method("an adapter for each, O-LoRA", "λ", (0.001, 0.01, 0.1, 1.0), (5e-3, 1.2e-2), loss=apart, ranks=r16),
+        Method("an adapter for each + replay 10 %", "", (0.1,), (5e-3, 1.2e-2), ranks=r16, fraction=float),
+    ]
+
+
+BOTH_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
+FOREIGN = {  # method -> rank, what else trains, rates
+    "full fine-tuning": (None, (), (3e-4, 1e-3, 3e-3)),
+    **{f"LoRA r={r}": (r, (), (2e-3, 5e-3, 1.2e-2)) for r in (1, 4, 16, 64)},
+    "LoRA r=16 + embeddings and head": (16, BOTH_ENDS, (2e-3, 5e-3, 1.2e-2)),
+}
 
 
 def online(step: Step) -> Tensor:
@@ -567,14 +573,21 @@ def study_of(sizes: Sizes, kind: str) -> Study:
     return Study(sizes, torch.device(kind))
 
 
-def work(job: str, sizes: Sizes, kind: str) -> tuple[str, object, float]:
-    """One part of the study, in a process of its own or not: a method of the frontier, "foreign" or "sequence"."""
+def work(part: str, name: str, sizes: Sizes, kind: str) -> tuple[str, str, dict, float]:
+    """One method of one part, in a process of its own or not."""
     began, study = time.perf_counter(), study_of(sizes, kind)
-    found = getattr(study, job)() if job in PARTS else study.frontier(job)
-    return job, found, time.perf_counter() - began
+    return part, name, getattr(study, part)(name), time.perf_counter() - began
 
 
-PARTS = ("foreign", "sequence")
+PARTS = ("frontier", "foreign", "sequence")
+
+
+def jobs(only: list[str] | None) -> list[tuple[str, str]]:
+    """(part, method), the longest first."""
+    found = [("frontier", m.name) for m in methods()] + [("foreign", n) for n in FOREIGN] + [("sequence", m.name) for m in in_sequence()]
+    long = ("LoRA", "full fine-tuning + online EWC", "LoRA r=64")
+    chosen = [job for job in found if not only or job[0] in only or job[1] in only]
+    return sorted(chosen, key=lambda job: job[1] not in long)
 
 
 def measure(
@@ -589,27 +602,27 @@ def measure(
         "reservoir": sizes.reservoir,
         "fisher_rows": sizes.fisher_rows,
         "frontier": {"levels": [], "settings": []},
+        "foreign": [],
+        "sequence": [],
     }
-    jobs = [job for job in ("LoRA", *PARTS, *(m.name for m in methods() if m.name != "LoRA")) if not only or job in only]
 
-    def take(done: tuple[str, object, float]) -> None:
-        job, found, seconds = done
-        if job in PARTS:
-            result[job] = found
-        else:
+    def take(part: str, name: str, found: dict, seconds: float) -> None:
+        if part == "frontier":
             for key in ("levels", "settings"):
-                result["frontier"][key] += found[key]
-            result["frontier"]["base"] = found["base"]
-        print(f"{job:24}{seconds:7.1f} s", flush=True)
+                result[part][key] += found[key]
+            result[part]["base"] = found["base"]
+        else:
+            result[part].append(found)
+        print(f"{part:10}{name:36}{seconds:7.1f} s", flush=True)
         keep(result)
 
     if workers == 1:
-        for job in jobs:
-            take(work(job, sizes, where.type))
+        for job in jobs(only):
+            take(*work(*job, sizes, where.type))
         return result
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(work, job, sizes, where.type) for job in jobs]):
-            take(done.result())
+        for done in as_completed([pool.submit(work, *job, sizes, where.type) for job in jobs(only)]):
+            take(*done.result())
     return result
 
 
@@ -627,7 +640,7 @@ def main() -> None:
         "forgetting",
         __doc__,
         gpu=False,
-        only={"nargs": "+", "help": f"parts of the study: {', '.join(PARTS)}, or names of methods"},
+        only={"nargs": "+", "help": f"parts of the study ({', '.join(PARTS)}) or methods"},
         workers={"type": int, "default": 1, "help": "processes; on a GPU 8 keep it busy"},
     )
     paths = []

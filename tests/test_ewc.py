@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from course.lab import models
-from course.lab.world import World
 from reference.ewc import ESTIMATORS, EWC, LoRAEWC, fisher_diagonal, orthogonality, uniform_fisher
 from reference.lora import inject_lora, lora_layers, merge_lora
 from reference.progressive import Adapter
@@ -97,6 +95,15 @@ def sentences(rows=3, length=5, batches=2):
     g = torch.Generator().manual_seed(1)
     ids = [torch.randint(7, (rows, length), generator=g) for _ in range(batches)]
     return [(each[:, :-1], each[:, 1:]) for each in ids]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """The course's tiny model and its world, imported here: the tests of the GPU do without."""
+    from course.lab import models
+    from course.lab.world import World
+
+    return models, World()
 
 
 # the estimators
@@ -208,9 +215,9 @@ def test_batch_shrinks_like_one_over_the_batch():
         assert size * sum(v.sum() for v in batch.values()) / exact == pytest.approx(1, abs=0.25)
 
 
-def test_the_tiny_model_with_adapters_and_without():
-    tiny, _ = models.load("tiny", where=torch.device("cpu"))
-    ids = World().sample("general", 2, 5, 1)
+def test_the_tiny_model_with_adapters_and_without(lab):
+    tiny, _ = lab[0].load("tiny", where=torch.device("cpu"))
+    ids = lab[1].sample("general", 2, 5, 1)
     batches = [(ids[:, :-1], ids[:, 1:])]
     alike(fisher_diagonal(tiny, batches, "empirical"), by_rows_of_tiny(tiny, batches), 2e-3)
     inject_lora(tiny, 2, 4, ["q_proj", "down_proj"])
@@ -613,9 +620,9 @@ def test_on_a_gpu_as_on_a_cpu(estimator):
 
 
 @pytest.mark.gpu
-def test_the_tiny_model_on_a_gpu():
-    tiny, _ = models.load("tiny", where=torch.device("cuda"))
-    ids = World().sample("general", 2, 4, 1).cuda()
+def test_the_tiny_model_on_a_gpu(lab):
+    tiny, _ = lab[0].load("tiny", where=torch.device("cuda"))
+    ids = lab[1].sample("general", 2, 4, 1).cuda()
     found = fisher_diagonal(tiny, [(ids[:, :-1], ids[:, 1:])], chunk=256)
     alike(found, by_rows_exact_of(tiny, ids), 5e-3)
     ewc = EWC(tiny, found, 1.0)

@@ -186,13 +186,13 @@ def test_a_dry_run_is_saved(module, monkeypatch, tmp_path):
 
 
 def test_a_dry_run_of_a_part_of_the_study(monkeypatch, tmp_path):
-    parts = ["LoRA", "A-GEM", "progressive column", "foreign"]
+    parts = ["LoRA", "A-GEM", "progressive column", "LoRA r=4", "an adapter for each, O-LoRA"]
     monkeypatch.setattr(sys, "argv", ["forgetting", "--smoke", "--out", str(tmp_path), "--only", *parts])
     forgetting.main()
     found = recorded.load("forgetting", folder=tmp_path)["result"]
     methods = {row["method"] for row in found["frontier"]["settings"]}
     assert methods == {"LoRA", "LoRA, scaled back", "A-GEM", "progressive column"}
-    assert found["foreign"][0]["method"] == "full fine-tuning"
+    assert [row["method"] for part in ("foreign", "sequence") for row in found[part]] == parts[3:]
 
 
 def test_notes_are_english_and_their_floor_is_the_sources():
