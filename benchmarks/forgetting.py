@@ -44,6 +44,7 @@ MOMENTS = (0, 4, 8, 12, 16, 20, 26, 32, 40, 50, 60, 75, 90, 110, 135, 160)
 FULL_LRS, LORA_LRS = (3e-4, 1e-3, 3e-3), (2e-3, 5e-3, 1.2e-2)
 OLD_ROWS = 4  # of general text in each step, where a method takes them beside the new batch
 TEMPERATURE = 2.0
+BOTH_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Method:
         ranks: of a copy's adapter, from its setting; None trains all weights.
         fraction: of rows that are replayed, from its setting.
         old_rows: of general text beside the batch.
-        project: whether gradients are projected (A-GEM).
+        project: whether gradients are projected (A-GEM). lateral: a new column beside the frozen model.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Method:
     old_rows: int = 0
     project: bool = False
     lateral: bool = False
+    ends: bool | None = None  # whether embeddings and head train, if not as usual
 
 
 def anchored(fisher: str | None) -> Callable[[Step], Tensor]:
@@ -163,6 +165,8 @@ def methods() -> list[Method]:
     return [
         Method("full fine-tuning", "", (0.0,), (1e-4, *FULL_LRS, 6e-3)),
         Method("LoRA", "r", (1, 2, 4, 8, 16, 32, 64), (1e-3, *LORA_LRS, 2.5e-2), ranks=int),
+        Method("LoRA, embeddings and head too", "r", (4, 16), (1e-3, 2e-3, 5e-3), ranks=int, ends=True),
+        Method("full, embeddings and head fixed", "", (0.0,), (1e-4, *FULL_LRS), ends=False),
         Method("L2 to the start", "λ", (1e-3, 1e-2, 0.1, 1.0, 10.0), loss=anchored(None)),
         Method("EWC", "λ", lambdas, loss=anchored("sampled")),
         Method("EWC, batch Fisher", "λ", (1.0, 10.0, 100.0, 1e3, 1e4, 1e5), loss=anchored("batch")),
@@ -290,7 +294,8 @@ class Study:
                 fresh.append(LlamaForCausalLM(self.model.config).to(self.where))
             return Stack(fresh, len(runs), seeds=seeds, lateral=self.model)
         ranks = [method.ranks(run.value) for run in runs] if method.ranks else None
-        stack = Stack(self.model, len(runs), ranks=ranks, seeds=seeds)
+        also, fixed = (BOTH_ENDS if method.ends else ()), (BOTH_ENDS if method.ends is False else ())
+        stack = Stack(self.model, len(runs), ranks=ranks, seeds=seeds, also=also, fixed=fixed)
         if method.loss is anchored_factors:
             stack.factor_fisher = self.factor_fisher(stack)
         return stack
@@ -488,7 +493,6 @@ def in_sequence() -> list[Method]:
     ]
 
 
-BOTH_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 FOREIGN = {  # method -> rank, what else trains, rates
     "full fine-tuning": (None, (), (3e-4, 1e-3, 3e-3)),
     **{f"LoRA r={r}": (r, (), (2e-3, 5e-3, 1.2e-2)) for r in (1, 4, 16, 64)},

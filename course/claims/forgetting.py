@@ -271,3 +271,8 @@ def gemma_base_is_back() -> bool:
     """With the adapter's scale at zero the logits are the base's, bit for bit."""
     found = [run["scaled"]["base_is_back"] for run in _gemma()["runs"] if "scaled" in run]
     return bool(found) and all(found)
+
+
+def batch_rows() -> int:
+    """That the texts speak of."""
+    return 32

@@ -19,7 +19,9 @@ PAGE, CARD = "lessons/09_forgetting.md", "h200"
 WITHOUT = {  # what keeps no old text: method -> colour, dashes
     "full fine-tuning": (plotting.BLACK, "-"),
     "full fine-tuning, scaled back": (plotting.BLACK, ":"),
+    "full, embeddings and head fixed": (plotting.BLACK, "--"),
     "LoRA": (plotting.BLUE, "-"),
+    "LoRA, embeddings and head too": (plotting.BLUE, "--"),
     "LoRA, scaled back": (plotting.BLUE, ":"),
     "L2 to the start": (plotting.ORANGE, "-"),
     "EWC": (plotting.GREEN, "-"),

@@ -32,6 +32,7 @@ class Stack:
         ranks: of each copy's adapter on every linear but the head, scaled by 2 (α = 2r); None trains all weights.
         seeds: of each copy's factors A.
         also: with adapters, further weights that train ("model.embed_tokens.weight", "lm_head.weight").
+        fixed: without adapters, weights that do not.
         lateral: a frozen model that a fresh column listens to: the output of its block i − 1 goes, through a matrix of its own, into what
             block i puts out (:mod:`reference.progressive`).
     """
@@ -46,6 +47,7 @@ class Stack:
         ranks: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         also: Sequence[str] = (),
+        fixed: Sequence[str] = (),
         lateral: LlamaForCausalLM | None = None,
     ):
         models = [model] * copies if isinstance(model, nn.Module) else list(model)
@@ -56,7 +58,8 @@ class Stack:
         self.heard = Stack(lateral, 1, self.where, ranks=[0]) if lateral is not None else None
         if ranks is None:
             for name in self.weights:
-                self._own(name)
+                if name not in fixed:
+                    self._own(name)
         else:
             for name in also:
                 self._own(name)
