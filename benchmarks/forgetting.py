@@ -163,8 +163,8 @@ def methods() -> list[Method]:
     fractions = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     weights = (0.1, 0.3, 1.0, 3.0, 10.0)
     return [
-        Method("full fine-tuning", "", (0.0,), (1e-4, *FULL_LRS, 6e-3)),
-        Method("LoRA", "r", (1, 2, 4, 8, 16, 32, 64), (1e-3, *LORA_LRS, 2.5e-2), ranks=int),
+        Method("full fine-tuning", "", (0.0,), (1e-4, *FULL_LRS)),
+        Method("LoRA", "r", (1, 2, 4, 8, 16, 32, 64), (1e-3, *LORA_LRS), ranks=int),
         Method("LoRA, embeddings and head too", "r", (4, 16), (1e-3, 2e-3, 5e-3), ranks=int, ends=True),
         Method("full, embeddings and head fixed", "", (0.0,), (1e-4, *FULL_LRS), ends=False),
         Method("L2 to the start", "λ", (1e-3, 1e-2, 0.1, 1.0, 10.0), loss=anchored(None)),
