@@ -149,7 +149,7 @@ def distilled(rows: str) -> Callable[[Step], Tensor]:
 
 
 def dark(step: Step) -> Tensor:
-    """DER++: α · MSE of logits on half of the old rows, β · cross-entropy on the others; the setting is β, and α is a tenth of it."""
+    """DER++: MSE of logits on half of the old rows, cross-entropy on the others; the setting is the weight of this, ten times the first's."""
     half = step.old.shape[1] // 2
     logits = step.stack(step.old)
     stored = step.study.base(step.old[:, :half])
@@ -174,7 +174,7 @@ def methods() -> list[Method]:
         Method("distillation, old text", "weight", weights, loss=distilled("old"), old_rows=OLD_ROWS),
         Method("distillation, new text", "weight", weights, loss=distilled("new")),
         Method("A-GEM", "", (0.0,), (1e-4, *FULL_LRS), old_rows=OLD_ROWS, project=True),
-        Method("DER++", "β", weights, loss=dark, old_rows=OLD_ROWS),
+        Method("DER++", "weight", weights, loss=dark, old_rows=OLD_ROWS),
         Method("LoRA + EWC on ΔW", "λ", lambdas, LORA_LRS, loss=anchored_update, ranks=r16),
         Method("LoRA + EWC on A, B", "λ", lambdas, LORA_LRS, loss=anchored_factors, ranks=r16),
         Method("LoRA + replay", "share of old rows", fractions, LORA_LRS, ranks=r16, fraction=float),
@@ -340,15 +340,15 @@ class Study:
 
     @torch.no_grad()
     def way_back(self, method: Method, runs: list[Run], stack: Stack) -> dict[Run, Path]:
-        """The same measures along the straight way from the start to the end of each run: (1 − α) θ₀ + α θ₁."""
+        """The same measures along the straight way from the start to the end of each run: (1 − t) θ₀ + t θ₁."""
         ends = {key: p.detach().clone() for key, p in stack.trained.items()}
         paths: dict[Run, Path] = {run: {"new": [], "old": [], "facts": []} for run in runs}
-        for alpha in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        for share in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
             for key, p in stack.trained.items():
                 if not method.ranks:
-                    p.copy_(torch.lerp(self.start[key].expand_as(p), ends[key], alpha))
+                    p.copy_(torch.lerp(self.start[key].expand_as(p), ends[key], share))
                 elif key.endswith("lora_B"):
-                    p.copy_(alpha * ends[key])
+                    p.copy_(share * ends[key])
             note(paths, self.above_floor(stack, "clinic"), self.above_floor(stack, "general"), self.facts(stack))
         return paths
 

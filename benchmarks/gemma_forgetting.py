@@ -200,18 +200,18 @@ class Benchmark:
 
     @torch.no_grad()
     def scaled_back(self, model: nn.Module) -> dict:
-        """The same losses with the adapter's scale times α; at 0 the base must be back, bit for bit."""
+        """The same losses with the adapter's scale times a share; at 0 the base must be back, bit for bit."""
         layers = [layer for _, layer in lora_layers(model)]
-        full, found = [layer.scaling for layer in layers], {"alpha": [], "new": [], "old": []}
+        full, found = [layer.scaling for layer in layers], {"share": [], "new": [], "old": []}
         ids = self.train_rows[:2].to(self.where)
-        for alpha in (0.0, 0.25, 0.5, 0.75):
+        for share in (0.0, 0.25, 0.5, 0.75):
             for layer, scale in zip(layers, full, strict=True):
-                layer.scaling = alpha * scale
+                layer.scaling = share * scale
             new, old = self.losses(model)
-            found["alpha"].append(alpha)
+            found["share"].append(share)
             found["new"].append(new)
             found["old"].append(old)
-            if alpha == 0:
+            if share == 0:
                 found["base_is_back"] = torch.equal(model(input_ids=ids).logits, self.base(input_ids=ids).logits)
         for layer, scale in zip(layers, full, strict=True):
             layer.scaling = scale

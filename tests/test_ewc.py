@@ -261,7 +261,7 @@ def test_a_parameter_that_is_not_used_has_none():
     assert (found["extra.weight"] == 0).all() and found["0.weight"].any()
 
 
-# beside the libraries
+# beside the libraries: pip install --no-deps backpack-for-pytorch nngeometry unfoldNd einops (they ask for torchvision and do without)
 
 
 def test_as_backpack_gives_it():

@@ -230,5 +230,5 @@ def test_states_of_two_models():
         interpolate(a, a | {"v": torch.zeros(2)}, 0.5)
     with pytest.raises(ValueError, match=r"'w' has the shape \(2,\) before and \(3,\) after"):
         interpolate(a, {"w": torch.zeros(3)}, 0.5)
-    with pytest.raises(ValueError, match="alpha must be from 0 to 1"):
+    with pytest.raises(ValueError, match="share must be from 0 to 1"):
         interpolate(a, a, 1.5)

@@ -1,9 +1,9 @@
 """The remedy that costs nothing: after training, go back a part of the way.
 
-    θ = (1 − α) θ₀ + α θ₁
+    θ = (1 − t) θ₀ + t θ₁
 
 between the weights before and after (WiSE-FT, Wortsman et al. 2022). For LoRA that is the
-adapter's scale times α: (1 − α) W + α (W + s·B·A) = W + (α·s)·B·A.
+adapter's scale times t: (1 − t) W + t (W + s·B·A) = W + (t·s)·B·A.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from reference.arguments import check_number
 
 
 def interpolate(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], alpha: float
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """(1 − α)·before + α·after, name by name: two ``state_dict``s of one model. 0 and 1 are exact.
+    """(1 − share)·before + share·after, name by name: two ``state_dict``s of one model.
 
-    What is not floating point is taken from ``after``.
+    A share of 0 or 1 gives one of them exactly. What is not floating point is ``after``'s.
 
     Raises:
-        TypeError, ValueError: α is not a number from 0 to 1, or names or shapes differ.
+        TypeError, ValueError: the share is not a number from 0 to 1, or names or shapes differ.
     """
-    check_number("alpha", alpha, 0, 1)
+    check_number("share", share, 0, 1)
     if set(before) != set(after):
         name = sorted(set(before) ^ set(after))[0]
         raise ValueError(f"before and after must be of one model: {name!r} is in one of them only")
@@ -34,5 +34,5 @@ def interpolate(
         if start.shape != end.shape:
             shapes = f"{tuple(start.shape)} before and {tuple(end.shape)} after"
             raise ValueError(f"{name!r} has the shape {shapes}")
-        mixed[name] = torch.lerp(start, end, alpha) if end.is_floating_point() else end.clone()
+        mixed[name] = torch.lerp(start, end, share) if end.is_floating_point() else end.clone()
     return mixed
