@@ -149,7 +149,7 @@ def distilled(rows: str) -> Callable[[Step], Tensor]:
 
 
 def dark(step: Step) -> Tensor:
-    """DER++: MSE of logits on half of the old rows, cross-entropy on the others; the setting is the weight of this, ten times the first's."""
+    """DER++: MSE of logits on half of the old rows, cross-entropy on the others; the setting is this weight, ten times the first."""
     half = step.old.shape[1] // 2
     logits = step.stack(step.old)
     stored = step.study.base(step.old[:, :half])
