@@ -15,7 +15,8 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     07   offload (sequential, stores)
     08   checkpointing (checkpoint, call, surroundings, captured, hooks, sequential, schedule)
     08   checkpointing (offload, lane, pool), precision (masters, scaler, rounding)
-    09   ewc, rehearsal, progressive
+    09   ewc (penalty, fisher, squares, layers, adapters)
+    09   rehearsal (buffer, gradients, logits, weights), progressive
     10   bottleneck, soft_prompts, ia3, lora (dora), relatives
     11   multi_lora (layer, combine, serving)
     12   instruct, self_instruct
