@@ -8,12 +8,13 @@ Any tree of modules will do: a layer is replaced wherever it is a child, so that
 names stays one. The layers are those of :mod:`reference.lora.layer`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from reference.lora.base import check
+from reference.lora.layer import LoRALayer
 from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
 
@@ -49,17 +50,27 @@ def inject_lora(
         TypeError: PiSSA on a packed weight, or an argument of the wrong type. In every case the
             model is left as it was.
     """
-    targets = find_targets(model, target_modules)
+    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
+    return inject_layers(model, find_targets(model, target_modules), wrapper_of, settings)
+
+
+def inject_layers(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    kind_of: Callable[[nn.Module], type[LoRALayer]],
+    settings: tuple,
+) -> list[str]:
+    """Wrap each of ``targets`` in ``kind_of(layer)(layer, *settings)``, as :func:`inject_lora`."""
+    r, lora_alpha, lora_dropout, _, init = settings
     for name, layer in targets.items():
         try:
-            check(wrapper_of(layer), layer, r, lora_alpha, lora_dropout, init)
+            check(kind_of(layer), layer, r, lora_alpha, lora_dropout, init)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
     with _undone_on_error(model, targets.values()):
-        adapted = {layer: wrapper_of(layer)(layer, *settings) for layer in targets.values()}
+        adapted = {layer: kind_of(layer)(layer, *settings) for layer in targets.values()}
     present = [layer for _, layer in lora_layers(model)]
-    factors = {id(factor) for layer in present for factor in (layer.lora_A, layer.lora_B)}
+    factors = {id(getattr(layer, name)) for layer in present for name in layer.factor_names}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
     replace_layers(model, adapted)
@@ -145,8 +156,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     factors = {}
     for name, layer in lora_layers(model):
         prefix = f"{name}." if name else ""
-        factors[f"{prefix}lora_A"] = layer.lora_A.detach()
-        factors[f"{prefix}lora_B"] = layer.lora_B.detach()
+        factors |= {f"{prefix}{key}": getattr(layer, key).detach() for key in layer.factor_names}
     return factors
 
 
