@@ -124,6 +124,9 @@ class DoRATransposed(DoRALayer, LoRATransposed):
     """DoRA over the ``Conv1D`` of transformers' GPT-2, which keeps its weight as (in, out)."""
 
 
+KINDS = {LoRALinear: DoRALinear, LoRATransposed: DoRATransposed}  # LoRA's layer -> DoRA's
+
+
 def inject_dora(
     model: nn.Module,
     r: int,
@@ -140,16 +143,20 @@ def inject_dora(
             without ``dequantize()``.
     """
     targets = find_targets(model, target_modules)
-    kinds = {LoRALinear: DoRALinear, LoRATransposed: DoRATransposed}
     for name, layer in targets.items():
-        if wrapper_of(layer) not in kinds:
-            words = "DoRA is for linear layers here: choose other target_modules"
-            raise ValueError(f"{name} is {describe(layer)}: {words}")
-        if not (layer.weight.is_floating_point() or hasattr(layer, "dequantize")):
-            words = "and has no dequantize(), so the norms of its rows can't be had"
-            raise TypeError(f"{name} keeps its weight as {layer.weight.dtype}, {words}")
+        check_target(name, layer)
     settings = (r, lora_alpha, lora_dropout, use_rslora, init)
-    return inject_layers(model, targets, lambda layer: kinds[wrapper_of(layer)], settings)
+    return inject_layers(model, targets, lambda layer: KINDS[wrapper_of(layer)], settings)
+
+
+def check_target(name: str, layer: nn.Module) -> None:
+    """Raise unless DoRA can be over ``layer``."""
+    if wrapper_of(layer) not in KINDS:
+        words = "DoRA is for linear layers here: choose other target_modules"
+        raise ValueError(f"{name} is {describe(layer)}: {words}")
+    if not (layer.weight.is_floating_point() or hasattr(layer, "dequantize")):
+        words = "and has no dequantize(), so the norms of its rows can't be had"
+        raise TypeError(f"{name} keeps its weight as {layer.weight.dtype}, {words}")
 
 
 def _products(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,13 @@ def inject_vera(
     """
     check_integer("r", r, 1)
     check_number("d_initial", d_initial)
+    check_integer("key", key)
     targets = linear_targets(model, target_modules)
     both = [sizes(layer) for layer in targets.values()]
     A, B = projections(r, max(n_in for n_in, _ in both), max(n_out for _, n_out in both), key)
     device = next(iter(targets.values())).weight.device
     A, B = A.to(device), B.to(device)  # one pair for all layers
-    return wrap(model, targets, lambda name, layer: VeRA(layer, A, B, d_initial))
+    return wrap(model, targets, lambda name, layer: VeRA(layer, A, B, d_initial, key))
 
 
 def projections(r: int, n_in: int, n_out: int, key: int) -> tuple[Tensor, Tensor]:

@@ -27,19 +27,22 @@ from reference.qlora import NF4Linear
 
 
 def loftq(weight: Tensor, r: int, rounds: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(Ŵ, A, B) in float32 with Ŵ + B·A near W: weight (out, in), A (r, in), B (out, r).
+    """(R, A, B), float32: Ŵ = dequantize(quantize(R)), and Ŵ + B·A is near the weight.
 
-    Ŵ is NF4 in blocks of 64 with float32 scales. A and B share the singular values evenly.
+    Args:
+        weight: W, (out, in). NF4 here is in blocks of 64 with float32 scales.
+        r: A is (r, in), B (out, r); they share the singular values evenly.
+        rounds: how often both are found, each for the other. In the first R is W.
     """
     check_integer("r", r, 1, min(weight.shape))
     check_integer("rounds", rounds, 1)
     W = weight.detach().float()
-    rest = W
+    product = torch.zeros_like(W)
     for _ in range(rounds):
-        decoded = dequantize_nf4(quantize_nf4(rest))  # Ŵ
-        B, A = truncated_svd(W - decoded, r)
-        rest = W - B @ A
-    return decoded, A, B
+        R = W - product
+        B, A = truncated_svd(W - dequantize_nf4(quantize_nf4(R)), r)
+        product = B @ A
+    return R, A, B
 
 
 def inject_loftq(
@@ -54,8 +57,8 @@ def inject_loftq(
     α = r, so that the scale is one. Returns the names of the layers.
 
     Raises:
-        ValueError, TypeError: as ``inject_lora``, or a match is no plain ``nn.Linear``. The model is
-            as it was then.
+        ValueError, TypeError: as ``inject_lora``, or a match is no plain ``nn.Linear``. The model
+            is as it was then.
     """
     targets = find_targets(model, target_modules)
     for name, layer in targets.items():
@@ -64,9 +67,9 @@ def inject_loftq(
     found = {name: loftq(layer.weight, r, rounds) for name, layer in targets.items()}
     packed = {}
     for name, layer in targets.items():
-        decoded = found[name][0].to(layer.weight.dtype)
-        # what LoftQ decoded quantizes to itself: its values lie on the levels
-        packed[layer] = NF4Linear.from_weight(decoded, layer.bias, 64, False, compute_dtype)
+        new = NF4Linear.from_weight(found[name][0], layer.bias, 64, False, compute_dtype)
+        new.dtype = layer.weight.dtype  # what the layer decodes to
+        packed[layer] = new.train(layer.training)
     replace_layers(model, packed)
     names = inject_lora(model, r, r, [*targets])
     for name, layer in lora_layers(model):

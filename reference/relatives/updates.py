@@ -12,13 +12,14 @@
     BitFit      the biases that the model has                    out, or none
     LN tuning   the gains (and biases) of the norms              –
 
-Kalajdzievski 2023 (2312.03732); Meng et al. 2024 (2404.02948); Hayou et al. 2024 (2402.12354); Li et
-al. 2023 (2310.08659); Kopiczko et al. 2023 (2310.11454); Hyeon-Woo et al. 2021 (2108.06098); Yeh et
-al. 2023 (2309.14859); Qiu et al. 2023 (2306.07280); Ben Zaken et al. 2021 (2106.10199); Zhao et al.
-2023 (2312.11420). Each gives peft's numbers.
+Kalajdzievski 2023 (2312.03732); Meng et al. 2024 (2404.02948); Hayou et al. 2024 (2402.12354);
+Li et al. 2023 (2310.08659); Kopiczko et al. 2023 (2310.11454); Hyeon-Woo et al. 2021 (2108.06098);
+Yeh et al. 2023 (2309.14859); Qiu et al. 2023 (2306.07280); Ben Zaken et al. 2021 (2106.10199);
+Zhao et al. 2023 (2312.11420). Each gives peft's numbers.
 """
 
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,9 +63,11 @@ class VeRA(Update):
 
     trained = ("vera_lambda_d", "vera_lambda_b")
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, d_initial: float = 0.1):
+    def __init__(
+        self, base: nn.Module, A: Tensor, B: Tensor, d_initial: float = 0.1, key: int = 0
+    ):
         super().__init__(base)
-        n_in, n_out = sizes(base)
+        (n_in, n_out), self.key = sizes(base), key  # the seed of A and B
         self.shared = (A[:, :n_in], B[:n_out])  # views: held once for the model, and not saved
         self.vera_lambda_d, self.vera_lambda_b = self.new(len(A)), self.new(n_out)
         nn.init.constant_(self.vera_lambda_d, d_initial)
@@ -90,7 +93,7 @@ class LoHa(Update):
     def __init__(self, base: nn.Module, r: int, alpha: float):
         super().__init__(base)
         n_in, n_out = sizes(base)
-        self.scaling = alpha / r
+        self.r, self.alpha, self.scaling = r, alpha, alpha / r
         self.hada_w1_a, self.hada_w1_b = self.drawn(n_out, r), self.drawn(r, n_in)
         self.hada_w2_a, self.hada_w2_b = self.drawn(n_out, r), self.new(r, n_in)
 
@@ -104,7 +107,8 @@ class LoKr(Update):
 
     def __init__(self, base: nn.Module, r: int, alpha: float):
         super().__init__(base)
-        (n_in, n_out), self.scaling = sizes(base), alpha / r
+        n_in, n_out = sizes(base)
+        self.r, self.alpha, self.scaling = r, alpha, alpha / r
         (i1, i2), (o1, o2) = near_square(n_in), near_square(n_out)
         self.lokr_w1 = self.new(o1, i1)
         self.thin = r < max(o2, i2) / 2

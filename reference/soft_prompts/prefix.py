@@ -124,7 +124,8 @@ class PrefixTuning(nn.Module):
             raise ValueError(
                 "position_ids and past_key_values must not be given: the prefix is both"
             )
-        if self.training and getattr(self.base, "is_gradient_checkpointing", False):
+        parts = self.base.modules()
+        if self.training and any(getattr(part, "gradient_checkpointing", False) for part in parts):
             words = "so the prefix would be lost: gradient_checkpointing_disable() first"
             raise ValueError(f"a checkpointed model runs its layers without the cache, {words}")
         cache = self.make_cache()
