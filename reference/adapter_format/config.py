@@ -98,7 +98,7 @@ def load_config(directory: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: peft_type must be given, got a {type(config).__name__}")
+        raise ValueError(f"{path} must hold a table with peft_type, got {type(config).__name__!r}")
     return config
 
 

@@ -120,7 +120,8 @@ def contents(model: nn.Module, layers: dict[str, Adapter]) -> tuple[dict[str, Te
     elif name_of_type == "VERA":
         config |= {"r": len(first.vera_lambda_d), "save_projection": False}
     elif name_of_type == "OFT":
-        config["use_cayley_neumann"] = not first.exact
+        # the series is that of peft since this version, which asks for it
+        config |= {"use_cayley_neumann": not first.exact, "peft_version": "0.18.0"}
     keys = {key: parameter.detach().clone() for key, parameter in parameters(layers).items()}
     return keys, config
 

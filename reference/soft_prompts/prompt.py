@@ -54,11 +54,10 @@ class PromptTuning(nn.Module):
 
     def __init__(self, model: nn.Module, prompt: nn.Module):
         super().__init__()
-        self.base = model.requires_grad_(False)
-        table = model.get_input_embeddings().weight
-        width = prompt().shape[1]
+        table, width = model.get_input_embeddings().weight, prompt().shape[1]
         if width != table.shape[1]:
             raise ValueError(f"prompt has width {width}, the model's embedding {table.shape[1]}")
+        self.base = model.requires_grad_(False)
         self.prompt = prompt.to(table.device)
 
     def forward(
