@@ -1,4 +1,4 @@
-"""reference.adapter_format beyond LoRA: what is saved here loads in peft, and the other way round, with equal logits; the rest is refused."""
+"""reference.adapter_format beyond LoRA: files both ways between here and peft, with equal logits; the rest is refused."""
 
 import copy
 import functools
@@ -183,7 +183,7 @@ def test_a_prompt_for_bert(tmp_path):
     base = tiny_bert().eval()
     theirs = peft_model(base, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5))
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="not supported here: modules_to_save=.*classifier"):  # peft saves the new head with it
+    with pytest.raises(ValueError, match=r"not supported here: modules_to_save=.*classifier"):  # peft saves the new head with it
         load_prompt(copy.deepcopy(base), tmp_path / "theirs")
     ours = PromptTuning(copy.deepcopy(base), Prompt(torch.randn(5, SMALL)))
     save_adapter(ours, tmp_path / "ours", task_type="FEATURE_EXTRACTION")

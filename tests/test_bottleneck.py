@@ -1,4 +1,4 @@
-"""reference.bottleneck and reference.fusion against what the library ``adapters`` gave (tests/data/adapters_library.py), and the formulas."""
+"""reference.bottleneck and reference.fusion against the library ``adapters`` (recorded by tests/data/adapters_library.py)."""
 
 import copy
 from pathlib import Path

@@ -85,7 +85,7 @@ def test_over_nf4_it_trains_and_does_not_merge():
     inject_ia3(base, ["0"], [])
     base(torch.randn(2, 64)).sum().backward()
     assert base[0].ia3_l.grad is not None and base[0].ia3_l.dtype == torch.float32
-    with pytest.raises(TypeError, match="keeps its weight as torch.uint8: dequantize it first"):
+    with pytest.raises(TypeError, match=r"keeps its weight as torch\.uint8: dequantize it first"):
         merge_adapters(base)
     assert isinstance(base[0], IA3Layer)
 

@@ -113,7 +113,8 @@ def contents(model: nn.Module, layers: dict[str, Adapter]) -> tuple[dict[str, Te
                 raise ValueError(f"{name} and {next(iter(layers))} {words}")
     config |= {entry: getattr(first, attribute) for entry, attribute in kind.settings.items()}
     config |= kind.fixed | {"target_modules": targets_of(model, layers)}
-    config["fan_in_fan_out"] = any(is_transposed(layer.base) for layer in layers.values())
+    if name_of_type not in ("LOHA", "LOKR"):  # which have no such entry
+        config["fan_in_fan_out"] = any(is_transposed(layer.base) for layer in layers.values())
     if name_of_type == "IA3":
         chosen = {name: layer for name, layer in layers.items() if layer.feedforward}
         config["feedforward_modules"] = targets_of(model, chosen) if chosen else []
