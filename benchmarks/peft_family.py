@@ -1,0 +1,309 @@
+"""Every method on the same tasks, each at its own learning rate: what it learns and forgets, from how few examples, and what it costs.
+
+    python -m benchmarks.peft_family            # all cores; saves the recorded result "peft_family"
+    python -m benchmarks.peft_family --smoke    # two methods, a few steps; saves to a temporary folder
+
+The tiny model, on text that it has never seen (``course.lab.world``):
+
+- **clinic, sql**: fresh text for every step; the score is nats per token above the floor, on fresh text. What is *forgotten* is the same
+  score on the general domain, of the model that learned clinic.
+- **few-shot**: 16, 64 or 256 clinic notes; the model reads the complaints and says which of eight diseases is likely. The score is
+  accuracy on 400 fresh notes, without T-Few's extra losses ("lm") and with them ("t-few").
+
+How it is made fair. Every run starts from the same weights and sees the same data, which the seed decides, with the first values. The rate
+of each method and task is searched on half decades with seed 0, on validation data, around where the method is usually trained, until a
+neighbour on either side is worse. Few-shot rates are searched at 64 examples, with 256 notes to validate: more than anybody with 64 has,
+so these are what a method can do, not what a rate guessed blindly gives. Seed 0 is one of the three.
+
+Runs are spread over the cores, a thread each. Afterwards, one by one: time of a step, latency of one row, and the peak of what tensors
+hold, in a process with one thread.
+"""
+
+import copy
+import dataclasses
+import functools
+import multiprocessing
+import os
+import statistics
+import time
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from benchmarks.cli import options, rounded
+from benchmarks.meters import Meter
+from course.lab import meters, models, recorded, seed_everything
+from course.lab.family import METHODS, TOKENS, stored_numbers
+from course.lab.training import above_floor, next_token_loss, warmup_cosine
+from course.lab.world import DISEASES, World
+from reference.soft_prompts import PrefixTuning, PromptTuning
+from reference.t_few import answer_scores, choice_losses
+
+TEXTS, CHOICES = ("clinic", "sql"), tuple(DISEASES)
+AROUND = (10**-0.5, 1.0, 10**0.5)  # half decades around a method's usual rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is done; the defaults are the benchmark's, ``SMOKE`` is a dry run."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 100
+    few_steps: int = 60
+    rows: int = 8
+    length: int = 32
+    few_rows: int = 16
+    sizes: tuple[int, ...] = (16, 64, 256)
+    searched_at: int = 64
+    validation: int = 256
+    test: int = 400
+    test_rows: int = 96
+    rates: tuple[float, ...] = AROUND
+    walk: int = 3  # further half decades at the most, where the best is at the edge
+
+
+SMOKE = Settings(("LoRA", "IA³", "prompt, text"), (0, 1), 2, 2, 4, 16, 4, (4, 8), 4, 8, 8, 4, (1.0,), 0)
+WORLD = World()
+base = functools.cache(lambda: models.load("tiny", where=torch.device("cpu"))[0].requires_grad_(False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: what it takes to repeat it."""
+
+    method: str
+    task: str  # "clinic", "sql", "lm" or "t-few"
+    rate: float
+    seed: int
+    size: int = 0  # examples, of the last two
+
+
+@functools.cache
+def notes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clinic notes up to "likely": ids (count, longest), padded behind; where each ends; which of CHOICES follows."""
+    rows = []
+    for text in WORLD.sample("clinic", count, 20, seed).tolist():
+        end = text.index(WORLD.ids["likely"])
+        rows.append((text[: end + 1], CHOICES.index(WORLD.vocabulary[text[end + 1]])))
+    ids = torch.zeros(count, max(len(row) for row, _ in rows), dtype=torch.long)
+    for i, (row, _) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids, torch.tensor([len(row) - 1 for row, _ in rows]), torch.tensor([answer for _, answer in rows])
+
+
+def at_the_end(model: nn.Module, ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the word after each note, for each choice (rows, choices, 1, vocabulary), and the choices as labels."""
+    logits = model(input_ids=ids).logits[torch.arange(len(ids)), ends]  # padding lies behind, where nothing looks
+    labels = torch.tensor([WORLD.ids[choice] for choice in CHOICES]).expand(len(ids), -1)[..., None]
+    return logits[:, None, None].expand(-1, len(CHOICES), 1, -1), labels
+
+
+@torch.no_grad()
+def choosing(model: nn.Module, count: int, seed: int) -> tuple[float, float]:
+    """On fresh notes: nats of the right choice among the choices, and accuracy."""
+    ids, ends, right = notes(count, seed)
+    scores = answer_scores(*at_the_end(model, ids, ends))
+    return nn.functional.cross_entropy(scores, right).item(), (scores.argmax(1) == right).float().mean().item()
+
+
+def example(task: str, seed: int) -> Tensor:
+    """A text of the task that soft prompts may start from; it is of the training data's kind, and not in the tests."""
+    return WORLD.sample(task if task in TEXTS else "clinic", 1, TOKENS + 1, 77_000 + seed)[0, 1:]
+
+
+def adapted(run: Run) -> nn.Module:
+    seed_everything(run.seed)
+    return METHODS[run.method].adapt(copy.deepcopy(base()), example(run.task, run.seed)).train()
+
+
+def loss_of(run: Run, model: nn.Module, step: int, s: Settings, order: Tensor) -> Tensor:
+    if run.task in TEXTS:
+        return next_token_loss(model, WORLD.sample(run.task, s.rows, s.length, 1000 * (run.seed + 1) + step))
+    ids, ends, right = notes(run.size, 40_000 + run.seed)
+    chosen = order[torch.arange(step * s.few_rows, (step + 1) * s.few_rows) % len(order)]
+    weight = 1.0 if run.task == "t-few" else 0.0
+    return choice_losses(*at_the_end(model, ids[chosen], ends[chosen]), right[chosen], ul=weight, ln=weight)["loss"]
+
+
+def train(run: Run, s: Settings) -> nn.Module | None:
+    """The trained model; None where training broke down."""
+    model, schedule = adapted(run), warmup_cosine()
+    optimizer = METHODS[run.method].optimizer(model, run.rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    steps = s.steps if run.task in TEXTS else s.few_steps
+    order = torch.randperm(max(run.size, 1), generator=torch.Generator().manual_seed(run.seed))
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step / steps)
+        loss = loss_of(run, model, step, s, order)
+        if not torch.isfinite(loss):
+            return None
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def carry_out(run: Run, s: Settings, last: bool) -> dict:
+    """Validation score (lower is better) and, of a ``last`` run, what is reported."""
+    model = train(run, s)
+    if model is None:
+        return {"validation": 99.0, "score": None, "forgotten": None}
+    if run.task in TEXTS:
+        found = {"validation": above_floor(model, WORLD, run.task, s.test_rows, s.length, seed=500_001)}
+        if last:
+            found["score"] = above_floor(model, WORLD, run.task, s.test_rows, s.length)
+            found["forgotten"] = above_floor(model, WORLD, "general", s.test_rows, 48)
+        return found
+    found = {"validation": choosing(model, s.validation, 50_001)[0]}
+    if last:
+        found["score"] = choosing(model, s.test, 60_001)[1]
+    return found
+
+
+def _work(job: tuple[Run, Settings, bool]) -> dict:
+    return carry_out(*job)
+
+
+def spread(runs: list[Run], s: Settings, last: bool, pool) -> dict[Run, dict]:
+    # the slow ones first, so that no core waits for one at the end
+    order = sorted(runs, key=lambda run: (run.task not in TEXTS, "LSTM" not in run.method))
+    return dict(zip(order, pool.imap(_work, [(run, s, last) for run in order], chunksize=1), strict=True))
+
+
+def search(s: Settings, pool) -> dict[tuple[str, str], dict[float, float]]:
+    """(method, task) -> rate -> validation score, walked on until the best has neighbours on both sides."""
+    tasks = {task: 0 for task in TEXTS} | {"lm": s.searched_at}
+    tried: dict[tuple[str, str], dict[float, float]] = {(name, task): {} for name in s.methods for task in tasks}
+    wanted = [Run(n, t, METHODS[n].rate * factor, s.seeds[0], tasks[t]) for n, t in tried for factor in s.rates]
+    for _ in range(s.walk + 1):
+        for run, found in spread(wanted, s, False, pool).items():
+            tried[run.method, run.task][run.rate] = found["validation"]
+        wanted = []
+        for (name, task), scores in tried.items():
+            best, rates = min(scores, key=scores.get), sorted(scores)
+            if len(rates) > 1 and best in (rates[0], rates[-1]):
+                further = best * (10**-0.5 if best == rates[0] else 10**0.5)
+                wanted.append(Run(name, task, further, s.seeds[0], tasks[task]))
+    return tried
+
+
+def costs(name: str, s: Settings) -> dict:
+    """Numbers, bytes, milliseconds of one method, on its own."""
+    run = Run(name, "clinic", METHODS[name].rate, 0)
+    model = adapted(run)
+    optimizer, meter = METHODS[name].optimizer(model, run.rate), Meter(torch.device("cpu"))
+    order, times = torch.zeros(1, dtype=torch.long), []
+    with meter:
+        for step in range(8):
+            meter.reset()
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(run, model, 0, s, order).backward()
+            optimizer.step()
+            if step == 7:
+                peak = meter.peak
+    for _ in range(12):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(run, model, 0, s, order).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    model, row = model.eval(), WORLD.sample("clinic", 1, s.length, 1)
+    with torch.inference_mode():
+        latency = meters.milliseconds(lambda: model(input_ids=row), repeats=30, where=torch.device("cpu"))
+    numbers = stored_numbers(model)
+    parts = [part for part in model.modules() if isinstance(part, (PromptTuning, PrefixTuning))]
+    stored = (
+        {"prompt_embeddings": (getattr(parts[0], "prefix", None) or parts[0].prompt)().detach().contiguous()}
+        if parts
+        else {key: parameter.detach().contiguous() for key, parameter in model.named_parameters() if parameter.requires_grad}
+    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "parameters": trained,
+        "stored": numbers,
+        "file_bytes": len(to_safetensors(stored)),
+        "step_ms": 1e3 * statistics.median(times),
+        "peak_bytes": peak,
+        "latency_ms": latency,
+    }
+
+
+def measure(s: Settings, workers: int) -> dict:
+    torch.set_num_threads(1)
+    base()  # before the workers, who share it
+    started = time.perf_counter()
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        tried = search(s, pool)
+        chosen = {key: min(scores, key=scores.get) for key, scores in tried.items()}
+        final = [Run(n, task, chosen[n, task], seed) for n in s.methods for task in TEXTS for seed in s.seeds]
+        final += [
+            Run(n, losses, chosen[n, "lm"], seed, size)
+            for n in s.methods
+            for losses in ("lm", "t-few")
+            for size in s.sizes
+            for seed in s.seeds
+        ]
+        found = spread(final, s, True, pool)
+    rows = []
+    for name in s.methods:
+        method = METHODS[name]
+        row = {"method": name, "kind": method.kind, "merges": method.merges} | costs(name, s)
+        row["rates"] = {task: chosen[name, task] for task in (*TEXTS, "lm")}
+        row["tried"] = {task: {f"{rate:.3g}": score for rate, score in sorted(tried[name, task].items())} for task in (*TEXTS, "lm")}
+        for task in TEXTS:
+            row[task] = [found[Run(name, task, chosen[name, task], seed)]["score"] for seed in s.seeds]
+        row["forgotten"] = [found[Run(name, "clinic", chosen[name, "clinic"], seed)]["forgotten"] for seed in s.seeds]
+        row["few"] = {
+            losses: {str(size): [found[Run(name, losses, chosen[name, "lm"], seed, size)]["score"] for seed in s.seeds] for size in s.sizes}
+            for losses in ("lm", "t-few")
+        }
+        rows.append(row)
+    untouched = base()
+    with torch.inference_mode():
+        line = WORLD.sample("clinic", 1, s.length, 1)
+        latency = meters.milliseconds(lambda: untouched(input_ids=line), repeats=30, where=torch.device("cpu"))
+    before = {task: above_floor(untouched, WORLD, task, s.test_rows, s.length) for task in TEXTS}
+    before |= {"general": above_floor(untouched, WORLD, "general", s.test_rows, 48), "few": choosing(untouched, s.test, 60_001)[1]}
+    result = {
+        "settings": dataclasses.asdict(s) | {"methods": len(s.methods)},
+        "base": before | {"parameters": sum(p.numel() for p in untouched.parameters()), "latency_ms": latency},
+        "methods": rows,
+        "seconds": time.perf_counter() - started,
+        "workers": workers,
+    }
+    return rounded(result)
+
+
+def table(result: dict) -> str:
+    def mean(values: list) -> str:
+        numbers = [value for value in values if value is not None]
+        return f"{statistics.fmean(numbers):8.3f}" if numbers else "  broken"
+
+    sizes = [str(size) for size in result["settings"]["sizes"]]
+    head = f"{'':20}{'trained':>9}{'file kB':>9}{'clinic':>8}{'sql':>8}{'forgot':>8}"
+    lines = [head + "".join(f"{'few ' + n:>9}" for n in sizes) + "".join(f"{'T ' + n:>8}" for n in sizes) + "  ms/step   MB  ms/row"]
+    for row in result["methods"]:
+        few = "".join(f" {mean(row['few']['lm'][n])}" for n in sizes) + "".join(mean(row["few"]["t-few"][n]) for n in sizes)
+        cost = f"{row['step_ms']:9.1f}{row['peak_bytes'] / 1e6:5.0f}{row['latency_ms']:8.2f}"
+        scores = mean(row["clinic"]) + mean(row["sql"]) + mean(row["forgotten"])
+        lines.append(f"{row['method']:20}{row['parameters']:9,}{row['file_bytes'] / 1e3:9.1f}{scores}{few}{cost}")
+    return "\n".join([*lines, f"base: {result['base']}", f"{result['seconds']:.0f} s on {result['workers']} workers"])
+
+
+def main() -> None:
+    cores = max(1, (os.cpu_count() or 1) - 1)
+    given = options(
+        "peft_family", __doc__, gpu=False, workers={"type": int, "default": cores, "help": "processes (default: all cores but one)"}
+    )
+    result = measure(SMOKE if given.smoke else Settings(), given.workers)
+    print(table(result))
+    print("saved to", recorded.save("peft_family", result, given.out, torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()
