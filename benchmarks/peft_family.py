@@ -297,9 +297,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     cores = max(1, (os.cpu_count() or 1) - 1)
-    given = options(
-        "peft_family", __doc__, gpu=False, workers={"type": int, "default": cores, "help": "processes (default: all cores but one)"}
-    )
+    given = options("peft_family", __doc__, gpu=False, workers={"type": int, "default": cores, "help": "processes"})
     result = measure(SMOKE if given.smoke else Settings(), given.workers)
     print(table(result))
     print("saved to", recorded.save("peft_family", result, given.out, torch.device("cpu")))

@@ -6,11 +6,13 @@ optimizer = METHODS["IA³"].optimizer(model, lr=0.03)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from course.lab import recorded
 from reference import relatives
 from reference.bottleneck import HOULSBY, PARALLEL, PFEIFFER, inject_bottleneck
 from reference.ia3 import inject_ia3
@@ -137,3 +139,22 @@ def stored_numbers(model: nn.Module) -> int:
         if isinstance(part, (PromptTuning, PrefixTuning)):
             return (part.prefix if isinstance(part, PrefixTuning) else part.prompt)().numel()
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def measured() -> list[dict]:
+    """What ``benchmarks/peft_family.py`` recorded: a row for each method, means over the seeds.
+
+    Keys: method, kind, merges, trained (numbers), file_kb, clinic, sql, forgotten (nats per token above the floor), few_16, few_64, few_256
+    (accuracy, the better of the two losses at 64), step_ms, peak_mb, latency_ms; and "seeds": the same scores for each seed.
+    """
+    rows = []
+    for row in recorded.load("peft_family")["result"]["methods"]:
+        few = max(row["few"].values(), key=lambda sizes: fmean(sizes["64"]))
+        seeds = {task: row[task] for task in ("clinic", "sql", "forgotten")} | {f"few_{n}": scores for n, scores in few.items()}
+        rows.append(
+            {name: row[name] for name in ("method", "kind", "merges", "step_ms", "latency_ms")}
+            | {"trained": row["parameters"], "file_kb": row["file_bytes"] / 1e3, "peak_mb": row["peak_bytes"] / 1e6}
+            | {name: fmean(scores) for name, scores in seeds.items()}
+            | {"seeds": seeds}
+        )
+    return rows
