@@ -58,7 +58,9 @@ check = Check(
         "V is missing: the values are V·u, not u": but(valued=lambda u, V: u),
         "the query comes from the adapters: it is Q·h, of the token": but(queried=lambda h, u: u.mean(1)),
         "h was added: the sum with the residual is the block's own, and would be there twice": but(finish=lambda mixed, h: mixed + h),
-        "every adapter has the same weight: the softmax of q·k is missing, or the keys are K·h, the same for all, in place of K·u": but(soft=lambda s: torch.full_like(s, 1 / s.shape[1])),
+        "every adapter has the same weight: the softmax of q·k is missing, or the keys are K·h, the same for all, not K·u": but(
+            soft=lambda s: torch.full_like(s, 1 / s.shape[1])
+        ),
         "the weights are the scores themselves: take their softmax": but(soft=lambda s: s),
         "V was multiplied from the other side: like a linear layer's weight it is (out, in), so V·u is u @ V.T": but(
             valued=lambda u, V: u @ V
