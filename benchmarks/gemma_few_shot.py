@@ -1,6 +1,6 @@
 """Few-shot classification with a real language model: methods, 16 to 256 examples, T-Few's losses on and off.
 
-    python -m benchmarks.gemma_few_shot --model gemma-3-270m     # one GPU, about three minutes after loading
+    python -m benchmarks.gemma_few_shot --model gemma-3-270m     # one GPU, a minute or two after loading
     python -m benchmarks.gemma_few_shot --smoke                  # a tiny random model on a CPU: every path, no meaning
 
 The task needs nothing but Python: a line of documentation from the standard library, and which of eight packages it is from. Answers are
@@ -24,6 +24,7 @@ import random
 import statistics
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.cli import message, options, rounded
 from course.lab import meters, models, recorded, seed_everything
-from course.lab.family import METHODS, stored_numbers
+from course.lab.family import METHODS, stored_tensors
 from course.lab.training import warmup_cosine
 from reference.t_few import answer_scores, choice_losses
 
@@ -61,14 +62,14 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = (16, 64, 256)
     searched_at: int = 64
-    steps: int = 40
+    steps: int = 30
     rows: int = 8
     test: int = 40  # lines of each package
     validation: int = 16
     length: int = 160  # characters of a line at the most
     rows_at_once: int = 256
     factors: tuple[float, ...] = (1 / HALF_DECADE, 1.0, HALF_DECADE)
-    walk: int = 1
+    walk: int = 0
 
 
 SMOKE = Settings(("LoRA", "IA³", "prefix, text"), ("LoRA",), (0, 1), (8, 16), 16, 2, 2, 2, 2, 60, 64, (1.0,), 0)
@@ -192,7 +193,7 @@ class Task:
         model = self.train(run)
         return None if model is None else self.measure(model, split)
 
-    def costs(self, name: str, cuda: bool) -> dict:
+    def costs(self, name: str) -> dict:
         """Milliseconds of a step of one batch without T-Few's extra losses, and of one row's forward; the peak of a step."""
         run = Run(name, "lm", 1e-4, 0, min(self.s.sizes))
         seed_everything(0)
@@ -209,7 +210,7 @@ class Task:
             step()
         result = {
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "stored": stored_numbers(model),
+            "stored": sum(tensor.numel() for tensor in stored_tensors(model).values()),
             "step_ms": meters.milliseconds(step, repeats=5, warmup=2, where=where),
             "peak_bytes": peak.bytes,
         }
@@ -250,9 +251,9 @@ def spread(pool, runs: list[Run], split: str) -> dict[Run, tuple[float, float] |
     return found
 
 
-def measure(model: nn.Module, tokenizer, name: str, s: Settings, cuda: bool, workers: int, minutes: float) -> dict:
+def measure(model: nn.Module, tokenizer, name: str, s: Settings, cuda: bool, workers: int, until: float, keep: Callable) -> dict:
     started = time.time()
-    with multiprocessing.get_context("fork").Pool(workers, _begin, (model, tokenizer, s, cuda, started + 60 * minutes)) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, _begin, (model, tokenizer, s, cuda, until)) as pool:
         tried: dict[str, dict[float, float]] = {method: {} for method in s.methods}
         wanted = [Run(n, "t-few", RATES[n] * factor, s.seeds[0], s.searched_at) for n in s.methods for factor in s.factors]
         for _ in range(s.walk + 1):
@@ -278,30 +279,38 @@ def measure(model: nn.Module, tokenizer, name: str, s: Settings, cuda: bool, wor
         else:
             rows.append(dataclasses.asdict(run) | {"nats": None, "accuracy": None, "failed": scores or "diverged"})
     nats, accuracy = task.measure(task.base, "test")
-    costs = {}
+    result = {
+        "model": name,
+        "settings": dataclasses.asdict(s),
+        "packages": PACKAGES,
+        "lines": {package: len(texts) for package, texts in lines(s.length).items()},
+        "answer_tokens": [len(answer) for answer in task.answers],
+        "zero_shot": {"nats": nats, "accuracy": accuracy},
+        "parameters": sum(p.numel() for p in task.base.parameters()),
+        "embedding_std": task.base.get_input_embeddings()(torch.arange(4096, device=task.base.device) % vocabulary(task.base))
+        .float()
+        .std()
+        .item(),
+        "rates": chosen,
+        "tried": {method: {f"{rate:.3g}": score for rate, score in sorted(scores.items())} for method, scores in tried.items()},
+        "costs": {},
+        "runs": rows,
+        "workers": workers,
+        "seconds": seconds,
+    }
+    keep(rounded(result))  # should costs take too long
     for method in s.methods:
         try:
-            costs[method] = task.costs(method, cuda)
+            result["costs"][method] = task.costs(method)
         except Exception as error:
-            costs[method] = {"failed": message(error)}
-    return rounded(
-        {
-            "model": name,
-            "settings": dataclasses.asdict(s),
-            "packages": PACKAGES,
-            "lines": {package: len(texts) for package, texts in lines(s.length).items()},
-            "answer_tokens": [len(answer) for answer in task.answers],
-            "zero_shot": {"nats": nats, "accuracy": accuracy},
-            "parameters": sum(p.numel() for p in task.base.parameters()),
-            "embedding_std": task.base.get_input_embeddings()(torch.arange(4096, device=task.base.device)).float().std().item(),
-            "rates": chosen,
-            "tried": {method: {f"{rate:.3g}": score for rate, score in sorted(scores.items())} for method, scores in tried.items()},
-            "costs": costs,
-            "runs": rows,
-            "workers": workers,
-            "seconds": seconds,
-        }
-    )
+            result["costs"][method] = {"failed": message(error)}
+    return rounded(result)
+
+
+def spread_of_embedding(model: nn.Module) -> float:
+    """Standard deviation of rows as they are looked up; some models scale them."""
+    table = model.get_input_embeddings()
+    return table(torch.arange(min(4096, len(table.weight)), device=table.weight.device)).float().std().item()
 
 
 def table(result: dict) -> str:
@@ -337,8 +346,8 @@ def main() -> None:
         __doc__,
         gpu=False,
         model={"help": "what course.lab.models.load takes (default with --smoke: tiny, random)"},
-        workers={"type": int, "default": 6, "help": "processes that share the GPU"},
-        minutes={"type": float, "default": 3.5, "help": "after which no run starts"},
+        workers={"type": int, "default": 8, "help": "processes that share the GPU"},
+        until={"type": float, "default": float("inf"), "help": "Unix time after which no run starts"},
     )
     cpu = torch.device("cpu")
     if given.smoke and given.model is None:
@@ -347,9 +356,10 @@ def main() -> None:
         name, s = Path(given.model or "gemma-3-270m").stem, SMOKE if given.smoke else Settings()
         model, tokenizer = models.load(given.model or "gemma-3-270m", torch.bfloat16, where=cpu)
     cuda = not given.smoke and torch.cuda.is_available()
-    result = measure(model, tokenizer, name, s, cuda, 1 if given.smoke else given.workers, given.minutes)
+    keep = functools.partial(recorded.save, "gemma_few_shot", folder=given.out)
+    result = measure(model, tokenizer, name, s, cuda, 1 if given.smoke else given.workers, given.until, keep)
+    print("saved to", keep(result))
     print(table(result))
-    print("saved to", recorded.save("gemma_few_shot", result, given.out))
 
 
 if __name__ == "__main__":

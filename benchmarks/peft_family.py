@@ -1,4 +1,4 @@
-"""Every method on the same tasks, each at its own learning rate: what it learns and forgets, from how few examples, and what it costs.
+"""Every method on the same tasks, each at its own learning rate: what it learns and forgets, and from how few examples.
 
     python -m benchmarks.peft_family            # all cores; saves the recorded result "peft_family"
     python -m benchmarks.peft_family --smoke    # two methods, a few steps; saves to a temporary folder
@@ -15,8 +15,7 @@ of each method and task is searched on half decades with seed 0, on validation d
 neighbour on either side is worse. Few-shot rates are searched at 64 examples, with 256 notes to validate: more than anybody with 64 has,
 so these are what a method can do, not what a rate guessed blindly gives. Seed 0 is one of the three.
 
-Runs are spread over the cores, a thread each. Afterwards, one by one: time of a step, latency of one row, and the peak of what tensors
-hold, in a process with one thread.
+Runs are spread over the cores, a thread each. What a method costs in time and memory is measured by ``benchmarks/peft_costs.py``, alone.
 """
 
 import copy
@@ -28,16 +27,13 @@ import statistics
 import time
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from benchmarks.cli import options, rounded
-from benchmarks.meters import Meter
-from course.lab import meters, models, recorded, seed_everything
-from course.lab.family import METHODS, TOKENS, stored_numbers
+from course.lab import models, recorded, seed_everything
+from course.lab.family import METHODS, TOKENS
 from course.lab.training import above_floor, next_token_loss, warmup_cosine
 from course.lab.world import DISEASES, World
-from reference.soft_prompts import PrefixTuning, PromptTuning
 from reference.t_few import answer_scores, choice_losses
 
 TEXTS, CHOICES = ("clinic", "sql"), tuple(DISEASES)
@@ -50,8 +46,8 @@ class Settings:
 
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 100
-    few_steps: int = 60
+    steps: int = 60
+    few_steps: int = 40
     rows: int = 8
     length: int = 32
     few_rows: int = 16
@@ -61,7 +57,7 @@ class Settings:
     test: int = 400
     test_rows: int = 96
     rates: tuple[float, ...] = AROUND
-    walk: int = 3  # further half decades at the most, where the best is at the edge
+    walk: int = 2  # further half decades at the most, where the best is at the edge
 
 
 SMOKE = Settings(("LoRA", "IA³", "prompt, text"), (0, 1), 2, 2, 4, 16, 4, (4, 8), 4, 8, 8, 4, (1.0,), 0)
@@ -148,98 +144,62 @@ def train(run: Run, s: Settings) -> nn.Module | None:
     return model.eval()
 
 
-def carry_out(run: Run, s: Settings, last: bool) -> dict:
-    """Validation score (lower is better) and, of a ``last`` run, what is reported."""
+def carry_out(run: Run, s: Settings) -> dict:
+    """Validation score, lower is better, by which rates are chosen; and what is reported."""
     model = train(run, s)
     if model is None:
         return {"validation": 99.0, "score": None, "forgotten": None}
     if run.task in TEXTS:
-        found = {"validation": above_floor(model, WORLD, run.task, s.test_rows, s.length, seed=500_001)}
-        if last:
-            found["score"] = above_floor(model, WORLD, run.task, s.test_rows, s.length)
-            found["forgotten"] = above_floor(model, WORLD, "general", s.test_rows, 48)
-        return found
-    found = {"validation": choosing(model, s.validation, 50_001)[0]}
-    if last:
-        found["score"] = choosing(model, s.test, 60_001)[1]
-    return found
+        return {
+            "validation": above_floor(model, WORLD, run.task, s.test_rows, s.length, seed=500_001),
+            "score": above_floor(model, WORLD, run.task, s.test_rows, s.length),
+            "forgotten": above_floor(model, WORLD, "general", s.test_rows, 48) if run.task == "clinic" else None,
+        }
+    return {"validation": choosing(model, s.validation, 50_001)[0], "score": choosing(model, s.test, 60_001)[1], "forgotten": None}
 
 
-def _work(job: tuple[Run, Settings, bool]) -> dict:
-    return carry_out(*job)
+def _work(job: tuple[Run, Settings, float]) -> dict:
+    """A run that would start too late is left out."""
+    *job, until = job
+    return carry_out(*job) if time.time() < until else {"validation": 99.0, "score": None, "forgotten": None}
 
 
-def spread(runs: list[Run], s: Settings, last: bool, pool) -> dict[Run, dict]:
-    # the slow ones first, so that no core waits for one at the end
-    order = sorted(runs, key=lambda run: (run.task not in TEXTS, "LSTM" not in run.method))
-    return dict(zip(order, pool.imap(_work, [(run, s, last) for run in order], chunksize=1), strict=True))
+def spread(runs: list[Run], s: Settings, pool, until: float) -> dict[Run, dict]:
+    # the first seeds first, should time run out; then the slow ones, so that no core waits for one at the end
+    order = sorted(runs, key=lambda run: (run.seed, run.task not in TEXTS, "LSTM" not in run.method))
+    return dict(zip(order, pool.imap(_work, [(run, s, until) for run in order], chunksize=1), strict=True))
 
 
-def search(s: Settings, pool) -> dict[tuple[str, str], dict[float, float]]:
-    """(method, task) -> rate -> validation score, walked on until the best has neighbours on both sides."""
-    tasks = {task: 0 for task in TEXTS} | {"lm": s.searched_at}
-    tried: dict[tuple[str, str], dict[float, float]] = {(name, task): {} for name in s.methods for task in tasks}
-    wanted = [Run(n, t, METHODS[n].rate * factor, s.seeds[0], tasks[t]) for n, t in tried for factor in s.rates]
+def search(s: Settings, pool, until: float) -> dict[Run, dict]:
+    """Runs with seed 0 on both texts and at one size, walked on until the best rate has neighbours on both sides."""
+    tasks, done = {task: 0 for task in TEXTS} | {"lm": s.searched_at}, {}
+    wanted = [Run(n, t, METHODS[n].rate * factor, s.seeds[0], tasks[t]) for n in s.methods for t in tasks for factor in s.rates]
     for _ in range(s.walk + 1):
-        for run, found in spread(wanted, s, False, pool).items():
-            tried[run.method, run.task][run.rate] = found["validation"]
+        done |= spread(wanted, s, pool, until)
         wanted = []
-        for (name, task), scores in tried.items():
-            best, rates = min(scores, key=scores.get), sorted(scores)
-            if len(rates) > 1 and best in (rates[0], rates[-1]):
-                further = best * (10**-0.5 if best == rates[0] else 10**0.5)
-                wanted.append(Run(name, task, further, s.seeds[0], tasks[task]))
-    return tried
+        for name in s.methods:
+            for task, size in tasks.items():
+                scores = tried(done, name, task)
+                best, rates = min(scores, key=scores.get), sorted(scores)
+                if len(rates) > 1 and best in (rates[0], rates[-1]):
+                    further = best * (10**-0.5 if best == rates[0] else 10**0.5)
+                    wanted.append(Run(name, task, further, s.seeds[0], size))
+    return done
 
 
-def costs(name: str, s: Settings) -> dict:
-    """Numbers, bytes, milliseconds of one method, on its own."""
-    run = Run(name, "clinic", METHODS[name].rate, 0)
-    model = adapted(run)
-    optimizer, meter = METHODS[name].optimizer(model, run.rate), Meter(torch.device("cpu"))
-    order, times = torch.zeros(1, dtype=torch.long), []
-    with meter:
-        for step in range(8):
-            meter.reset()
-            optimizer.zero_grad(set_to_none=True)
-            loss_of(run, model, 0, s, order).backward()
-            optimizer.step()
-            if step == 7:
-                peak = meter.peak
-    for _ in range(12):
-        began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(run, model, 0, s, order).backward()
-        optimizer.step()
-        times.append(time.perf_counter() - began)
-    model, row = model.eval(), WORLD.sample("clinic", 1, s.length, 1)
-    with torch.inference_mode():
-        latency = meters.milliseconds(lambda: model(input_ids=row), repeats=30, where=torch.device("cpu"))
-    numbers = stored_numbers(model)
-    parts = [part for part in model.modules() if isinstance(part, (PromptTuning, PrefixTuning))]
-    stored = (
-        {"prompt_embeddings": (getattr(parts[0], "prefix", None) or parts[0].prompt)().detach().contiguous()}
-        if parts
-        else {key: parameter.detach().contiguous() for key, parameter in model.named_parameters() if parameter.requires_grad}
-    )
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {
-        "parameters": trained,
-        "stored": numbers,
-        "file_bytes": len(to_safetensors(stored)),
-        "step_ms": 1e3 * statistics.median(times),
-        "peak_bytes": peak,
-        "latency_ms": latency,
-    }
+def tried(done: dict[Run, dict], name: str, task: str) -> dict[float, float]:
+    """Rate -> validation score."""
+    return {run.rate: found["validation"] for run, found in done.items() if (run.method, run.task) == (name, task)}
 
 
-def measure(s: Settings, workers: int) -> dict:
+def measure(s: Settings, workers: int, until: float) -> dict:
     torch.set_num_threads(1)
     base()  # before the workers, who share it
     started = time.perf_counter()
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        tried = search(s, pool)
-        chosen = {key: min(scores, key=scores.get) for key, scores in tried.items()}
+        found = search(s, pool, until)
+        rates = {(n, task): tried(found, n, task) for n in s.methods for task in (*TEXTS, "lm")}
+        chosen = {key: min(scores, key=scores.get) for key, scores in rates.items()}
         final = [Run(n, task, chosen[n, task], seed) for n in s.methods for task in TEXTS for seed in s.seeds]
         final += [
             Run(n, losses, chosen[n, "lm"], seed, size)
@@ -248,30 +208,31 @@ def measure(s: Settings, workers: int) -> dict:
             for size in s.sizes
             for seed in s.seeds
         ]
-        found = spread(final, s, True, pool)
+        found |= spread([run for run in final if run not in found], s, pool, until)
+
+    def scores(name: str, task: str, rate: float, size: int = 0, what: str = "score") -> list[float]:
+        """Of the seeds; one that broke down, or for which there was no time, is left out."""
+        every = [found[Run(name, task, rate, seed, size)][what] for seed in s.seeds]
+        return [value for value in every if value is not None]
+
     rows = []
     for name in s.methods:
         method = METHODS[name]
-        row = {"method": name, "kind": method.kind, "merges": method.merges} | costs(name, s)
+        row = {"method": name, "kind": method.kind, "merges": method.merges}
         row["rates"] = {task: chosen[name, task] for task in (*TEXTS, "lm")}
-        row["tried"] = {task: {f"{rate:.3g}": score for rate, score in sorted(tried[name, task].items())} for task in (*TEXTS, "lm")}
+        row["tried"] = {task: {f"{rate:.3g}": score for rate, score in sorted(rates[name, task].items())} for task in (*TEXTS, "lm")}
         for task in TEXTS:
-            row[task] = [found[Run(name, task, chosen[name, task], seed)]["score"] for seed in s.seeds]
-        row["forgotten"] = [found[Run(name, "clinic", chosen[name, "clinic"], seed)]["forgotten"] for seed in s.seeds]
-        row["few"] = {
-            losses: {str(size): [found[Run(name, losses, chosen[name, "lm"], seed, size)]["score"] for seed in s.seeds] for size in s.sizes}
-            for losses in ("lm", "t-few")
-        }
+            row[task] = scores(name, task, chosen[name, task])
+        row["forgotten"] = scores(name, "clinic", chosen[name, "clinic"], what="forgotten")
+        few = functools.partial(scores, name, rate=chosen[name, "lm"])
+        row["few"] = {losses: {str(size): few(losses, size=size) for size in s.sizes} for losses in ("lm", "t-few")}
         rows.append(row)
     untouched = base()
-    with torch.inference_mode():
-        line = WORLD.sample("clinic", 1, s.length, 1)
-        latency = meters.milliseconds(lambda: untouched(input_ids=line), repeats=30, where=torch.device("cpu"))
     before = {task: above_floor(untouched, WORLD, task, s.test_rows, s.length) for task in TEXTS}
     before |= {"general": above_floor(untouched, WORLD, "general", s.test_rows, 48), "few": choosing(untouched, s.test, 60_001)[1]}
     result = {
         "settings": dataclasses.asdict(s) | {"methods": len(s.methods)},
-        "base": before | {"parameters": sum(p.numel() for p in untouched.parameters()), "latency_ms": latency},
+        "base": before,
         "methods": rows,
         "seconds": time.perf_counter() - started,
         "workers": workers,
@@ -281,24 +242,30 @@ def measure(s: Settings, workers: int) -> dict:
 
 def table(result: dict) -> str:
     def mean(values: list) -> str:
-        numbers = [value for value in values if value is not None]
-        return f"{statistics.fmean(numbers):8.3f}" if numbers else "  broken"
+        return f"{statistics.fmean(values):8.3f}" if values else "    none"
 
     sizes = [str(size) for size in result["settings"]["sizes"]]
-    head = f"{'':20}{'trained':>9}{'file kB':>9}{'clinic':>8}{'sql':>8}{'forgot':>8}"
-    lines = [head + "".join(f"{'few ' + n:>9}" for n in sizes) + "".join(f"{'T ' + n:>8}" for n in sizes) + "  ms/step   MB  ms/row"]
+    head = f"{'':20}{'clinic':>8}{'sql':>8}{'forgot':>8}"
+    lines = [head + "".join(f"{'few ' + n:>8}" for n in sizes) + "".join(f"{'T ' + n:>8}" for n in sizes) + "   rates; seeds"]
     for row in result["methods"]:
-        few = "".join(f" {mean(row['few']['lm'][n])}" for n in sizes) + "".join(mean(row["few"]["t-few"][n]) for n in sizes)
-        cost = f"{row['step_ms']:9.1f}{row['peak_bytes'] / 1e6:5.0f}{row['latency_ms']:8.2f}"
-        scores = mean(row["clinic"]) + mean(row["sql"]) + mean(row["forgotten"])
-        lines.append(f"{row['method']:20}{row['parameters']:9,}{row['file_bytes'] / 1e3:9.1f}{scores}{few}{cost}")
+        few = "".join(mean(row["few"][losses][n]) for losses in ("lm", "t-few") for n in sizes)
+        rates = " ".join(f"{rate:.2g}" for rate in row["rates"].values())
+        lines.append(
+            f"{row['method']:20}" + mean(row["clinic"]) + mean(row["sql"]) + mean(row["forgotten"]) + f"{few}   {rates}; {len(row['sql'])}"
+        )
     return "\n".join([*lines, f"base: {result['base']}", f"{result['seconds']:.0f} s on {result['workers']} workers"])
 
 
 def main() -> None:
     cores = max(1, (os.cpu_count() or 1) - 1)
-    given = options("peft_family", __doc__, gpu=False, workers={"type": int, "default": cores, "help": "processes"})
-    result = measure(SMOKE if given.smoke else Settings(), given.workers)
+    given = options(
+        "peft_family",
+        __doc__,
+        gpu=False,
+        workers={"type": int, "default": cores, "help": "processes"},
+        until={"type": float, "default": float("inf"), "help": "Unix time after which no run starts"},
+    )
+    result = measure(SMOKE if given.smoke else Settings(), given.workers, given.until)
     print(table(result))
     print("saved to", recorded.save("peft_family", result, given.out, torch.device("cpu")))
 

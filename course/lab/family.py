@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from course.lab import recorded
 from reference import relatives
 from reference.bottleneck import HOULSBY, PARALLEL, PFEIFFER, inject_bottleneck
+from reference.fusion import Fusion
 from reference.ia3 import inject_ia3
 from reference.lora import inject_lora
 from reference.lora.dora import inject_dora
@@ -26,7 +27,6 @@ from reference.soft_prompts import (
     PromptEncoder,
     PromptTuning,
     prefix_sizes,
-    sampled_start,
     text_start,
 )
 
@@ -106,7 +106,6 @@ METHODS = {
     "LN tuning": Method("subset", lambda m, ids: relatives.train_norms(m) and None, 1e-2),
     "LoRA, r = 1": Method("update", lambda m, ids: inject_lora(m, 1, 2) and None, 1e-2),
     "LoRA": Method("update", lambda m, ids: inject_lora(m, R, 2 * R) and None, 3e-3),
-    "rsLoRA": Method("update", lambda m, ids: inject_lora(m, R, 2 * R, use_rslora=True) and None, 3e-3),
     "PiSSA": Method("update", lambda m, ids: inject_lora(m, R, R, init="pissa") and None, 3e-3),
     "LoRA+": Method(
         "update", lambda m, ids: inject_lora(m, R, 2 * R) and None, 1e-3, groups=lambda m, lr: relatives.lora_plus_groups(m, lr, 16)
@@ -121,7 +120,6 @@ METHODS = {
     "adapter, Pfeiffer": Method("adapter", lambda m, ids: inject_bottleneck(m, r"model\.layers\.\d+", **PFEIFFER) and None, 3e-3, False),
     "adapter, parallel": Method("adapter", lambda m, ids: inject_bottleneck(m, ["mlp"], **PARALLEL) and None, 1e-3, False),
     "prompt, random": Method("prompt", _prompt(lambda m, ids: Prompt(torch.randn(TOKENS, _width(m)))), 1e-1, False),
-    "prompt, vocabulary": Method("prompt", _prompt(lambda m, ids: Prompt(sampled_start(m.get_input_embeddings(), TOKENS))), 1e-2, False),
     "prompt, text": Method(
         "prompt", _prompt(lambda m, ids: Prompt(text_start(m.get_input_embeddings(), ids.tolist(), TOKENS))), 1e-2, False
     ),
@@ -133,28 +131,45 @@ METHODS = {
 }
 
 
-def stored_numbers(model: nn.Module) -> int:
-    """How many numbers a file of the trained model holds: of an encoder, what comes out of it."""
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of the trained model holds: what is trained or, of an encoder, what comes out of it."""
     for part in model.modules():
         if isinstance(part, (PromptTuning, PrefixTuning)):
-            return (part.prefix if isinstance(part, PrefixTuning) else part.prompt)().numel()
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            rows = (part.prefix if isinstance(part, PrefixTuning) else part.prompt)()
+            return {"prompt_embeddings": rows.detach().contiguous()}
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def measured() -> list[dict]:
-    """What ``benchmarks/peft_family.py`` recorded: a row for each method, means over the seeds.
+    """What ``benchmarks/peft_family.py`` and ``peft_costs.py`` recorded: a row for each method, means over the seeds.
 
     Keys: method, kind, merges, trained (numbers), file_kb, clinic, sql, forgotten (nats per token above the floor), few_16, few_64, few_256
-    (accuracy, the better of the two losses at 64), step_ms, peak_mb, latency_ms; and "seeds": the same scores for each seed.
+    (accuracy, with the losses that did better at 64), step_ms, peak_mb, latency_ms; and "seeds": the same scores for each seed.
     """
     rows = []
     for row in recorded.load("peft_family")["result"]["methods"]:
+        cost = recorded.row("peft_costs", method=row["method"])
         few = max(row["few"].values(), key=lambda sizes: fmean(sizes["64"]))
         seeds = {task: row[task] for task in ("clinic", "sql", "forgotten")} | {f"few_{n}": scores for n, scores in few.items()}
         rows.append(
-            {name: row[name] for name in ("method", "kind", "merges", "step_ms", "latency_ms")}
-            | {"trained": row["parameters"], "file_kb": row["file_bytes"] / 1e3, "peak_mb": row["peak_bytes"] / 1e6}
+            {name: row[name] for name in ("method", "kind", "merges")}
+            | {"trained": cost["parameters"], "file_kb": cost["file_bytes"] / 1e3, "peak_mb": cost["peak_bytes"] / 1e6}
+            | {name: cost[name] for name in ("step_ms", "latency_ms")}
             | {name: fmean(scores) for name, scores in seeds.items()}
             | {"seeds": seeds}
         )
     return rows
+
+
+@torch.no_grad()
+def fusion_weights(model: nn.Module, ids: Tensor) -> list[list[float]]:
+    """Mean weight of each adapter at each place of a fused model (``reference.fusion``), over the tokens of ``ids``."""
+    fusions, seen = [part for part in model.modules() if isinstance(part, Fusion)], {}
+    hooks = [part.register_forward_pre_hook(lambda part, inputs: seen.update({part: inputs[0]})) for part in fusions]
+    try:
+        model(input_ids=ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = {part: torch.stack([adapter(h) for adapter in part.adapters], -2) for part, h in seen.items()}
+    return [part.weights(seen[part], outputs[part]).flatten(0, -2).mean(0).tolist() for part in fusions]
