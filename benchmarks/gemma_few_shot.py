@@ -287,10 +287,7 @@ def measure(model: nn.Module, tokenizer, name: str, s: Settings, cuda: bool, wor
         "answer_tokens": [len(answer) for answer in task.answers],
         "zero_shot": {"nats": nats, "accuracy": accuracy},
         "parameters": sum(p.numel() for p in task.base.parameters()),
-        "embedding_std": task.base.get_input_embeddings()(torch.arange(4096, device=task.base.device) % vocabulary(task.base))
-        .float()
-        .std()
-        .item(),
+        "embedding_std": spread_of_embedding(task.base),
         "rates": chosen,
         "tried": {method: {f"{rate:.3g}": score for rate, score in sorted(scores.items())} for method, scores in tried.items()},
         "costs": {},

@@ -4,7 +4,7 @@
     python -m benchmarks.peft_costs --smoke    # two methods; saves to a temporary folder
 
 A step is forward, backward and AdamW of 8 × 32 tokens. Memory is the most that tensors hold in it, beyond model and optimizer states.
-Latency is the forward of one row of 32 tokens, unmerged. Methods take turns, round by round, and medians are kept. Everything but memory is of a
+Latency is the forward of one row of 32 tokens, unmerged. Methods take turns, round by round, and medians are kept. Times are those of a
 small model, where what a method adds in calls weighs more than in a large one.
 """
 
