@@ -210,8 +210,13 @@ def score(method: str, task: str) -> float:
 
 
 def untouched(task: str) -> float:
-    """The pre-trained model's own score; "few" is its accuracy, "general" its distance to the floor."""
+    """The pre-trained model's own distance to the floor on "clinic", "sql" or "general"."""
     return recorded.load("peft_family")["result"]["base"][task]
+
+
+def untouched_accuracy() -> float:
+    """Of the pre-trained model, percent of the notes."""
+    return 100 * recorded.load("peft_family")["result"]["base"]["few"]
 
 
 def few(method: str, size: int, losses: str = "lm") -> float:
@@ -328,3 +333,8 @@ def layer(method: str, what: str, who: str = "ours") -> float:
 def slowest_times_as_fast() -> float:
     """The least advantage over peft of all methods."""
     return min(row["times_as_fast"] for row in recorded.load("family_layers")["result"]["table"])
+
+
+def layer_mb(method: str, who: str = "ours") -> float:
+    """The most that a step of the layer holds beyond what was there before it."""
+    return layer(method, "peak_bytes", who) / 1e6
