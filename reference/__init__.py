@@ -6,7 +6,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     00   memory (budget, breakdown, recipes, activations), model_shapes
     01   lowrank (svd, subspace)
     02   lora (layer, base, weights, conv_embedding, called, targets, replace, inject, mixed)
-    02   adapter_format (files, keys, config)
+    02   lora (trained, parameters), adapter_format (files, whole, keys, config)
     03   blockwise
     04   nf4
     05   double_quant

@@ -308,3 +308,22 @@ def test_the_helper_fills_both_alike():
         inject_ia3(model)
     fill(one, other)
     assert all(torch.equal(p, trained(other)[name]) for name, p in trained(one).items())
+
+
+def test_what_trains_whole_beside_dora_both_ways(tmp_path):
+    base = tiny_llama().eval()
+    ours = copy.deepcopy(base)
+    whole = dict(modules_to_save=["lm_head"], trainable_token_indices=[3, 7])
+    inject_dora(ours, 3, 5, ["q_proj", "up_proj"], **whole)
+    shake(ours)
+    save_adapter(ours, tmp_path / "ours")
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(ours)) and set(trained(again)) == set(trained(ours))
+    assert_same(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()), logits(ours), ulps=64)
+    theirs = peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], use_dora=True, **whole))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = copy.deepcopy(base)
+    load_adapter(loaded, tmp_path / "theirs")
+    assert_same(logits(loaded), logits(theirs), ulps=64)

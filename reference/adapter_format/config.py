@@ -24,6 +24,9 @@ INITS |= {"eva": "kaiming", "orthogonal": "kaiming"}
 # Entries that this module reads; those that say nothing about the result; any other must be off.
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
 READ |= {"use_rslora", "init_lora_weights", "fan_in_fan_out"}
+WHOLE = {"modules_to_save": list, "trainable_token_indices": (list, dict)}
+WHOLE |= {"ensure_weight_tying": bool}
+READ |= set(WHOLE)
 SILENT = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
 SILENT |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
 SILENT |= {"eva_config", "corda_config", "lora_ga_config", "layers_pattern"}
@@ -98,7 +101,8 @@ def load_config(directory: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a table with peft_type, got {type(config).__name__!r}")
+        words = "must hold a table with peft_type"
+        raise ValueError(f"{path} {words}, got {type(config).__name__!r}")
     return config
 
 
@@ -116,6 +120,8 @@ def refuse_others(config: dict, known: set[str], path: Path) -> None:
 
 def read_config(directory: Path) -> dict:
     """The arguments of ``inject_lora`` from the config in ``directory``, and "fan_in_fan_out".
+
+    What trains whole is under "whole", as the config has it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -135,6 +141,7 @@ def settings_of(config: dict, path: Path) -> dict:
         words += " with path_initial_model_for_weight_conversion, which makes it a plain adapter"
         raise ValueError(f"{path}: init_lora_weights={start!r} {words}")
     kinds = {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)}
+    kinds |= {key: kind for key, kind in WHOLE.items() if config.get(key) is not None}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{path}: {key} is {config.get(key)!r}, which can't be read")
@@ -146,6 +153,7 @@ def settings_of(config: dict, path: Path) -> dict:
         "use_rslora": config.get("use_rslora", False),
         "init": INITS[start],
         "fan_in_fan_out": config.get("fan_in_fan_out", False),
+        "whole": {key: config.get(key) for key in WHOLE},
     }
 
 

@@ -7,6 +7,7 @@ A directory with two files:
                                 base_model.model.<layer>.lora_B.weight   (out, r)
                                 base_model.model.<layer>.lora_embedding_A   (r, tokens)
                                 base_model.model.<layer>.lora_embedding_B   (dim, r)
+                                and what trained whole: reference.adapter_format.whole
 
 The base model is not in them; that is why an adapter weighs megabytes. A PiSSA adapter belongs to
 what PiSSA leaves of the base, so its config says "pissa", and whoever loads it on the original base
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reference.adapter_format import whole
 from reference.adapter_format.config import CONFIG, check_settings, config_of, read_config, write
 from reference.adapter_format.keys import check_keys, drop_copies_of_the_base, inner, keys_of
 from reference.lora import (
@@ -54,8 +56,8 @@ def save_adapter(
 
     Raises:
         ValueError: ``model`` holds no adapter, a merged one, one with NaN or infinity or on the
-            meta device, or layers that differ in rank, alpha, scale or start. Nothing is written
-            then.
+            meta device, or layers that differ in rank, alpha, scale or start; a parameter trains
+            that would not be in the file. Nothing is written then.
     """
     model = inner(model)
     layers = {plain_name(name): layer for name, layer in lora_layers(model)}
@@ -68,13 +70,17 @@ def save_adapter(
         if layer.merged:
             words = "its update is in the base's weight now. Call unmerge() on every layer first"
             raise ValueError(f"{name} is merged: {words}")
-    config = write(config_of(model, layers, base_model_name_or_path))
+    whole.check_all_saved(model)
+    beside = whole.of_model(model)
+    settings = config_of(model, layers, base_model_name_or_path)
+    config = write(settings | whole.to_config(beside))
     _check_values(layers)
     factors = {}
     for name, layer in layers.items():
         both = (layer.lora_A, layer.lora_B)
         for key, factor in zip(keys_of(name, layer.base), both, strict=True):
-            factors[key] = factor.detach().clone(memory_format=torch.contiguous_format)  # no view
+            factors[key] = factor
+    factors |= beside.states() | whole.rows_of(model)
     write_files(directory, factors, config)
 
 
@@ -85,6 +91,10 @@ def write_files(directory: str | Path, tensors: dict[str, Tensor], config: str) 
         ValueError: a tensor holds NaN or infinity. Nothing is written then.
     """
     check_finite(tensors, "model")
+    tensors = {  # a file holds no views, and each of tied tensors
+        key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     new = {directory / f".{name}.new": directory / name for name in (WEIGHTS, CONFIG)}
@@ -106,8 +116,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
         model: a plain model, which is injected, or one that is injected alike.
 
     Returns:
-        The names of the layers. Their factors are trainable and float32; everything else in a
-        plain model is frozen.
+        The names of the layers with factors. These are trainable and float32, as are rows, and so
+        is what trained whole; everything else in a plain model is frozen.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -119,9 +129,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     directory, model = Path(directory), inner(model)
     settings, tensors = read_config(directory), read_weights(directory)
     present, target_modules = dict(lora_layers(model)), settings.pop("target_modules")
-    turned = settings.pop("fan_in_fan_out")
+    turned, wanted = settings.pop("fan_in_fan_out"), settings.pop("whole")
+    beside = whole.of_model(model) if present else whole.of_config(model, wanted)
     if present:
         check_settings(present, settings)
+        beside.check_rows(wanted["trainable_token_indices"])
         _check_values(present)
         bases = {name: layer.base for name, layer in present.items()}
     else:
@@ -135,16 +147,23 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     for name, base in bases.items():
         both = wrapper_of(base).factor_shapes(base, settings["r"])
         shapes |= dict(zip(keys_of(name, base), both, strict=True))
+    shapes |= beside.shapes(model)
     tensors = drop_copies_of_the_base(model, tensors, shapes)
     check_keys(tensors, shapes, directory / WEIGHTS)
     check_finite(tensors, directory / WEIGHTS)
+    if present or not beside.untied:
+        beside.check_ties(tensors)
     if not present:
-        inject_lora(model, **settings, target_modules=target_modules)
+        with whole.untied(beside, model):
+            more = {"modules_to_save": beside.modules, "trainable_token_indices": beside.rows}
+            inject_lora(model, **settings, target_modules=target_modules, **more)
     with torch.no_grad():
         for name, layer in lora_layers(model):
             key_A, key_B = keys_of(name, layer.base)
             layer.lora_A.copy_(tensors[key_A])
             layer.lora_B.copy_(tensors[key_B])
+        for key, tensor in (beside.states() | whole.rows_of(model)).items():
+            tensor.copy_(tensors[key])
     return list(bases)
 
 

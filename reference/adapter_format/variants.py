@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reference.adapter_format import whole
 from reference.adapter_format.config import CONFIG, settings_of, targets_of
 from reference.adapter_format.files import WEIGHTS, check_finite, read_weights
 from reference.adapter_format.keys import (
@@ -27,6 +28,7 @@ from reference.lora.base import check
 from reference.lora.dora import KINDS, DoRALayer, check_target
 from reference.lora.inject import inject_layers
 from reference.lora.targets import plain_name
+from reference.lora.trained import find_rows, find_saved
 from reference.lora.weights import check_values
 
 OWN = ("use_dora", "rank_pattern", "alpha_pattern")
@@ -60,7 +62,7 @@ def contents(model: nn.Module, layers: dict[str, LoRALayer]) -> tuple[dict[str, 
             raise ValueError(f"{name} and {next(iter(layers))} {words}")
         for key, factor in _parameters(name, layer).items():
             check_values(key, factor)
-            tensors[key] = factor.detach().clone(memory_format=torch.contiguous_format)
+            tensors[key] = factor
     common = {
         entry: Counter(getattr(layer, entry) for layer in layers.values()).most_common(1)[0][0]
         for entry in ("r", "lora_alpha")
@@ -73,8 +75,11 @@ def contents(model: nn.Module, layers: dict[str, LoRALayer]) -> tuple[dict[str, 
         }
         for entry, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     }
+    whole.check_all_saved(model)
+    beside = whole.of_model(model)
+    tensors |= beside.states() | whole.rows_of(model)
     dora, rslora, init, dropout = _shared(first)
-    config = common | patterns
+    config = common | patterns | whole.to_config(beside)
     config |= {"peft_type": "LORA", "bias": "none", "inference_mode": True, "task_type": None}
     config |= {"use_dora": dora, "use_rslora": rslora, "lora_dropout": dropout}
     config["init_lora_weights"] = True if init == "kaiming" else init
@@ -108,8 +113,11 @@ def load_variant(model: nn.Module, directory: Path, config: dict) -> list[str]:
     given = settings_of({key: value for key, value in config.items() if key not in OWN}, path)
     if any(True for _ in lora_layers(model)):
         raise ValueError("model holds LoRA layers already: load such a file into a plain model")
-    targets = find_targets(model, given["target_modules"])
-    plan, shapes = {}, {}
+    targets, beside = (
+        find_targets(model, given["target_modules"]),
+        whole.of_config(model, given["whole"]),
+    )
+    plan, shapes = {}, beside.shapes(model)
     for name, base in targets.items():
         if dora:
             check_target(name, base)
@@ -130,12 +138,19 @@ def load_variant(model: nn.Module, directory: Path, config: dict) -> list[str]:
     check_keys(tensors, shapes, directory / WEIGHTS)
     check_finite(tensors, directory / WEIGHTS)
     kind_of = (lambda layer: KINDS[wrapper_of(layer)]) if dora else wrapper_of
-    for settings, group in plan.items():
-        inject_layers(model, group, kind_of, settings)
+    if not beside.untied:
+        beside.check_ties(tensors)
+    with whole.untied(beside, model):
+        more = find_saved(model, beside.modules), find_rows(model, beside.rows)
+        for settings, group in plan.items():
+            inject_layers(model, group, kind_of, settings, *more)
+            more = ()  # with the first
     with torch.no_grad():
         for name, layer in lora_layers(model):
             for key, parameter in _parameters(name, layer).items():
                 parameter.copy_(tensors[key])
+        for key, tensor in (beside.states() | whole.rows_of(model)).items():
+            tensor.copy_(tensors[key])
     return list(targets)
 
 

@@ -21,7 +21,7 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (2402.09353; the 
 section 4.3).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from reference.lora.conv_embedding import LoRATransposed
-from reference.lora.inject import inject_layers
+from reference.lora.inject import choose, inject_layers
 from reference.lora.layer import LoRALayer, LoRALinear
 from reference.lora.mixed import takes_kernels
-from reference.lora.targets import find_targets, wrapper_of
+from reference.lora.targets import wrapper_of
+from reference.lora.trained import find_rows, find_saved
 from reference.lora.weights import describe
 
 AT_ONCE = 1 << 22  # numbers of W that are widened at a time
@@ -135,6 +136,8 @@ def inject_dora(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     init: str = "kaiming",
+    modules_to_save: Iterable[str] = (),
+    trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] = (),
 ) -> list[str]:
     """As :func:`reference.lora.inject_lora`, with DoRA; ``merge_lora`` merges it.
 
@@ -142,11 +145,13 @@ def inject_dora(
         ValueError, TypeError: as there; or a match is a convolution, an embedding, or packed
             without ``dequantize()``.
     """
-    targets = find_targets(model, target_modules)
+    saved, rows = find_saved(model, modules_to_save), find_rows(model, trainable_token_indices)
+    targets = choose(model, target_modules, saved)
     for name, layer in targets.items():
         check_target(name, layer)
     settings = (r, lora_alpha, lora_dropout, use_rslora, init)
-    return inject_layers(model, targets, lambda layer: KINDS[wrapper_of(layer)], settings)
+    kind_of = lambda layer: KINDS[wrapper_of(layer)]  # noqa: E731
+    return inject_layers(model, targets, kind_of, settings, saved, rows)
 
 
 def check_target(name: str, layer: nn.Module) -> None:

@@ -10,13 +10,18 @@ names stays one. The layers are those of :mod:`reference.lora.layer`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from reference.lora.base import check
 from reference.lora.layer import LoRALayer
+from reference.lora.parameters import adapter_parameters, trained_parts
 from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
+from reference.lora.trained import MARK, find_rows, find_saved, with_rows
+from reference.lora.weights import unstored
 
 
 def inject_lora(
@@ -27,8 +32,10 @@ def inject_lora(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     init: str = "kaiming",
+    modules_to_save: Iterable[str] = (),
+    trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] = (),
 ) -> list[str]:
-    """Wrap the chosen layers of ``model`` in place and freeze all else but factors that it has.
+    """Wrap the chosen layers of ``model`` in place and freeze what no adapter trains.
 
     Args:
         model: any tree of modules; the layers to adapt lie inside it.
@@ -38,20 +45,37 @@ def inject_lora(
             names in ``get_output_embeddings()``, and those that can't be adapted, which
             ``find_targets(model, "all-linear").skipped`` names with reasons.
         r, lora_alpha, lora_dropout, use_rslora, init: see :class:`reference.lora.LoRALayer`.
+        modules_to_save: modules that train whole, by names or ends of names after a dot, and with
+            them those that are tied to them. "all-linear" leaves out the layers inside.
+        trainable_token_indices: rows of the input embeddings that train, or name of a layer ->
+            rows. A head that is tied to it trains the same rows.
 
     Returns:
-        The names of the wrapped layers, in the order of ``model.named_modules()``. A layer with
-        two names is wrapped once, for both, and returned under the first.
+        The names of the layers that got factors, in the order of ``model.named_modules()``. A layer
+        with two names is wrapped once, for both, and returned under the first.
 
     Raises:
         ValueError: nothing matches; a match is wrapped already or can't be: it is never called, its
             forward is its own, its weight is computed or on the meta device; ``model`` itself is
-            the layer to wrap; an argument is out of range.
+            the layer to wrap; one weight is to train in two ways; an argument is out of range.
         TypeError: PiSSA on a packed weight, or an argument of the wrong type. In every case the
             model is left as it was.
     """
+    saved, rows = find_saved(model, modules_to_save), find_rows(model, trainable_token_indices)
+    targets = choose(model, target_modules, saved)
     settings = (r, lora_alpha, lora_dropout, use_rslora, init)
-    return inject_layers(model, find_targets(model, target_modules), wrapper_of, settings)
+    return inject_layers(model, targets, wrapper_of, settings, saved, rows)
+
+
+def choose(
+    model: nn.Module, target_modules: str | Iterable[str], saved: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The targets; "all-linear" leaves out what lies in a module that trains whole."""
+    targets = find_targets(model, target_modules)
+    if target_modules == "all-linear":
+        whole = {part for module in saved.values() for part in module.modules()}
+        targets = {name: layer for name, layer in targets.items() if layer not in whole}
+    return targets
 
 
 def inject_layers(
@@ -59,9 +83,16 @@ def inject_layers(
     targets: Mapping[str, nn.Module],
     kind_of: Callable[[nn.Module], type[LoRALayer]],
     settings: tuple,
+    saved: Mapping[str, nn.Module] = MappingProxyType({}),
+    rows: Mapping[nn.Module, list[int]] = MappingProxyType({}),
 ) -> list[str]:
-    """Wrap each of ``targets`` in ``kind_of(layer)(layer, *settings)``, as :func:`inject_lora`."""
+    """Wrap each of ``targets`` in ``kind_of(layer)(layer, *settings)``; see ``inject_lora``.
+
+    Args:
+        saved, rows: what trains whole, and layer -> rows, from ``find_saved`` and ``find_rows``.
+    """
     r, lora_alpha, lora_dropout, _, init = settings
+    _check_apart(targets, saved, rows)
     for name, layer in targets.items():
         try:
             check(kind_of(layer), layer, r, lora_alpha, lora_dropout, init)
@@ -69,12 +100,29 @@ def inject_layers(
             raise type(error)(f"{name}: {error}") from None
     with _undone_on_error(model, targets.values()):
         adapted = {layer: kind_of(layer)(layer, *settings) for layer in targets.values()}
-    present = [layer for _, layer in lora_layers(model)]
-    factors = {id(getattr(layer, name)) for layer in present for name in layer.factor_names}
+        adapted |= with_rows(rows)
+    present = {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in present)
+    for module in saved.values():
+        setattr(module, MARK, True)
+        module.requires_grad_(True)
     replace_layers(model, adapted)
     return list(targets)
+
+
+def _check_apart(targets: dict, saved: dict, rows: dict) -> None:
+    """Raise if a weight would train in two ways."""
+    whole = {p: name for name, module in saved.items() for p in module.parameters()}
+    by_rows = {layer.weight for layer in rows}
+    for name, layer in targets.items():
+        weight = None if unstored(layer) else layer.weight
+        if weight in whole or weight in by_rows:
+            other = f"modules_to_save ({whole[weight]})" if weight in whole else "trained rows"
+            raise ValueError(f"{name} is to be adapted, and its weight is in {other}: choose one")
+    for weight in by_rows & set(whole):
+        words = "train whole already: leave out trainable_token_indices"
+        raise ValueError(f"the rows of {whole[weight]} {words}")
 
 
 @contextmanager
@@ -100,7 +148,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     A weight shared with a layer that is not adapted (an output head tied to the embedding) is
     shared no longer: each keeps its own values, and a transformer's config says so. All parameters
-    stay frozen; :func:`thaw` makes them trainable. No old weight is kept: beside the model, the
+    are frozen then; :func:`thaw` makes them trainable. No old weight is kept: beside the model, the
     sums of one layer at a time need memory.
 
     Returns:
@@ -124,46 +172,19 @@ def merge_lora(model: nn.Module) -> nn.Module:
             layer.check_merge()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
+    saved, rows = trained_parts(model)
+    for name, layer in rows.items():
+        if not torch.isfinite(layer.rows).all():
+            raise ValueError(f"{name}: the trained rows hold NaN or infinity")
     for layer in unmerged.values():
         layer.merge(keep=False)
-    for layer in layers.values():
+    for layer in rows.values():
+        layer.merge()
+    for module in saved.values():
+        delattr(module, MARK)
+        module.requires_grad_(False)
+    wrapped = [*layers.values(), *rows.values()]
+    for layer in wrapped:
         carry_hooks(layer, layer.base)
-    replace_layers(model, {layer: layer.base for layer in layers.values()})
+    replace_layers(model, {layer: layer.base for layer in wrapped})
     return model
-
-
-def thaw(model: nn.Module) -> list[str]:
-    """Let every parameter of ``model`` be trained, after merging or injecting.
-
-    Returns:
-        The names of those that can't be: weights that are packed, which hold no real numbers.
-    """
-    packed = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(True)
-        else:
-            packed.append(name)
-    return packed
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The factors alone, detached, not copied, by their names in ``model.state_dict()``.
-
-    Returns:
-        "<layer>.lora_A" and "<layer>.lora_B" -> factor.
-    """
-    factors = {}
-    for name, layer in lora_layers(model):
-        prefix = f"{name}." if name else ""
-        factors |= {f"{prefix}{key}": getattr(layer, key).detach() for key in layer.factor_names}
-    return factors
-
-
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """``(trainable, all)`` numbers of parameters.
-
-    A shared one counts once; a packed weight counts the elements that it stores.
-    """
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
