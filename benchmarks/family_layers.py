@@ -144,7 +144,7 @@ def prompt_row(kind: str, width: int, depth: int, tokens: int, where: torch.devi
 def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """Everything; ``small`` for a machine without a GPU. A method that fails says so in its row, and costs no other."""
     where = where or device()
-    width, rows, rounds, repeats = (64, 32, 1, 2) if small else (4096, 4096, 5, 10)
+    width, rows, rounds, repeats = (64, 32, 1, 2) if small else (4096, 4096, 4, 10)
     found = []
     for name in METHODS:
         try:

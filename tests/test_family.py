@@ -124,14 +124,14 @@ def test_few_shot_lines_and_batches():
     task = gemma_few_shot.Task(model, tokenizer, s)
     texts = gemma_few_shot.lines(s.length)
     assert all(len(set(each)) == len(each) for each in texts.values())
-    assert {right for _, right in task.splits["train"]} == set(range(8))
+    assert {right for _, right in task.splits["train"]} == set(range(4))
     prompts = {split: {tuple(ids) for ids, _ in rows} for split, rows in task.splits.items()}
     assert not prompts["train"] & prompts["test"] and not prompts["validation"] & prompts["test"]
     ids, mask, labels, right = task.batch(task.splits["test"][:2])
-    assert len(ids) == 16 and right.tolist() == [right for _, right in task.splits["test"][:2]]
-    for row, seen, label, choice in zip(ids.tolist(), mask.tolist(), labels.tolist(), list(range(8)) * 2, strict=True):
+    assert len(ids) == 8 and right.tolist() == [right for _, right in task.splits["test"][:2]]
+    for row, seen, label, choice in zip(ids.tolist(), mask.tolist(), labels.tolist(), list(range(4)) * 2, strict=True):
         answer = task.answers[choice]
         assert row[-len(answer) :] == answer == [token for token in label if token != -100]
         assert sum(seen) == sum(seen[-sum(seen) :]) and not any(row[: -sum(seen)])
     rows = task.training_rows(gemma_few_shot.Run("LoRA", "lm", 1.0, 1, 16))
-    assert sorted(right for _, right in rows) == sorted(list(range(8)) * 2)
+    assert sorted(right for _, right in rows) == sorted(list(range(4)) * 4)
