@@ -4,12 +4,13 @@
     python -m benchmarks.peft_costs --smoke    # two methods; saves to a temporary folder
 
 A step is forward, backward and AdamW of 8 × 32 tokens. Memory is the most that tensors hold in it, beyond model and optimizer states.
-Latency is the forward of one row of 32 tokens, unmerged. Methods take turns, round by round, and medians are kept. Times are those of a
-small model, where what a method adds in calls weighs more than in a large one.
+Latency is the forward of one row of 32 tokens, unmerged. Times are those that the processor spent on the process, so that others on the
+machine matter little; methods take turns, and medians are kept. They are times of a small model, where calls weigh more than in a large one.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -18,7 +19,6 @@ from torch import nn
 from benchmarks.cli import record
 from benchmarks.meters import Meter
 from benchmarks.peft_family import WORLD, Run, adapted, base
-from course.lab import meters
 from course.lab.family import METHODS, stored_tensors
 from course.lab.training import next_token_loss
 
@@ -41,28 +41,32 @@ def costs(name: str, model: nn.Module, rounds: int) -> dict:
         meter.start()
         step()
         peak = meter.peak
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
+    steps = [processor_ms(step) for _ in range(rounds)]
     model.eval()
+    return {"step_ms": statistics.median(steps), "peak_bytes": peak, "latency_ms": forward_ms(model, rounds)}
+
+
+def processor_ms(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return 1e3 * (time.process_time() - began)
+
+
+def forward_ms(model: nn.Module, rounds: int) -> float:
+    row = WORLD.sample("clinic", 8, 32, 5)[:1]
     with torch.inference_mode():
-        row = ids[:1]
-        latency = meters.milliseconds(lambda: model(input_ids=row), repeats=2 * rounds, where=CPU)
-    return {"step_ms": 1e3 * statistics.median(times), "peak_bytes": peak, "latency_ms": latency}
+        return statistics.median(processor_ms(lambda: model(input_ids=row)) for _ in range(3 * rounds))
 
 
 def measure(methods: tuple[str, ...] = tuple(METHODS), turns: int = 5, rounds: int = 6) -> dict:
     torch.set_num_threads(1)
     models = {name: adapted(Run(name, "clinic", METHODS[name].rate, 0)) for name in methods}
     found: dict[str, list[dict]] = {name: [] for name in methods}
-    plain, row = [], WORLD.sample("clinic", 8, 32, 5)[:1]
+    plain = []
     for _ in range(turns):
         for name, model in models.items():
             found[name].append(costs(name, model, rounds))
-        with torch.inference_mode():
-            plain.append(meters.milliseconds(lambda: base()(input_ids=row), repeats=2 * rounds, where=CPU))
+        plain.append(forward_ms(base(), rounds))
     rows = []
     for name, model in models.items():
         tensors = stored_tensors(model)

@@ -1,12 +1,12 @@
 """DoRA: LoRA that learns how long each row of the weight is apart from where the row points.
 
-    W' = m ⊙ V/‖V‖,    V = W + s·B·A        m: (out,), one magnitude for each output, trained
+    W' = μ ⊙ D/‖D‖,    D = W + s·B·A        μ: (out,), one magnitude for each output, trained
 
-‖V‖ is the norm of each *row* of V as torch stores it, (out, in): one number for each output. (The
-paper writes W as (d × k) and speaks of columns; they are the same numbers.) m starts as ‖W‖, so
+‖D‖ is the norm of each *row* of D as torch stores it, (out, in): one number for each output. (The
+paper writes W as (d × k) and speaks of columns; they are the same numbers.) μ starts as ‖W‖, so
 training begins at the pretrained model, as LoRA does.
 
-The norm is a constant in the backward pass, as the paper proposes. With the gain g = m/‖V‖ the
+The norm is a constant in the backward pass, as the paper proposes. With the gain g = μ/‖D‖ the
 layer then is LoRA's, whose output without the bias is multiplied by g:
 
     y = b + g ⊙ (u − b),    u = W·x + b + s·B·A·x
@@ -40,13 +40,13 @@ AT_ONCE = 1 << 22  # numbers of W that are widened at a time
 
 
 class DoRALayer(LoRALayer):
-    """y = b + g ⊙ (W·x + s·B·A·x) with g = m/‖W + s·B·A‖, over a frozen linear layer.
+    """y = b + g ⊙ (W·x + s·B·A·x) with g = μ/‖W + s·B·A‖, over a frozen linear layer.
 
     Arguments, errors and merging are those of :class:`reference.lora.LoRALayer`. The base may be
-    quantized, if it has ``dequantize()``. Dropped inputs pass V as a whole, as in peft.
+    quantized, if it has ``dequantize()``. Dropped inputs pass D as a whole, as in peft.
 
     Attributes:
-        lora_magnitude_vector: m, (out,), trained with both factors.
+        lora_magnitude_vector: μ, (out,), trained with both factors.
     """
 
     factor_names = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -76,7 +76,7 @@ class DoRALayer(LoRALayer):
         return (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
 
     def gain(self) -> Tensor:
-        """g = m/‖V‖, (out,); to autograd the norm is a constant."""
+        """g = μ/‖D‖, (out,); to autograd the norm is a constant."""
         return self.lora_magnitude_vector / self.norms()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ class DoRALayer(LoRALayer):
     def delta_weight(self) -> Tensor:
         """W' − W in the shape of the weight: what merging adds."""
         W = self.dense().to(self.lora_A.dtype)
-        V = W + LoRALayer.delta_weight(self)
-        delta = (self.gain()[:, None] * V - W).detach()
+        D = W + LoRALayer.delta_weight(self)
+        delta = (self.gain()[:, None] * D - W).detach()
         return delta.T if isinstance(self, LoRATransposed) else delta
 
     def unmerge(self) -> None:

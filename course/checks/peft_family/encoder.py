@@ -48,8 +48,8 @@ def observe(answer, seed: int) -> Seen:
         for P, d, h in sizes:
             result = answer(P, d, h, network)
             trained, saved = unpacked(result, "a pair of numbers: trained, saved", int, int)
-            yield f"numbers trained with P = {P}, d = {d}, h = {h}, {network}", trained
-            yield f"numbers saved with P = {P}, d = {d}, h = {h}, {network}", saved
+            yield f"numbers trained for {P} tokens, width {d}, hidden {h}, {network}", trained
+            yield f"numbers saved for {P} tokens, width {d}, hidden {h}, {network}", saved
 
 
 check = Check(
@@ -60,23 +60,21 @@ check = Check(
     rtol=0,
     atol=0,
     misconceptions={
-        "the LSTM reads in one direction only: P-tuning's is bidirectional, twice the numbers, and its second layer reads 2h": but(
+        "the LSTM reads in one direction only: P-tuning's is bidirectional, twice the numbers, and its second layer reads both": but(
             lstm=lambda d, h: lstm_numbers(d, h, directions=1)
         ),
         "the LSTM has one layer: P-tuning's has two": but(lstm=lambda d, h: lstm_numbers(d, h, layers=1)),
-        "the second layer of the LSTM reads both directions of the first, 2h numbers a row, not h": but(
+        "the second layer of the LSTM reads both directions of the first, twice as many numbers as one direction gives": but(
             lstm=lambda d, h: lstm_numbers(d, h, between=h)
         ),
-        "an LSTM has four gates, so 4h rows for each input and state": but(lstm=lambda d, h: lstm_numbers(d, h, gates=1)),
-        "torch's LSTM has two bias vectors of 4h in each layer and direction: b_ih and b_hh": but(
+        "an LSTM has four gates, each with weights for input and state": but(lstm=lambda d, h: lstm_numbers(d, h, gates=1)),
+        "torch's LSTM has two bias vectors in each layer and direction, bias_ih and bias_hh": but(
             lstm=lambda d, h: lstm_numbers(d, h, biases=1)
         ),
         "the linear layers have biases too": but(layer=lambda inside, outside: inside * outside),
-        "behind the LSTM the head reads both directions, 2h": but(head=lambda h: h),
-        "the MLP has three linear layers, d → h → h → d": but(mlp_layers=lambda d, h: [(d, h), (h, d)]),
-        "the rows that the network reads are trained too: P·d": but(rows=lambda P, d: 0),
-        "the network is not saved: after training only what comes out of it is needed, P·d numbers": but(
-            saved=lambda P, d, trained: trained
-        ),
+        "behind the LSTM the linear layers read both directions": but(head=lambda h: h),
+        "the MLP has three linear layers: width → hidden → hidden → width": but(mlp_layers=lambda d, h: [(d, h), (h, d)]),
+        "the rows that the network reads are trained too": but(rows=lambda P, d: 0),
+        "the network is not saved: after training only what comes out of it is needed, the rows": but(saved=lambda P, d, trained: trained),
     },
 )

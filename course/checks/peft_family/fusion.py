@@ -55,14 +55,14 @@ check = Check(
             scores=lambda q, k: torch.einsum("td,tnd->tn", q, k) / math.sqrt(q.shape[1])
         ),
         "the softmax runs over tokens: for each token the adapters' weights add up to one, dim=-1": but(soft=lambda s: s.softmax(0)),
-        "V is missing: the values are V·u, not u": but(valued=lambda u, V: u),
-        "the query comes from the adapters: it is Q·h, of the token": but(queried=lambda h, u: u.mean(1)),
-        "h was added: the sum with the residual is the block's own, and would be there twice": but(finish=lambda mixed, h: mixed + h),
-        "every adapter has the same weight: the softmax of q·k is missing, or the keys are K·h, the same for all, not K·u": but(
+        "V is missing: the values are V times an adapter's output": but(valued=lambda u, V: u),
+        "the query comes from the adapters: it is Q times the token's x": but(queried=lambda h, u: u.mean(1)),
+        "x was added: the sum with the residual is the block's own, and would be there twice": but(finish=lambda mixed, h: mixed + h),
+        "every adapter has the same weight: the softmax of q·k is missing, or the keys come from the token, the same for all": but(
             soft=lambda s: torch.full_like(s, 1 / s.shape[1])
         ),
         "the weights are the scores themselves: take their softmax": but(soft=lambda s: s),
-        "V was multiplied from the other side: like a linear layer's weight it is (out, in), so V·u is u @ V.T": but(
+        "V was multiplied from the other side: like a linear layer's weight it is (out, in), so multiply by V.T from the right": but(
             valued=lambda u, V: u @ V
         ),
     },

@@ -75,7 +75,7 @@ check = Check(
         "the prefix's keys were rotated: they are trained as the cache holds them, after the rotary embedding": but(
             place_prefix=lambda prefix_k: rotate(prefix_k, torch.arange(len(prefix_k)))
         ),
-        "the text's positions begin at 0: the prefix takes the first P, so they begin at P": but(first=lambda prefix_k: 0),
+        "the text's positions begin at 0: the prefix takes the first ones, so they begin behind it": but(first=lambda prefix_k: 0),
         "the mask is shifted: the first token sees only the first of all keys; every token sees the whole prefix": but(
             sees=lambda length, prefix: torch.ones(length, prefix + length, dtype=torch.bool).tril()
         ),
