@@ -5,7 +5,7 @@
 
 A step is forward, backward and AdamW of 8 × 32 tokens. Memory is the most that tensors hold in it, beyond model and optimizer states.
 Latency is the forward of one row of 32 tokens, unmerged. Times are those that the processor spent on the process, so that others on the
-machine matter little; methods take turns, and medians are kept. They are times of a small model, where calls weigh more than in a large one.
+machine matter little; methods take turns, and medians are kept. They are times of a small model, where calls weigh more than usual.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """Prompt tuning, P-tuning and prefix tuning in PEFT's files: one tensor, ``prompt_embeddings``.
 
-    PROMPT_TUNING, P_TUNING   (P, d)            the rows that the model reads
-    PREFIX_TUNING             (P, 2·L·H·d_h)    keys and values, as in reference.soft_prompts.prefix
+    PROMPT_TUNING, P_TUNING   (T, d)            the rows that the model reads
+    PREFIX_TUNING             (T, 2·L·H·d_h)    keys and values, as in reference.soft_prompts.prefix
 
 Of an encoder (P-tuning, or a projected prefix) a file holds what comes out. So what is read is a
 plain prompt or prefix: it gives the same outputs, and training goes on without the encoder.

@@ -1,6 +1,6 @@
 """P-tuning: the rows of a soft prompt come out of a small network, which is trained with them.
 
-    prompt = network(E),    E: (P, d), trained
+    prompt = network(E),    E: (T, d), trained
 
 The rows then share numbers, and a step moves all of them together. Two networks are usual, as in
 peft:
@@ -8,7 +8,7 @@ peft:
     MLP     d → h → h → d with ReLU between
     LSTM    two layers read E in *both* directions, 2h numbers a row; then 2h → 2h → d
 
-It is needed in training only. What is kept of it is what comes out, P·d numbers: a file of them can
+It is needed in training only. What is kept of it is what comes out, T·d numbers: a file of them can
 be used and not trained on.
 
 Liu et al. 2021, "GPT Understands, Too" (2103.10385).
@@ -21,10 +21,10 @@ from reference.arguments import check_integer
 
 
 class PromptEncoder(nn.Module):
-    """A prompt for :class:`reference.soft_prompts.PromptTuning`; ``forward()`` gives (P, d).
+    """A prompt for :class:`reference.soft_prompts.PromptTuning`; ``forward()`` gives (T, d).
 
     Args:
-        tokens: P.
+        tokens: T.
         width: d, of the model's embedding.
         hidden: h; default: d.
         network: "mlp" or "lstm".
@@ -49,7 +49,7 @@ class PromptEncoder(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self) -> Tensor:
-        rows = self.embedding[None]  # (1, P, d)
+        rows = self.embedding[None]  # (1, T, d)
         if self.lstm is not None:
-            rows = self.lstm(rows)[0]  # (1, P, 2h): forward and backward side by side
+            rows = self.lstm(rows)[0]  # (1, T, 2h): forward and backward side by side
         return self.mlp(rows)[0]

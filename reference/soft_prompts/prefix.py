@@ -1,12 +1,12 @@
 """Prefix tuning: trained keys and values that every token of the text attends to, in every layer.
 
 Prompt tuning writes at the bottom and hopes that the layers carry it up. Prefix tuning gives each
-layer P keys and values of its own, through the cache that generation uses:
+layer T keys and values of its own, through the cache that generation uses:
 
     attention(q, [prefix keys; keys], [prefix values; values])
 
-2·L·H·P·d_h numbers for L layers with H key-value heads of width d_h. The keys are those *after* the
-rotary embedding, as the cache holds them, and the text's positions start at P. So the cache of any
+2·L·H·T·d_h numbers for L layers with H key-value heads of width d_h. The keys are those *after* the
+rotary embedding, as the cache holds them, and the text's positions start at T. So the cache of any
 text prompt is a prefix: :meth:`Prefix.from_cache` starts there, and gives what the prompt gives.
 
 A prefix of zeros is not neutral. A key of zeros scores q·0 = 0, and exp(0) = 1 of the softmax goes
@@ -34,12 +34,12 @@ def prefix_sizes(config) -> tuple[int, int, int]:
 
 
 class Prefix(nn.Module):
-    """Keys and values as they are: ``forward()`` gives (P, 2·L·H·d_h).
+    """Keys and values as they are: ``forward()`` gives (T, 2·L·H·d_h).
 
     In a row: layer by layer the keys and then the values, head by head.
 
     Args:
-        start: (P, 2·L·H·d_h); N(0, 1) is peft's.
+        start: (T, 2·L·H·d_h); N(0, 1) is peft's.
     """
 
     def __init__(self, start: Tensor):
@@ -54,17 +54,17 @@ class Prefix(nn.Module):
         """The prefix that a text leaves in a model's cache.
 
         Args:
-            keys_and_values: of each layer, (1, heads, P, width) each.
+            keys_and_values: of each layer, (1, heads, T, width) each.
         """
-        both = [each[0] for pair in keys_and_values for each in pair]  # (H, P, d_h), 2L of them
-        return cls(torch.stack(both).permute(2, 0, 1, 3).flatten(1))  # (P, 2·L·H·d_h)
+        both = [each[0] for pair in keys_and_values for each in pair]  # (H, T, d_h), 2L of them
+        return cls(torch.stack(both).permute(2, 0, 1, 3).flatten(1))  # (T, 2·L·H·d_h)
 
     def forward(self) -> Tensor:
         return self.embedding
 
 
 class PrefixEncoder(nn.Module):
-    """Keys and values from P rows through Linear-Tanh-Linear, which is trained with them.
+    """Keys and values from T rows through Linear-Tanh-Linear, which is trained with them.
 
     Needed in training only, as P-tuning's encoder is.
     """
@@ -107,7 +107,7 @@ class PrefixTuning(nn.Module):
         self.make_cache = make_cache
 
     def keys_and_values(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, (batch, heads, P, width) each, in the model's dtype."""
+        """Of each layer, (batch, heads, T, width) each, in the model's dtype."""
         rows = self.prefix().to(self.base.get_input_embeddings().weight.dtype)
         parts = rows.view(len(rows), 2 * self.layers, self.heads, self.width)
         parts = parts.permute(1, 2, 0, 3)[:, None].expand(-1, batch, -1, -1, -1)

@@ -1,12 +1,12 @@
 """Prompt tuning: words that no vocabulary has, put before the text and trained.
 
-A model reads embeddings, (length, d). Prompt tuning puts P trained rows before those of the text
-and trains nothing else: P·d numbers for a whole model.
+A model reads embeddings, (length, d). Prompt tuning puts T trained rows before those of the text
+and trains nothing else: T·d numbers for a whole model.
 
     logits = model(embeddings = [prompt; E[tokens]])
 
 The model's code stays as it is, and each text of a batch could have a prompt of its own. In return
-each text is P positions longer, and nothing can be merged.
+each text is T positions longer, and nothing can be merged.
 
 A start decides much. A trained embedding's entries are small, and N(0, 1), the usual default, is
 some fifty times as large: the first steps are spent on coming back. Rows of the model's own
@@ -24,10 +24,10 @@ IGNORED = -100  # the label of a position that is not scored
 
 
 class Prompt(nn.Module):
-    """P trained rows. ``forward()`` gives them, (P, d).
+    """T trained rows. ``forward()`` gives them, (T, d).
 
     Args:
-        start: (P, d), the first values; see :func:`text_start` and :func:`sampled_start`.
+        start: (T, d), the first values; see :func:`text_start` and :func:`sampled_start`.
     """
 
     def __init__(self, start: Tensor):
@@ -81,7 +81,7 @@ class PromptTuning(nn.Module):
         if more.get("position_ids") is not None:
             raise ValueError("position_ids must not be given: the prompt moves every position")
         text = self.base.get_input_embeddings()(input_ids)  # (batch, length, d)
-        prompt = self.prompt().to(text.dtype).expand(len(text), -1, -1)  # (batch, P, d)
+        prompt = self.prompt().to(text.dtype).expand(len(text), -1, -1)  # (batch, T, d)
         if attention_mask is not None:
             more["attention_mask"] = before(attention_mask, prompt.shape[1], 1)
         if more.get("token_type_ids") is not None:  # BERT's: the prompt is of the first segment

@@ -54,7 +54,7 @@ def observe(answer, seed: int) -> Seen:
         still = weight.norm(dim=1)
         size = f"of a {n_out} × {n_in} layer"
         yield (
-            f"the output {size} with B = 0 and the magnitudes of W's rows",
+            f"the output {size} where training starts",
             answer(x, weight, bias, A.detach(), torch.zeros(n_out, r), s, still),
         )
         y = answer(x, weight, bias, A, B, s, m)
@@ -80,7 +80,7 @@ check = Check(
         "one norm for the whole matrix: each row has its own": but(norm=lambda V: V.norm()),
         "the gradient flows through the norm: DoRA treats it as a constant, so detach it (the output is right, the gradients of A and B "
         "are not)": but(constant=lambda length: length),
-        "the norm is that of W alone: it must be that of D = W + s·B·A, else the rows do not get the lengths that the magnitudes say": but(
+        "the norm is that of W alone: it must be that of D = W + s·B·A": but(
             of=lambda weight, V: weight
         ),
         "D is not divided by its norm: multiply by magnitude/‖D‖, not by the magnitude": but(scaled=lambda V, m, length: m[:, None] * V),
