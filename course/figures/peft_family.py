@@ -97,32 +97,41 @@ def learned(data: dict[str, dict]) -> plt.Figure:
 
 
 def few_shot_data() -> dict[str, dict]:
-    """Method -> number of examples -> accuracy of each seed, with T-Few's losses; and without training."""
+    """Nats of the right answer at 64 examples for each rate tried, and accuracy by the number of examples, of one seed."""
     result = recorded.load("gemma_few_shot")["result"]
-    found = {"without training": {"0": [result["zero_shot"]["accuracy"]]}}
-    for method in SHOWN:
-        rows = [row for row in result["runs"] if row["method"] == method and row["losses"] == "t-few" and row["accuracy"] is not None]
-        found[method] = {str(n): [row["accuracy"] for row in rows if row["size"] == n] for n in sorted({row["size"] for row in rows})}
-    return found
+    runs = [row for row in result["runs"] if row["accuracy"] is not None]
+    curves: dict[str, dict] = {}
+    for row in runs:
+        curves.setdefault(row["method"], {}).setdefault(str(row["size"]), []).append(100 * row["accuracy"])
+    return {
+        "tried": result["tried"],
+        "curves": curves,
+        "untrained": {"nats": result["zero_shot"]["nats"], "accuracy": 100 * result["zero_shot"]["accuracy"]},
+    }
 
 
 def few_shot(data: dict[str, dict]) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7.6, 4.0))
-    for shift, (method, (colour, line)) in enumerate(SHOWN.items()):
-        sizes = [int(n) * 1.03 ** (shift - 3.5) for n in data[method]]
-        scores = [[100 * value for value in values] for values in data[method].values()]
-        middles = [statistics.fmean(each) for each in scores]
-        ends = [
-            [m - min(each) for m, each in zip(middles, scores, strict=True)],
-            [max(each) - m for m, each in zip(middles, scores, strict=True)],
-        ]
-        axes.errorbar(sizes, middles, ends, color=colour, ls=line, marker="o", markersize=4, capsize=2, lw=1.6, label=method)
-    axes.axhline(100 * data["without training"]["0"][0], color=plotting.BLACK, lw=1, ls="--", label="without training")
-    axes.axhline(12.5, color="#999999", lw=1, ls=":", label="chance")
-    axes.set(xscale="log", xlabel="labelled examples", ylabel="accuracy, %")
-    axes.set_xticks([16, 64, 256], ["16", "64", "256"])
-    axes.minorticks_off()
-    axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.7), width_ratios=(1.25, 1))
+    order = sorted(data["tried"], key=lambda method: min(data["tried"][method].values()))
+    for i, method in enumerate(order):
+        colour, scores = SHOWN[method][0], list(data["tried"][method].values())
+        left.plot(scores, [i] * len(scores), "o", color=colour, alpha=0.35, markersize=5)
+        left.plot(min(scores), i, "o", color=colour, markersize=8)
+    left.axvline(data["untrained"]["nats"], color=plotting.BLACK, lw=1, ls="--")
+    left.text(data["untrained"]["nats"], -0.65, "without training", fontsize=9, ha="center", va="bottom")
+    left.set_yticks(range(len(order)), order)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set(xlabel="64 examples: nats of the right answer", xlim=(0.5, 1.6))
+    for method, sizes in data["curves"].items():
+        colour, line = SHOWN[method]
+        middles = [statistics.fmean(values) for values in sizes.values()]
+        right.plot([int(n) for n in sizes], middles, color=colour, ls=line, marker="o", markersize=5, label=method)
+    right.axhline(data["untrained"]["accuracy"], color=plotting.BLACK, lw=1, ls="--")
+    right.set(xscale="log", xlabel="labelled examples", ylabel="accuracy, %", ylim=(40, 85))
+    right.set_xticks([16, 64, 256], ["16", "64", "256"])
+    right.minorticks_off()
+    right.legend(fontsize=9, loc="upper left")
     return figure
 
 
