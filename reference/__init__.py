@@ -17,10 +17,12 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     08   checkpointing (offload, lane, pool), precision (masters, scaler, rounding)
     09   ewc (penalty, fisher, squares, layers, adapters)
     09   rehearsal (buffer, gradients, logits, weights), progressive
-    10   bottleneck, soft_prompts, ia3, lora (dora), relatives
+    10   wrapped, lora (dora), ia3, t_few, soft_prompts (prompt, encoder, prefix)
+    10   bottleneck, fusion, relatives (updates, inject, starts, subsets)
+    10   adapter_format (variants, layers, prompts, family)
     11   multi_lora (layer, combine, serving)
     12   instruct, self_instruct
-    13   kernels (launch, low_rank, nf4, adamw, multi_lora)
+    13   kernels (launch, low_rank, nf4, adamw, dora, multi_lora)
     14   sharded
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the

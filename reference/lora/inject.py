@@ -8,13 +8,15 @@ Any tree of modules will do: a layer is replaced wherever it is a child, so that
 names stays one. The layers are those of :mod:`reference.lora.layer`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from reference.lora.base import check
+from reference.lora.layer import LoRALayer
 from reference.lora.parameters import adapter_parameters, trained_parts
 from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
@@ -60,19 +62,44 @@ def inject_lora(
             model is left as it was.
     """
     saved, rows = find_saved(model, modules_to_save), find_rows(model, trainable_token_indices)
+    targets = choose(model, target_modules, saved)
+    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
+    return inject_layers(model, targets, wrapper_of, settings, saved, rows)
+
+
+def choose(
+    model: nn.Module, target_modules: str | Iterable[str], saved: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The targets; "all-linear" leaves out what lies in a module that trains whole."""
     targets = find_targets(model, target_modules)
     if target_modules == "all-linear":
         whole = {part for module in saved.values() for part in module.modules()}
         targets = {name: layer for name, layer in targets.items() if layer not in whole}
+    return targets
+
+
+def inject_layers(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    kind_of: Callable[[nn.Module], type[LoRALayer]],
+    settings: tuple,
+    saved: Mapping[str, nn.Module] = MappingProxyType({}),
+    rows: Mapping[nn.Module, list[int]] = MappingProxyType({}),
+) -> list[str]:
+    """Wrap each of ``targets`` in ``kind_of(layer)(layer, *settings)``; see ``inject_lora``.
+
+    Args:
+        saved, rows: what trains whole, and layer -> rows, from ``find_saved`` and ``find_rows``.
+    """
+    r, lora_alpha, lora_dropout, _, init = settings
     _check_apart(targets, saved, rows)
     for name, layer in targets.items():
         try:
-            check(wrapper_of(layer), layer, r, lora_alpha, lora_dropout, init)
+            check(kind_of(layer), layer, r, lora_alpha, lora_dropout, init)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
     with _undone_on_error(model, targets.values()):
-        adapted = {layer: wrapper_of(layer)(layer, *settings) for layer in targets.values()}
+        adapted = {layer: kind_of(layer)(layer, *settings) for layer in targets.values()}
         adapted |= with_rows(rows)
     present = {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():

@@ -32,7 +32,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What the adapter trains, detached, not copied, by names in ``model.state_dict()``.
 
     Returns:
-        "<layer>.lora_A" and "<layer>.lora_B" -> factor, "<embedding>.rows" -> its trained rows,
+        "<layer>.lora_A" and "<layer>.lora_B" (and DoRA's magnitudes) -> factor, "<embedding>.rows"
+        -> its trained rows,
         "<module>.<parameter>" -> a parameter of a module that trains whole.
     """
     return {name: tensor.detach() for name, tensor in adapter_parameters(model).items()}
@@ -44,7 +45,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, layer in lora_layers(model):
         prefix = f"{name}." if name else ""
-        found |= {f"{prefix}lora_A": layer.lora_A, f"{prefix}lora_B": layer.lora_B}
+        found |= {f"{prefix}{key}": getattr(layer, key) for key in layer.factor_names}
     for name, layer in rows.items():
         found[f"{name}.rows"] = layer.rows
     for name, module in saved.items():

@@ -1,0 +1,142 @@
+"""Figures of unit 10: where each method sits in a block, what it learns with how many numbers, few-shot accuracy of a real model."""
+
+import statistics
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from course.figures import Figure
+from course.lab import plotting, recorded
+from course.lab.family import FULL
+
+PAGE = "lessons/10_peft_family.md"
+KINDS = {  # kind -> label, colour, mark
+    "subset": ("the model's own weights", plotting.BLACK, "s"),
+    "update": ("updates of weights (LoRA and relatives)", plotting.BLUE, "o"),
+    "scale": ("scales (IA³)", plotting.PINK, "D"),
+    "adapter": ("adapters", plotting.GREEN, "^"),
+    "prompt": ("soft prompts and prefixes", plotting.ORANGE, "v"),
+}
+NAMED = {  # what the scatter names, and where the name stands
+    FULL: (6, 4), "LoRA": (6, -12), "LoRA, r = 1": (-30, -14), "DoRA": (6, 6), "IA³": (7, 3), "LN tuning": (7, 3), "VeRA": (-34, -4),
+    "adapter, Houlsby": (7, -3), "adapter, Pfeiffer": (-20, 9), "prompt, random": (-14, 9), "prompt, text": (7, -12),
+    "prefix, random": (7, 3), "prefix, text": (7, 4), "prefix, projected": (7, 3), "P-tuning, LSTM": (-40, 9), "OFT": (-4, 9),
+}  # fmt: skip
+SHOWN = {  # Gemma's curves -> colour, line
+    "LoRA": (plotting.BLUE, "-"), "DoRA": (plotting.SKY, "--"), "IA³": (plotting.PINK, "-"), "adapter, Houlsby": (plotting.GREEN, "-"),
+    "prefix, text": (plotting.RED, "-"), "prefix, random": (plotting.RED, ":"), "prompt, text": (plotting.ORANGE, "-"),
+    "prompt, random": (plotting.ORANGE, ":"),
+}  # fmt: skip
+
+
+def places_data() -> dict[str, list]:
+    """What stands where: text, place (x, y), kind."""
+    return {
+        "model": [["embedding", 0.0, 0.0], ["attention", 0.0, 1.5], ["feed-forward", 0.0, 3.4]],
+        "methods": [
+            ["prompt tuning, P-tuning:\nrows before the text's", 2.6, 0.0, "prompt"],
+            ["prefix tuning: keys and values\nthat every token sees", 2.6, 1.15, "prompt"],
+            ["IA³: scales keys, values,\nand the feed-forward's inner width", 2.6, 2.05, "scale"],
+            ["LoRA, DoRA, VeRA, OFT, …:\nchange the weights inside", -2.6, 2.45, "update"],
+            ["adapter: a small network\nbehind or beside each part", 2.6, 3.3, "adapter"],
+            ["BitFit, LN tuning: train some\nof the numbers that are there", -2.6, 0.75, "subset"],
+        ],
+        "arrows": [[2.6, 0.0, 0.75, 0.0], [2.6, 1.15, 0.75, 1.4], [2.6, 2.05, 0.75, 1.65], [2.6, 2.05, 0.75, 3.2], [-2.6, 2.45, -0.75, 1.6],
+                   [-2.6, 2.45, -0.75, 3.3], [2.6, 3.3, 0.06, 4.05], [2.6, 3.3, 0.0, 2.45], [-2.6, 0.75, -0.75, 1.35]],
+    }  # fmt: skip
+
+
+def places(data: dict[str, list]) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(8.4, 3.9))
+    for name, x, y in data["model"]:
+        axes.add_patch(FancyBboxPatch((x - 0.7, y - 0.32), 1.4, 0.64, boxstyle="round,pad=0.04", fc="#EEEEEE", ec=plotting.BLACK, lw=1.2))
+        axes.text(x, y, name, ha="center", va="center", fontsize=10)
+    for low, high in ((0.36, 1.14), (1.86, 3.04), (3.76, 4.45)):
+        axes.add_patch(FancyArrowPatch((0, low), (0, high), arrowstyle="-|>", mutation_scale=11, color=plotting.BLACK, lw=1.3))
+    for sign, x, y, xx, yy in ((1 if a[0] > 0 else -1, *a) for a in data["arrows"]):
+        colour = next(KINDS[kind][1] for _, mx, my, kind in data["methods"] if (mx, my) == (x, y))
+        start = (x - sign * 0.55 if sign > 0 else x + 0.55, y)
+        axes.add_patch(FancyArrowPatch(start, (xx, yy), arrowstyle="-|>", mutation_scale=9, color=colour, lw=1.2, alpha=0.9))
+    for text, x, y, kind in data["methods"]:
+        axes.text(
+            x - 0.5 if x > 0 else x + 0.5, y, text, ha="left" if x > 0 else "right", va="center", fontsize=9.5, color=KINDS[kind][1],
+            bbox={"fc": "white", "ec": "none", "pad": 2},
+        )  # fmt: skip
+    axes.text(0.08, 4.3, "to the next block", fontsize=8.5, va="center")
+    axes.set(xlim=(-4.9, 4.9), ylim=(-0.5, 4.6))
+    axes.axis("off")
+    return figure
+
+
+def learned_data() -> dict[str, dict]:
+    """Method -> kind, trained numbers, nats on clinic and forgotten, of each seed."""
+    rows = recorded.load("peft_family")["result"]["methods"]
+    return {
+        row["method"]: {"kind": row["kind"], "trained": row["parameters"], "clinic": row["clinic"], "forgotten": row["forgotten"]}
+        for row in rows
+    }
+
+
+def learned(data: dict[str, dict]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(10.2, 4.4), sharey=True)
+    for name, row in data.items():
+        _, colour, mark = KINDS[row["kind"]]
+        middle = statistics.fmean(row["clinic"])
+        ends = [[middle - min(row["clinic"])], [max(row["clinic"]) - middle]]
+        for each, x in zip(axes, (row["trained"], statistics.fmean(row["forgotten"])), strict=True):
+            each.errorbar([x], [middle], ends, fmt=mark, color=colour, markersize=6, capsize=2, lw=1)
+            if name in NAMED:
+                each.annotate(name, (x, middle), NAMED[name], textcoords="offset points", fontsize=8, color=colour)
+    axes[0].set(xscale="log", yscale="log", xlabel="numbers trained (of 1.07 million)", ylabel="clinic: nats per token above the floor")
+    axes[1].set(xlabel="forgotten: general text, nats per token above the floor")
+    axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    axes[0].minorticks_off()
+    marks = [plt.Line2D([], [], color=colour, marker=mark, ls="", label=label) for label, colour, mark in KINDS.values()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def few_shot_data() -> dict[str, dict]:
+    """Nats of the right answer at 64 examples for each rate tried, and accuracy by the number of examples, of one seed."""
+    result = recorded.load("gemma_few_shot")["result"]
+    runs = [row for row in result["runs"] if row["accuracy"] is not None]
+    curves: dict[str, dict] = {}
+    for row in runs:
+        curves.setdefault(row["method"], {}).setdefault(str(row["size"]), []).append(100 * row["accuracy"])
+    return {
+        "tried": result["tried"],
+        "curves": curves,
+        "untrained": {"nats": result["zero_shot"]["nats"], "accuracy": 100 * result["zero_shot"]["accuracy"]},
+    }
+
+
+def few_shot(data: dict[str, dict]) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.7), width_ratios=(1.25, 1))
+    order = sorted(data["tried"], key=lambda method: min(data["tried"][method].values()))
+    for i, method in enumerate(order):
+        colour, scores = SHOWN[method][0], list(data["tried"][method].values())
+        left.plot(scores, [i] * len(scores), "o", color=colour, alpha=0.35, markersize=5)
+        left.plot(min(scores), i, "o", color=colour, markersize=8)
+    left.axvline(data["untrained"]["nats"], color=plotting.BLACK, lw=1, ls="--")
+    left.text(data["untrained"]["nats"], -0.65, "without training", fontsize=9, ha="center", va="bottom")
+    left.set_yticks(range(len(order)), order)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set(xlabel="64 examples: nats of the right answer", xlim=(0.5, 1.6))
+    for method, sizes in data["curves"].items():
+        colour, line = SHOWN[method]
+        middles = [statistics.fmean(values) for values in sizes.values()]
+        right.plot([int(n) for n in sizes], middles, color=colour, ls=line, marker="o", markersize=5, label=method)
+    right.axhline(data["untrained"]["accuracy"], color=plotting.BLACK, lw=1, ls="--")
+    right.set(xscale="log", xlabel="labelled examples", ylabel="accuracy, %", ylim=(40, 85))
+    right.set_xticks([16, 64, 256], ["16", "64", "256"])
+    right.minorticks_off()
+    right.legend(fontsize=9, loc="upper left")
+    return figure
+
+
+FIGURES = [
+    Figure("family_places", PAGE, places_data, places),
+    Figure("family_learned", PAGE, learned_data, learned),
+    Figure("family_few_shot", PAGE, few_shot_data, few_shot),
+]
