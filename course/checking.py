@@ -95,7 +95,8 @@ def first_difference(actual: Any, expected: Any, rtol: float = 1e-4, atol: float
             return f"expected a {expected.kind.__name__}, but the call was accepted"
         return None if issubclass(actual.kind, expected.kind) else f"expected a {expected.kind.__name__}, got a {actual.kind.__name__}"
     if isinstance(expected, Changed):
-        extra, missing = ([name for name in one.names if name not in other.names] for one, other in ((actual, expected), (expected, actual)))
+        extra = [name for name in actual.names if name not in expected.names]
+        missing = [name for name in expected.names if name not in actual.names]
         if missing:
             return f"{missing[0]} is as it was: change it in place"
         return f"{extra[0]} was changed in place; work on a copy" if extra else None

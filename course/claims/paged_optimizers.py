@@ -325,10 +325,10 @@ def files_take_times(tokens: int = 16, device: str = GPU) -> float:
 
 
 def measured_break_even(device: str = GPU) -> float:
-    """Tokens at which the resident pass takes as long as copying all weights, between two that were measured."""
+    """Tokens at which the resident pass takes as long as copying all weights, between two that were measured; to hundreds."""
     rows = [row for row in _layers(device)["rows"] if row["how"] == "memory" and "copying" in row]
     for one, other in itertools.pairwise(rows):
         if one["computing"] <= one["copying"] <= other["computing"]:
             part = (one["copying"] - one["computing"]) / (other["computing"] - one["computing"])
-            return one["tokens"] + part * (other["tokens"] - one["tokens"])
+            return round(one["tokens"] + part * (other["tokens"] - one["tokens"]), -2)
     raise LookupError("no two neighbouring numbers of tokens lie on both sides")
