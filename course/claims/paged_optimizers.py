@@ -213,6 +213,11 @@ def resident_ms(how: str, model: str = "a billion", device: str = GPU) -> float:
     return _row("resident", device, how=how, model=model)["ms"]
 
 
+def library_times_resident(device: str = GPU) -> float:
+    """How many times as long bitsandbytes' paged AdamW takes, with everything on the card."""
+    return resident_ms("bitsandbytes, paged", device=device) / resident_ms("paged", device=device)
+
+
 def step(what: str, policy: str = "alternate", streams: int = 3, device: str = GPU) -> float:
     """Under a budget of 1 GB: "ms", pages that are a "hit", come "in" or go "out", "share in" of the bus; "frames", all "pages"."""
     if what == "ms":
