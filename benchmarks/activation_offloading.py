@@ -7,7 +7,7 @@ Four layers of Llama-2-7B (reference.llama) in bf16 with random weights, all of 
 optimizer; every parameter has its gradient before. "peak" is all that the allocator handed out, weights and gradients too; "activations" is
 the peak less those. Variants take turns; medians by CUDA events after two rounds of warm-up, in which host memory is made.
 
-"limit" is the least that the bus allows: the forward takes as long as its products or its copies, whichever takes longer, and so does the
+"limit" is about what the bus allows: the forward takes as long as its products or its copies, whichever takes longer, and so does the
 backward. Bytes over the bandwidth of large pinned copies in the same run, and the seconds of both halves without offloading.
 """
 
