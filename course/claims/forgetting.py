@@ -99,11 +99,9 @@ def _sequence(method: str) -> dict:
     return next(row for row in _study()["sequence"] if row["method"] == method)
 
 
-def after_three(method: str, domain: str = "average") -> float:
-    """Nats per token above the floor after clinic, legal and SQL: of one domain, or in the mean of the three and general."""
-    row = _sequence(method)
-    domains = ("general", "clinic", "legal", "sql") if domain == "average" else (domain,)
-    return statistics.fmean(statistics.fmean(row[each]) for each in domains)
+def after_three(method: str, domain: str) -> float:
+    """Nats per token above the floor after clinic, legal and SQL."""
+    return statistics.fmean(_sequence(method)[domain])
 
 
 # Digits
