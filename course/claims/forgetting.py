@@ -118,13 +118,18 @@ def digits_percent(method: str, task: int | None = None, value: float | None = N
     return 100 * statistics.fmean(statistics.fmean(end) if task is None else end[task - 1] for end in ends)
 
 
+def digits_learned_percent(method: str) -> float:
+    """Of the first task, right when it was learned."""
+    return 100 * statistics.fmean(table[0][0] for table in _digits(method))
+
+
 # The Fisher
 
 
 def batch_share(rows: int) -> float:
-    """The squared gradient of batches of so many rows, over the exact Fisher, in sum; labels drawn from the model."""
+    """The squared gradient of batches of so many rows, over the exact Fisher, in sum."""
     data = batch_shares()
-    return data["labels drawn from the model"][data["sizes"].index(rows)]
+    return data["labels of the data"][data["sizes"].index(rows)]
 
 
 def times_too_small(rows: int) -> float:
