@@ -1,7 +1,7 @@
 """Speed of the Fisher's diagonal: ours beside BackPACK, torch.func over the whole model, and a loop with a pass for each answer.
 
-    python -m benchmarks.fisher             # a CUDA device; saves the recorded result "fisher"
-    python -m benchmarks.fisher --smoke     # small, also on a CPU; saves to a temporary folder
+    python -m benchmarks.fisher             # on the best device of the machine; saves the recorded result "fisher"
+    python -m benchmarks.fisher --smoke     # small; saves to a temporary folder
 
 *Classifier*: an MLP of two sizes on rows without positions, the exact Fisher and the empirical one. *Tiny*: the course's tiny Llama, the
 exact Fisher of one row, every position and every one of its 349 words. All contestants do the same work and their results are compared.
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cli import message, record
-from course.lab import models
-from course.lab.devices import device
+from benchmarks.cli import message, options
+from course.lab import models, recorded
 from course.lab.meters import milliseconds, peak_memory
 from course.lab.world import World
 from reference.ewc import fisher_diagonal
@@ -174,13 +173,20 @@ def on_tiny(where: torch.device, positions: int, chunk: int, rate: float, rounds
     return [row | {"milliseconds": times, "apart": apart, "limit_ms": limit, "peak_bytes": peak.bytes}]
 
 
-def measure(small: bool = False, where: torch.device | None = None) -> dict:
-    """All comparisons; ``small`` for a machine without a GPU."""
-    where = where or device()
-    rate = product_rate(where, 64 if small else 8192)
-    rows = on_tiny(where, *((1, 64) if small else (3, 256)), rate, 1 if small else 5)
-    rows += on_classifier(where, *((16, 4, 1, 1) if small else (1024, 512, 5, 10)), rate, slow=True)
-    rows += on_classifier(where, *((32, 8, 1, 1) if small else (2048, 4096, 5, 5)), rate, slow=False)
+SIZES = {  # tiny's positions and chunk, its rounds; width, rows, rounds and repeats of the classifiers
+    "smoke": ((1, 64), 1, (16, 4, 1, 1), (32, 8, 1, 1)),
+    "cpu": ((2, 256), 3, (256, 128, 5, 3), (1024, 256, 5, 2)),
+    "cuda": ((3, 256), 5, (1024, 512, 5, 10), (2048, 4096, 5, 5)),
+}
+
+
+def measure(where: torch.device, size: str) -> dict:
+    """All comparisons, at a size of ``SIZES``."""
+    tiny, rounds, small, large = SIZES[size]
+    rate = product_rate(where, {"smoke": 64, "cpu": 1024, "cuda": 8192}[size])
+    rows = on_tiny(where, *tiny, rate, rounds)
+    rows += on_classifier(where, *small, rate, slow=True)
+    rows += on_classifier(where, *large, rate, slow=False)
     return {"product_rate": rate, "rows": rows}
 
 
@@ -201,7 +207,10 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    record("fisher", __doc__, measure, table, small={"small": True})
+    given = options("fisher", __doc__, gpu=False)
+    result = measure(given.device, "smoke" if given.smoke else given.device.type)
+    print(table(result))
+    print("saved to", recorded.save("fisher", result, given.out, given.device))
 
 
 if __name__ == "__main__":

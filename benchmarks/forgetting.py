@@ -22,7 +22,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class Sizes:
     reservoir: int = 512
     values: int = 99  # at most so many settings of a method
     rates: int = 99  # and learning rates
+    settings: tuple[float, ...] = ()  # these alone, if any
+    only_rates: tuple[float, ...] = ()
     at_once: int = 256  # copies in a stack
     foreign: tuple[int, ...] = (0, 25, 50, 100, 200, 300)
     sequence_steps: int = 100
@@ -159,7 +161,7 @@ def dark(step: Step) -> Tensor:
 
 
 def methods() -> list[Method]:
-    r16, lambdas = (lambda value: 16), (0.1, 1.0, 10.0, 100.0, 1000.0)
+    r16, lambdas = (lambda value: 16), (1.0, 10.0, 100.0, 1000.0, 1e4, 1e5)
     fractions = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     weights = (0.1, 0.3, 1.0, 3.0, 10.0)
     return [
@@ -169,7 +171,7 @@ def methods() -> list[Method]:
         Method("full, embeddings and head fixed", "", (0.0,), (1e-4, *FULL_LRS), ends=False),
         Method("L2 to the start", "λ", (1e-3, 1e-2, 0.1, 1.0, 10.0), loss=anchored(None)),
         Method("EWC", "λ", lambdas, loss=anchored("sampled")),
-        Method("EWC, batch Fisher", "λ", (1.0, 10.0, 100.0, 1e3, 1e4, 1e5), loss=anchored("batch")),
+        Method("EWC, batch Fisher", "λ", (1e3, 1e4, 1e5, 1e6, 1e7), loss=anchored("batch")),
         Method("replay", "share of old rows", fractions, fraction=float),
         Method("distillation, old text", "weight", weights, loss=distilled("old"), old_rows=OLD_ROWS),
         Method("distillation, new text", "weight", weights, loss=distilled("new")),
@@ -358,7 +360,8 @@ class Study:
         """One method: every setting and rate with seed 0, then the choices of that with the other seeds."""
         method, s = next(m for m in methods() if m.name == name), self.sizes
         base = self.above_floor(self.frozen, "general")[0]
-        tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
+        values, lrs = s.settings or method.values[: s.values], s.only_rates or method.lrs[: s.rates]
+        tried = [Run(value, lr, 0) for value in values for lr in lrs]
         found = self.trajectories(method, tried)
         chosen = {choice for paths in found.values() for choice in [*choices(paths).values(), *learned_most(paths).values()]}
         reported = [Run(value, lr, seed) for value, lr in sorted(chosen) for seed in range(1, s.seeds)]
@@ -412,7 +415,7 @@ class Study:
         """clinic, legal, sql: what is left of each, and of general, after the last."""
         s, tasks = self.sizes, ("clinic", "legal", "sql")
         method = next(m for m in in_sequence() if m.name == name)
-        tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in method.lrs[: s.rates]]
+        tried = [Run(value, lr, 0) for value in method.values[: s.values] for lr in s.only_rates or method.lrs[: s.rates]]
         first = self.sequence_runs(method, tried, tasks)
         best = min(tried, key=lambda run: sum(first[run][domain] for domain in ("general", *tasks)))
         reported = [Run(best.value, best.lr, seed) for seed in range(1, s.seeds)]
@@ -646,13 +649,18 @@ def main() -> None:
         gpu=False,
         only={"nargs": "+", "help": f"parts of the study ({', '.join(PARTS)}) or methods"},
         workers={"type": int, "default": 1, "help": "processes; on a GPU 8 keep it busy"},
+        seeds={"type": int, "help": "the first chooses, the others are reported (default: 6)"},
+        settings={"type": float, "nargs": "+", "default": (), "help": "only these values of a method's setting"},
+        rates={"type": float, "nargs": "+", "default": (), "help": "only these learning rates"},
     )
     paths = []
 
     def keep(result: dict) -> None:
         paths.append(recorded.save("forgetting", shortened(result), given.out, given.device))
 
-    result = measure(SMALL if given.smoke else Sizes(), given.device, given.only, given.workers, keep)
+    sizes = SMALL if given.smoke else Sizes()
+    sizes = replace(sizes, seeds=given.seeds or sizes.seeds, settings=tuple(given.settings), only_rates=tuple(given.rates))
+    result = measure(sizes, given.device, given.only, given.workers, keep)
     for row in result["frontier"]["levels"]:
         if row["level"] in (0.5, 0.25, 0.12):
             values = row["forgotten"]

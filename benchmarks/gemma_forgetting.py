@@ -136,7 +136,7 @@ class Benchmark:
     def losses(self, model: nn.Module) -> tuple[float, float]:
         """Clinic notes in nats per word above the floor; English passages in nats per token."""
         tokens = self.settings.batch_tokens
-        window = {"window": min(512, 8 * self.settings.length), "stride": 4 * self.settings.length, "batch_tokens": tokens}
+        window = {"window": 512, "stride": 256, "batch_tokens": tokens}
         clinic = probes.perplexity(model, self.tokenizer, self.held_out, **window)
         prose = probes.perplexity(model, self.tokenizer, self.passages, **window)
         return (clinic.nats - self.floor) / self.words, prose.nats_per_token

@@ -144,7 +144,7 @@ def levels(method: str) -> list[dict]:
 def frontier_data() -> dict[str, dict]:
     """Group -> method -> level -> mean forgotten and the ends of its 95 % interval, nats per token."""
     found = {}
-    for title, group in (("nothing old is kept", WITHOUT), ("old text is kept, or the old model", WITH)):
+    for title, group in (("no old text is kept", WITHOUT), ("old text is kept, or a column", WITH)):
         found[title] = {m: [[row["level"], *mean_of(row["forgotten"])] for row in levels(m)] for m in group}
     return found
 
@@ -161,12 +161,12 @@ def frontier(data: dict[str, dict]) -> plt.Figure:
             each.fill_between(level, low, high, color=colour, alpha=0.15, linewidth=0)
         each.set(title=title, xscale="log", xlabel="left to learn about clinic notes, nats per token above the floor")
         each.set_yscale("symlog", linthresh=0.05, linscale=0.6)
-        each.set_xticks((1.5, 1, 0.5, 0.25, 0.12, 0.08), ("1.5", "1", "0.5", "0.25", "0.12", "0.08"))
+        each.set_xticks((1.5, 1, 0.5, 0.25, 0.12), ("1.5", "1", "0.5", "0.25", "0.12"))
         each.minorticks_off()
         each.invert_xaxis()
-        each.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        each.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handlelength=3.2, markerscale=0)
     axes[0].set_yticks((0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5), ("0", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"))
-    axes[0].set(ylabel="forgotten of general text, nats per token")
+    axes[0].set(ylabel="forgotten of general text, nats per token", ylim=(-0.01, 6))
     return figure
 
 
@@ -210,7 +210,10 @@ def tasks(data: dict[str, dict]) -> plt.Figure:
 
 def foreign_data() -> dict[str, dict]:
     """Method -> steps, and what is left to learn: mean and ends of its interval."""
-    rows = recorded.load("forgetting", CARD)["result"]["foreign"]
+    rows = sorted(
+        recorded.load("forgetting", CARD)["result"]["foreign"],
+        key=lambda row: ("embeddings" in row["method"], row["method"] != "full fine-tuning", row["trained"]),
+    )
     return {
         row["method"]: {"steps": row["steps"], "left": [list(mean_of(values)) for values in zip(*row["left"], strict=True)]} for row in rows
     }

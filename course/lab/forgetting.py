@@ -50,5 +50,5 @@ def mean_of(values: Sequence[float], confidence: float = 0.95) -> Mean:
     if len(values) < 2:
         raise ValueError(f"values must be at least two, for a spread; got {len(values)}")
     middle = statistics.fmean(values)
-    half = t.ppf((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Mean(middle, middle - half, middle + half)
