@@ -1,6 +1,7 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the judges' arithmetic is the reference's."""
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 
 from course.checking import NotYet
 from course.checks import peft_family as check
-from course.checks.peft_family import choose as choosing
 from course.checks.peft_family.dora import dora
 from course.checks.peft_family.encoder import p_tuning_numbers
 from course.checks.peft_family.fusion import fuse
@@ -21,6 +21,8 @@ from reference.fusion import Fusion
 from reference.ia3 import IA3Layer
 from reference.lora.dora import DoRALinear
 from reference.soft_prompts import PromptEncoder
+
+choosing = importlib.import_module("course.checks.peft_family.choose")  # the package hands on the check under that name
 
 
 def refused(judge, answer):

@@ -25,7 +25,7 @@ from reference.memory import SHAPES
 from reference.model_shapes import ModelShape
 from reference.nf4 import dequantize_nf4, quantize_nf4
 from reference.relatives import loftq
-from reference.soft_prompts import Prefix, PrefixTuning, Prompt, PromptEncoder, PromptTuning, prefix_sizes, text_start
+from reference.soft_prompts import PrefixTuning, Prompt, PromptEncoder, PromptTuning, text_start
 from reference.t_few import choice_losses
 
 # Counting
@@ -126,21 +126,6 @@ def random_prompt_times() -> float:
 
 def random_prompt_times_tiny() -> float:
     return 1 / _tiny()[0].get_input_embeddings().weight.std().item()
-
-
-def zero_prefix_share(zeros: int, keys: int) -> float:
-    """Percent of a softmax that keys of zeros take beside as many keys, all of score 0."""
-    return 100 * zeros / (zeros + keys)
-
-
-@cache
-def zero_prefix_moves() -> float:
-    """What a prefix of 16 zeros does to the tiny model's logits, over their own standard deviation."""
-    model, ids, _ = _tiny()
-    layers, heads, width = prefix_sizes(model.config)
-    tuned = PrefixTuning(copy.deepcopy(model), Prefix(torch.zeros(16, 2 * layers * heads * width)), DynamicCache)
-    before = _logits(model, ids)
-    return ((_logits(tuned, ids) - before).std() / before.std()).item()
 
 
 def a_prompt_and_a_prefix_hold_any_text() -> bool:
@@ -263,11 +248,6 @@ def in_every_seed(better: str, worse: str, task: str = "clinic") -> bool:
     return max(_row(better)[task]) < min(_row(worse)[task])
 
 
-def seeds_overlap(one: str, other: str, task: str = "clinic") -> bool:
-    """Neither is better in every seed."""
-    return not in_every_seed(one, other, task) and not in_every_seed(other, one, task)
-
-
 def spread(method: str, task: str = "clinic") -> float:
     """Between the best and the worst seed, nats per token."""
     return max(_row(method)[task]) - min(_row(method)[task])
@@ -296,11 +276,6 @@ def accuracy(method: str, size: int) -> float:
     return 100 * recorded.row("gemma_few_shot", method=method, size=size, losses="t-few", seed=0)["accuracy"]
 
 
-def nats_at_64(method: str) -> float:
-    """Of the right answer among four, on 64 validation lines after 64 examples; the best of three rates, seed 0."""
-    return min(recorded.load("gemma_few_shot")["result"]["tried"][method].values())
-
-
 def zero_shot(what: str = "accuracy") -> float:
     """Without training: "accuracy" in percent, or "nats"."""
     found = recorded.load("gemma_few_shot")["result"]["zero_shot"][what]
@@ -314,11 +289,6 @@ def layer(method: str, what: str, who: str = "ours") -> float:
     """Of ``family_layers``: "milliseconds", "error" or "peak_bytes" of "ours", "peft" or "frozen layer"; or "times_as_fast"."""
     row = recorded.row("family_layers", method=method)
     return row[what] if what == "times_as_fast" else row[what][who]
-
-
-def slowest_times_as_fast() -> float:
-    """The least advantage over peft of all methods."""
-    return min(row["times_as_fast"] for row in recorded.load("family_layers")["result"]["table"])
 
 
 def layer_mb(method: str, who: str = "ours") -> float:

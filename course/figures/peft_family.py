@@ -17,11 +17,17 @@ KINDS = {  # kind -> label, colour, mark
     "adapter": ("adapters", plotting.GREEN, "^"),
     "prompt": ("soft prompts and prefixes", plotting.ORANGE, "v"),
 }
-NAMED = {  # what the scatter names, and where the name stands
-    FULL: (6, 4), "LoRA": (6, -12), "LoRA, r = 1": (-30, -14), "DoRA": (6, 6), "IA³": (7, 3), "LN tuning": (7, 3), "VeRA": (-34, -4),
-    "adapter, Houlsby": (7, -3), "adapter, Pfeiffer": (-20, 9), "prompt, random": (-14, 9), "prompt, text": (7, -12),
-    "prefix, random": (7, 3), "prefix, text": (7, 4), "prefix, projected": (7, 3), "P-tuning, LSTM": (-40, 9), "OFT": (-4, 9),
-}  # fmt: skip
+NAMED = (  # what each panel names, and where the name stands
+    {
+        FULL: (-82, -3), "LoRA": (8, 3), "LoRA, r = 1": (8, 0), "OFT": (-10, -14), "IA³": (9, -3), "LN tuning": (9, -3), "VeRA": (-30, -12),
+        "LoKr": (8, 0), "adapter, Houlsby": (-28, -15), "adapter, Pfeiffer": (8, 0), "prompt, random": (9, 0), "prefix, random": (9, -3),
+        "prefix, projected": (9, -3), "prefix, text": (9, -3), "P-tuning, LSTM": (-70, -12),
+    },
+    {
+        FULL: (9, -3), "LoKr": (-8, -14), "LoRA+": (-40, 3), "IA³": (-24, 2), "LN tuning": (9, -3), "adapter, Houlsby": (-44, -15),
+        "prefix, text": (9, -3), "prefix, projected": (9, -3), "P-tuning, LSTM": (9, 0), "LoRA, r = 1": (9, 0),
+    },
+)  # fmt: skip
 SHOWN = {  # Gemma's curves -> colour, line
     "LoRA": (plotting.BLUE, "-"), "DoRA": (plotting.SKY, "--"), "IA³": (plotting.PINK, "-"), "adapter, Houlsby": (plotting.GREEN, "-"),
     "prefix, text": (plotting.RED, "-"), "prefix, random": (plotting.RED, ":"), "prompt, text": (plotting.ORANGE, "-"),
@@ -71,10 +77,8 @@ def places(data: dict[str, list]) -> plt.Figure:
 def learned_data() -> dict[str, dict]:
     """Method -> kind, trained numbers, nats on clinic and forgotten, of each seed."""
     rows = recorded.load("peft_family")["result"]["methods"]
-    return {
-        row["method"]: {"kind": row["kind"], "trained": row["parameters"], "clinic": row["clinic"], "forgotten": row["forgotten"]}
-        for row in rows
-    }
+    numbers = {row["method"]: row["parameters"] for row in recorded.load("peft_costs")["result"]["methods"]}
+    return {row["method"]: {key: row[key] for key in ("kind", "clinic", "forgotten")} | {"trained": numbers[row["method"]]} for row in rows}
 
 
 def learned(data: dict[str, dict]) -> plt.Figure:
@@ -83,11 +87,12 @@ def learned(data: dict[str, dict]) -> plt.Figure:
         _, colour, mark = KINDS[row["kind"]]
         middle = statistics.fmean(row["clinic"])
         ends = [[middle - min(row["clinic"])], [max(row["clinic"]) - middle]]
-        for each, x in zip(axes, (row["trained"], statistics.fmean(row["forgotten"])), strict=True):
+        for each, names, x in zip(axes, NAMED, (row["trained"], statistics.fmean(row["forgotten"])), strict=True):
             each.errorbar([x], [middle], ends, fmt=mark, color=colour, markersize=6, capsize=2, lw=1)
-            if name in NAMED:
-                each.annotate(name, (x, middle), NAMED[name], textcoords="offset points", fontsize=8, color=colour)
-    axes[0].set(xscale="log", yscale="log", xlabel="numbers trained (of 1.07 million)", ylabel="clinic: nats per token above the floor")
+            if name in names:
+                each.annotate(name, (x, middle), names[name], textcoords="offset points", fontsize=8, color=colour)
+    axes[0].set(xscale="log", yscale="log", ylim=(0.2, 6.5))
+    axes[0].set(xlabel="numbers trained (of 1.07 million)", ylabel="clinic: nats per token above the floor")
     axes[1].set(xlabel="forgotten: general text, nats per token above the floor")
     axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     axes[0].minorticks_off()
