@@ -42,9 +42,7 @@ def choice_losses(
     """
     _check(logits, labels, right)
     batch = torch.arange(len(labels), device=labels.device)
-    costs = F.cross_entropy(
-        logits.flatten(0, 2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)  # (batch, choices, length): −log p of each token, 0 where ignored
+    costs = token_costs(logits, labels)  # (batch, choices, length)
     scored = labels != IGNORED
     wrong = scored.clone()
     wrong[batch, right] = False
@@ -58,6 +56,12 @@ def choice_losses(
     return {"loss": lm + ul * parts["ul"] + ln * parts["ln"], **parts}
 
 
+def token_costs(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log p of each token in the shape of the labels, float32; 0 where ignored."""
+    flat = logits.flatten(0, 2).float(), labels.flatten()
+    return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view(labels.shape)
+
+
 def scores(costs: Tensor, scored: Tensor) -> Tensor:
     """−(mean cost of a choice's tokens), (batch, choices): the highest is the model's answer."""
     return -costs.sum(-1) / scored.sum(-1)
@@ -65,10 +69,7 @@ def scores(costs: Tensor, scored: Tensor) -> Tensor:
 
 def answer_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """The model's score of each choice, (batch, choices); arguments of :func:`choice_losses`."""
-    costs = F.cross_entropy(
-        logits.flatten(0, 2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)
-    return scores(costs, labels != IGNORED)
+    return scores(token_costs(logits, labels), labels != IGNORED)
 
 
 def _check(logits: Tensor, labels: Tensor, right: Tensor) -> None:

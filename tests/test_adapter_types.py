@@ -69,7 +69,7 @@ def fixed_seed():
 def from_peft(base, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of missing and of unexpected keys
-        warnings.filterwarnings("ignore", ".*not save vera_A")
+        warnings.filterwarnings("ignore", ".*not (save|load) vera_A")
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
