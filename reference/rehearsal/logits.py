@@ -13,16 +13,16 @@ from reference.arguments import check_number
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
-    """T² · KL(teacher ‖ student), both softened by T, in the mean over predictions.
+    """temp² · KL(teacher ‖ student), both softened by temp, in the mean over predictions.
 
-    T² makes up for the gradient, which softening shrinks by as much (Hinton et al. 2015).
+    temp² makes up for the gradient, which softening shrinks by as much (Hinton et al. 2015).
 
     Args:
         student, teacher: logits (..., classes); the teacher's get no gradient.
-        temperature: T, above 0.
+        temperature: temp, above 0.
 
     Raises:
-        TypeError, ValueError: T is not a positive number, or the shapes differ.
+        TypeError, ValueError: it is not a positive number, or the shapes differ.
     """
     check_number("temperature", temperature, 0)
     if temperature == 0:

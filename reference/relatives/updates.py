@@ -63,9 +63,7 @@ class VeRA(Update):
 
     trained = ("vera_lambda_d", "vera_lambda_b")
 
-    def __init__(
-        self, base: nn.Module, A: Tensor, B: Tensor, d_initial: float = 0.1, key: int = 0
-    ):
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, d_initial: float = 0.1, key: int = 0):
         super().__init__(base)
         (n_in, n_out), self.key = sizes(base), key  # the seed of A and B
         self.shared = (A[:, :n_in], B[:n_out])  # views: held once for the model, and not saved

@@ -80,9 +80,7 @@ check = Check(
         "one norm for the whole matrix: each row has its own": but(norm=lambda V: V.norm()),
         "the gradient flows through the norm: DoRA treats it as a constant, so detach it (the output is right, the gradients of A and B "
         "are not)": but(constant=lambda length: length),
-        "the norm is that of W alone: it must be that of D = W + s·B·A": but(
-            of=lambda weight, V: weight
-        ),
+        "the norm is that of W alone: it must be that of D = W + s·B·A": but(of=lambda weight, V: weight),
         "D is not divided by its norm: multiply by magnitude/‖D‖, not by the magnitude": but(scaled=lambda V, m, length: m[:, None] * V),
         "the scale is missing: D = W + s·B·A": but(changed=lambda weight, A, B, s: direction(weight, A, B, 1.0)),
         "the bias was multiplied by the magnitude: only the weight is rescaled; add the bias as it is": but(
