@@ -14,10 +14,12 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     07   paging, offload
     08   checkpointing, precision
     09   ewc, rehearsal, progressive
-    10   bottleneck, soft_prompts, ia3, lora (dora), relatives
+    10   wrapped, lora (dora), ia3, t_few, soft_prompts (prompt, encoder, prefix)
+    10   bottleneck, fusion, relatives (updates, inject, starts, subsets)
+    10   adapter_format (variants, layers, prompts, family)
     11   multi_lora (layer, combine, serving)
     12   instruct, self_instruct
-    13   kernels (launch, low_rank, nf4, multi_lora)
+    13   kernels (launch, low_rank, nf4, multi_lora, dora)
     14   sharded
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the

@@ -222,7 +222,7 @@ def test_what_can_not_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight holds NaN"):
         save_adapter(model, tmp_path / "x")
     layer.lora_A.data[0, 0] = 0
-    inject_lora(model, 4, 3, ["v_proj"])
+    inject_lora(model, 2, 3, ["v_proj"], use_rslora=True)
     with pytest.raises(ValueError, match=r"v_proj and model\.layers\.0\.self_attn\.q_proj differ in r or"):
         save_adapter(model, tmp_path / "x")
     with pytest.raises(ValueError, match="itself a LoRA layer"):
@@ -283,12 +283,12 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(use_dora=True), "use_dora=True"),
+        (dict(use_dora=True), r"missing: .*q_proj\.lora_magnitude_vector"),
         (dict(bias="all"), "bias='all'"),
         (dict(bias="lora_only"), "bias='lora_only'"),
         (dict(lora_bias=True), "lora_bias=True"),
-        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
-        (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
+        (dict(rank_pattern={"q_proj": 4}), r"of another shape: .*q_proj\.lora_A\.weight \(2, 16\), not \(4, 16\)"),
+        (dict(rank_pattern={"(": 4}), "not a regular expression"),
         (dict(modules_to_save=["lm_head"]), r"missing: .*lm_head\.weight"),
         (dict(modules_to_save="lm_head"), "modules_to_save is .lm_head., which can.t be read"),
         (dict(trainable_token_indices=[3]), r"missing: .*embed_tokens\.token_adapter\.trainable_tokens_delta"),
@@ -297,7 +297,9 @@ def edit_config(folder, **changes):
         (dict(exclude_modules=["v_proj"]), "exclude_modules"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out"),
         (dict(something_new={"a": 1}), "something_new"),
-        (dict(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
+        (dict(peft_type="BOFT"), "peft_type must be 'LORA' or another that is read here.*got 'BOFT'"),
+        (dict(peft_type="IA3"), "not supported here: .*r=2"),
+        (dict(peft_type="P_TUNING"), "stands around the model: call load_prompt"),
         (dict(init_lora_weights="olora"), "init_lora_weights='olora'.*path_initial_model_for_weight_conversion"),
         (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
         (dict(target_modules=["c_attn"]), "matches no layer"),

@@ -1,6 +1,6 @@
-"""LoRA adapters in PEFT's files: begin at :mod:`reference.adapter_format.files`."""
+"""Adapters in PEFT's files: begin at :mod:`reference.adapter_format.files`, LoRA's."""
 
-from reference.adapter_format.config import READ, SILENT
-from reference.adapter_format.files import load_adapter, save_adapter
+from reference.adapter_format.config import SILENT
+from reference.adapter_format.family import READ, load_adapter, load_prompt, save_adapter
 
-__all__ = ["READ", "SILENT", "load_adapter", "save_adapter"]
+__all__ = ["READ", "SILENT", "load_adapter", "load_prompt", "save_adapter"]

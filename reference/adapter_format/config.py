@@ -54,13 +54,13 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], base_name: str | N
         "lora_dropout": first.lora_dropout.p,
         "peft_type": "LORA",
         "r": first.r,
-        "target_modules": _targets(model, layers),
+        "target_modules": targets_of(model, layers),
         "task_type": None,
         "use_rslora": first.use_rslora,
     }
 
 
-def _targets(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str] | str:
+def targets_of(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str] | str:
     """``target_modules`` that choose exactly ``layers``: their names, wherever these do.
 
     Where a name ends that of another layer, a regular expression.
@@ -86,14 +86,14 @@ def write(config: dict) -> str:
     return json.dumps(config, indent=2, default=plain) + "\n"
 
 
-def read_config(directory: Path) -> dict:
-    """The arguments of ``inject_lora`` from the config in ``directory``, and "fan_in_fan_out".
+def load_config(directory: Path) -> dict:
+    """The entries of the config in ``directory``.
 
     What trains whole is under "whole", as the config has it.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, not of LoRA, lacks an entry, or asks for what is not done here.
+        ValueError: it is not JSON, or no table.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -102,13 +102,38 @@ def read_config(directory: Path) -> dict:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: peft_type must be 'LORA', got {kind!r}")
-    others = {key: value for key, value in config.items() if key not in READ | SILENT}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a table with peft_type, got {type(config).__name__!r}")
+    return config
+
+
+def refuse_others(config: dict, known: set[str], path: Path) -> None:
+    """Raise if ``config`` asks for something beside what is in ``known`` or says nothing.
+
+    Raises:
+        ValueError: it does; the entries are named.
+    """
+    others = {key: value for key, value in config.items() if key not in known | SILENT}
     asked = [f"{key}={value!r}" for key, value in others.items() if json.dumps(value) not in OFF]
     if asked:
         raise ValueError(f"{path} asks for what is not supported here: {', '.join(asked)}")
+
+
+def read_config(directory: Path) -> dict:
+    """The arguments of ``inject_lora`` from the config in ``directory``, and "fan_in_fan_out".
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, not of LoRA, lacks an entry, or asks for what is not done here.
+    """
+    return settings_of(load_config(directory), directory / CONFIG)
+
+
+def settings_of(config: dict, path: Path) -> dict:
+    """The same from the config's entries; ``path`` is for messages."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
+    refuse_others(config, READ, path)
     start = config.get("init_lora_weights", True)
     if not isinstance(start, (bool, str)) or start not in INITS:
         words = "changed the base model in a way that can't be repeated from here; save it in peft"

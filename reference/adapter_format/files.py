@@ -80,16 +80,24 @@ def save_adapter(
         both = (layer.lora_A, layer.lora_B)
         for key, factor in zip(keys_of(name, layer.base), both, strict=True):
             factors[key] = factor
-    factors |= beside.states() | whole.rows_of(model)
-    _check_finite(factors, "model")
-    for key, tensor in factors.items():  # a file holds no views, and each of tied tensors
-        factors[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    write_files(directory, factors | beside.states() | whole.rows_of(model), config)
+
+
+def write_files(directory: str | Path, tensors: dict[str, Tensor], config: str) -> None:
+    """Both files into ``directory``, which is created, or neither.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity. Nothing is written then.
+    """
+    check_finite(tensors, "model")
+    for key, tensor in tensors.items():  # a file holds no views, and each of tied tensors
+        tensors[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     new = {directory / f".{name}.new": directory / name for name in (WEIGHTS, CONFIG)}
     try:  # both beside the old ones, then renamed: a rename happens wholly or not at all
         weights_file, config_file = new
-        save_file(factors, weights_file, metadata={"format": "pt"})
+        save_file(tensors, weights_file, metadata={"format": "pt"})
         config_file.write_text(config)
         for temporary, final in new.items():
             os.replace(temporary, final)
@@ -116,7 +124,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
             ``model`` is unchanged then.
     """
     directory, model = Path(directory), inner(model)
-    settings, tensors = read_config(directory), _read_weights(directory)
+    settings, tensors = read_config(directory), read_weights(directory)
     present, target_modules = dict(lora_layers(model)), settings.pop("target_modules")
     turned, wanted = settings.pop("fan_in_fan_out"), settings.pop("whole")
     beside = whole.of_model(model) if present else whole.of_config(model, wanted)
@@ -139,7 +147,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     shapes |= beside.shapes(model)
     tensors = drop_copies_of_the_base(model, tensors, shapes)
     check_keys(tensors, shapes, directory / WEIGHTS)
-    _check_finite(tensors, directory / WEIGHTS)
+    check_finite(tensors, directory / WEIGHTS)
     if present or not beside.untied:
         beside.check_ties(tensors)
     if not present:
@@ -156,7 +164,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     return list(bases)
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> dict[str, Tensor]:
     file = directory / WEIGHTS
     if not file.is_file():
         if (directory / "adapter_model.bin").exists():
@@ -176,7 +184,7 @@ def _check_values(layers: dict[str, LoRALayer]) -> None:
             check_values(f"{name}.{factor}", getattr(layer, factor))
 
 
-def _check_finite(tensors: dict[str, Tensor], where: object) -> None:
+def check_finite(tensors: dict[str, Tensor], where: object) -> None:
     for key, tensor in tensors.items():  # in float32, as 8-bit floats have no isfinite
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise ValueError(

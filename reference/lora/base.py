@@ -24,6 +24,8 @@ class Wrapper(nn.Module, ABC):
     one more entry, "merged", without which its weight would be taken for the base's own.
     """
 
+    factor_names = ("lora_A", "lora_B")  # the names of its parameters
+
     @staticmethod
     @abstractmethod
     def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -59,7 +61,7 @@ class Wrapper(nn.Module, ABC):
 
     def check_factors(self) -> None:
         """Raise if a factor has no values."""
-        for name in ("lora_A", "lora_B"):
+        for name in self.factor_names:
             check_values(f"{describe(self)}.{name}", getattr(self, name))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -73,7 +75,7 @@ class Wrapper(nn.Module, ABC):
 
     def _set_merged(self, merged: bool) -> None:
         """Factors that trained on would be another update than the one that was merged."""
-        factors = (self.lora_A, self.lora_B)
+        factors = [getattr(self, name) for name in self.factor_names]
         if merged:
             self._trained = [factor.requires_grad for factor in factors]
         for factor, trained in zip(factors, self._trained, strict=True):

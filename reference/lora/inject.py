@@ -8,13 +8,14 @@ Any tree of modules will do: a layer is replaced wherever it is a child, so that
 names stays one. The layers are those of :mod:`reference.lora.layer`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from reference.lora.base import check
+from reference.lora.layer import LoRALayer
 from reference.lora.parameters import adapter_parameters, trained_parts
 from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
@@ -64,15 +65,33 @@ def inject_lora(
     if target_modules == "all-linear":
         whole = {part for module in saved.values() for part in module.modules()}
         targets = {name: layer for name, layer in targets.items() if layer not in whole}
+    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
+    return inject_layers(model, targets, wrapper_of, settings, saved, rows)
+
+
+def inject_layers(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    kind_of: Callable[[nn.Module], type[LoRALayer]],
+    settings: tuple,
+    saved: Mapping[str, nn.Module] | None = None,
+    rows: Mapping[nn.Module, list[int]] | None = None,
+) -> list[str]:
+    """Wrap each of ``targets`` in ``kind_of(layer)(layer, *settings)``, as :func:`inject_lora`.
+
+    Args:
+        saved, rows: what trains whole, from ``find_saved`` and ``find_rows``.
+    """
+    r, lora_alpha, lora_dropout, _, init = settings
+    saved, rows = saved or {}, rows or {}
     _check_apart(targets, saved, rows)
     for name, layer in targets.items():
         try:
-            check(wrapper_of(layer), layer, r, lora_alpha, lora_dropout, init)
+            check(kind_of(layer), layer, r, lora_alpha, lora_dropout, init)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    settings = (r, lora_alpha, lora_dropout, use_rslora, init)
     with _undone_on_error(model, targets.values()):
-        adapted = {layer: wrapper_of(layer)(layer, *settings) for layer in targets.values()}
+        adapted = {layer: kind_of(layer)(layer, *settings) for layer in targets.values()}
         adapted |= with_rows(rows)
     present = {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():

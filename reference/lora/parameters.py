@@ -44,7 +44,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, layer in lora_layers(model):
         prefix = f"{name}." if name else ""
-        found |= {f"{prefix}lora_A": layer.lora_A, f"{prefix}lora_B": layer.lora_B}
+        found |= {f"{prefix}{key}": getattr(layer, key) for key in layer.factor_names}
     for name, layer in rows.items():
         found[f"{name}.rows"] = layer.rows
     for name, module in saved.items():
