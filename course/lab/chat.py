@@ -1,13 +1,15 @@
 """Five chat templates in their public forms, and a small tokenizer that knows their marks: what units on instruction data render with.
 
-No model hub is needed. The forms are those of ChatML, Llama 3, Gemma, Zephyr and Mistral models. The tokenizer is a byte-level BPE that is
-trained here, in a moment, on the course's own passages. Each form comes twice: as models ship it, and with {% generation %} blocks around
+No model hub is needed. The forms are those of ChatML, Llama 3, Gemma, Zephyr and Mistral models. The tokenizer is a BPE that is
+trained here, in a moment, on the course's own passages: over bytes, or as Llama 2's, which cuts at no line end and puts a "▁" in front of a
+text; Zephyr and Mistral have that one. Each form comes twice: as models ship it, and with {% generation %} blocks around
 what the assistant says.
 """
 
 import functools
+import json
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from course.lab.text import prose_documents
@@ -76,7 +78,7 @@ def chat_tokenizer(form: str = "ChatML", markers: bool = False, pad_is_eos: bool
         ValueError: there is no such form.
     """
     _, end, bos = _form(form)
-    core = Tokenizer.from_str(_trained())
+    core = Tokenizer.from_str(_trained(form in ("Zephyr", "Mistral")))
     if bos is not None:
         core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=end, pad_token=end if pad_is_eos else "<pad>")
@@ -91,13 +93,25 @@ def _form(form: str) -> tuple[str, str, str | None]:
 
 
 @functools.cache
-def _trained() -> str:
-    """The tokenizer as JSON: 1,024 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+def _trained(as_llama2: bool) -> str:
+    """A tokenizer as JSON: 1,024 tokens, and as Llama 2's one more for each byte."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True) if as_llama2 else models.BPE())
     special = [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(prose_documents("passages").values(), trainer)
+    settings = {"vocab_size": 1024, "special_tokens": special, "show_progress": False}
+    texts = [*prose_documents("passages").values(), *["user assistant system model Response Instruction"] * 20]
+    if as_llama2:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        words = [f"▁{word}" for text in texts for word in text.split()]  # trained on words, or whole passages would be tokens
+        tokenizer.train_from_iterator(words, trainers.BpeTrainer(**settings))
+        whole = json.loads(tokenizer.to_str())
+        vocabulary = whole["model"]["vocab"]
+        for name in ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256))):
+            vocabulary.setdefault(name, len(vocabulary))
+        return json.dumps(whole)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **settings))
     return tokenizer.to_str()
