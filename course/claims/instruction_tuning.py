@@ -67,6 +67,12 @@ def first_tokens(again: bool) -> int:
     return ids[:3].count(tokenizer.bos_token_id)
 
 
+def marked_without_markers() -> int:
+    """How many tokens the library's own mask marks in a conversation whose template has no {% generation %} block."""
+    tokenizer = chat_tokenizer("ChatML")
+    return sum(tokenizer.apply_chat_template(ASKED, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"])
+
+
 def marker_differs() -> bool:
     """A marker tokenized alone is not among the tokens of a text that holds it."""
     tokenizer = chat_tokenizer("Zephyr")
