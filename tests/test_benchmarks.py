@@ -9,7 +9,17 @@ from benchmarks import cli
 from course import ROOT, bench
 from course.lab import recorded
 
-SHORT = ("lora_layer", "lora_sweeps", "memory_peaks", "nf4_kernels", "nf4_profile", "nf4_training", "qlora_caps", "update_rank")
+SHORT = (
+    "instruction_tuning",
+    "lora_layer",
+    "lora_sweeps",
+    "memory_peaks",
+    "nf4_kernels",
+    "nf4_profile",
+    "nf4_training",
+    "qlora_caps",
+    "update_rank",
+)
 
 
 def given(monkeypatch, *words: str, **settings):

@@ -1,9 +1,9 @@
 """Which tokens of a conversation a model is trained to say: its own turns, and the end of them.
 
 A chat template writes a conversation as one text, with marks for who speaks. The model then sees
-ids x₁ … x_n and is trained on the targets only:
+ids t₁ … t_n and is trained on the targets only:
 
-    L = (1 / |T|) Σ_{i ∈ T} −log p(x_i | x_<i),    T = the tokens of the assistant's turns
+    L = (1 / |T|) Σ_{i ∈ T} −log p(t_i | t_<i),    T = the places of the assistant's turns
 
 A label of −100 takes a token out of T. Everything depends on finding T *in the tokens*. So each
 boundary is found by rendering twice: the conversation up to a turn with the template's own prompt
