@@ -1,5 +1,6 @@
 """`reference.instruct` against TRL, against transformers' own markers, and on every kind of bad row."""
 
+import importlib.resources
 import json
 from types import SimpleNamespace
 
@@ -74,6 +75,25 @@ def test_markers_are_masked_as_in_trl(form):
     for conversation, row in zip(CONVERSATIONS, rows, strict=True):
         mine = encode(chat_tokenizer(form, markers=True), conversation, boundaries="markers")
         assert (list(mine.ids), list(mine.labels)) == (row["input_ids"], row["labels"])
+
+
+@pytest.mark.parametrize("form, name", [("Llama 3", "llama3"), ("Gemma", "gemma")])
+def test_the_public_forms_are_those_that_trl_carries(form, name):
+    folder = importlib.resources.files(pytest.importorskip("trl")) / "chat_templates"
+    for markers, file in ((False, f"{name}.jinja"), (True, f"{name}_training.jinja")):
+        mine, theirs = chat_tokenizer(form, markers), chat_tokenizer(form)
+        theirs.chat_template = (folder / file).read_text()
+        for conversation in CONVERSATIONS:
+            assert render(mine, conversation) == render(theirs, conversation)
+            assert render(mine, conversation[:1], True) == render(theirs, conversation[:1], True)
+            if markers:
+                assert encode(mine, conversation, boundaries="markers") == encode(theirs, conversation, boundaries="markers")
+
+
+@pytest.mark.parametrize("output, error", [(None, "turn 2: the assistant's turn is empty"), (5, "'output' must be a text, got 5")])
+def test_an_output_that_is_no_text_is_not_made_one(output, error):
+    with pytest.raises(ValueError, match=f"line 1: no conversation: {error}"):
+        read_conversations([json.dumps({"instruction": "Add 2 and 3.", "output": output})])
 
 
 @every_form

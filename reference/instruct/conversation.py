@@ -134,7 +134,7 @@ def as_messages(row: Any) -> list[Message]:
     """Of a row in one of the two forms.
 
     Raises:
-        TypeError: it is no dictionary.
+        TypeError: it is no dictionary, or holds something else than texts.
         ValueError: it has neither "messages" nor "instruction" and "output".
     """
     if not isinstance(row, dict):
@@ -146,10 +146,13 @@ def as_messages(row: Any) -> list[Message]:
             f"the row has the keys {', '.join(sorted(row)) or '(none)'}; it needs 'messages', or "
             "'instruction' and 'output'"
         )
-    parts = [str(row["instruction"]), str(row.get("input") or "")]
+    texts = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
+    if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} must be a text, got {texts[wrong[0]]!r}")
+    parts = [texts["instruction"], texts["input"]]
     return [
         {"role": "user", "content": "\n\n".join(part for part in parts if part.strip())},
-        {"role": "assistant", "content": str(row["output"])},
+        {"role": "assistant", "content": texts["output"]},
     ]
 
 
