@@ -59,6 +59,12 @@ check = Check(
         "the mask has no borders: every token sees all before it, other conversations too; allow only its own sequence": but(
             same=lambda owner: torch.ones(len(owner), len(owner), dtype=torch.bool)
         ),
+        "that is the row of the script: neither positions nor mask know of borders, and the first token of a sequence is predicted from "
+        "another's last": but(
+            positions=lambda lengths: list(range(sum(lengths))),
+            same=lambda owner: torch.ones(len(owner), len(owner), dtype=torch.bool),
+            first=lambda ids: ids,
+        ),
         "the borders are there, but a token sees what comes after it in its sequence: keep the mask causal": but(
             seen=lambda n: torch.ones(n, n, dtype=torch.bool)
         ),

@@ -86,6 +86,9 @@ check = Check(
         "labels are masked by the padding's id, and the end of text has the same one: every end of turn is lost as a target; mask the "
         "places "
         "that you filled": but(masked=by_id),
+        "labels and attention mask are both made of ids, as in the script: neither then knows padding from an end of turn; go by the "
+        "places "
+        "that you filled": but(masked=by_id, shown=lambda mask, ids, pad: (ids != pad).long()),
         "the first end of text of a row is kept and all later ones are masked: a conversation has several ends of turn, and all are "
         "targets; mask by place": but(masked=by_id_but_the_first),
         "the filled places are targets: the model is trained to say the padding; give them −100": but(filler=lambda pad: pad),

@@ -113,6 +113,9 @@ check = Check(
     misconceptions={
         "words are runs of a–z and 0–9: a text in another script has none, and scores 0 with its own copy; take letters of every "
         "script": but(tokens=latin),
+        "that is the filter of the script: it has no words for other scripts than a–z, and does not look at outputs": but(
+            tokens=latin, given=lambda answer, asked: False
+        ),
         "words are what stands between spaces: capitals and commas make other words of the same ones, and a Chinese sentence is one "
         "word; use "
         "the tokens of the exercise": but(tokens=by_spaces),

@@ -32,17 +32,27 @@ def by_the_reference(tokenizer, messages: Messages) -> list[int]:
     return list(encode(tokenizer, messages).labels)
 
 
-def searched(tokenizer, messages: Messages) -> list[int]:
-    """All behind the last place where the marker's ids stand, found from the marker tokenized alone."""
+def marker_of(tokenizer, messages: Messages) -> str:
+    """What the template writes in front of an answer."""
+    plain = tokenizer.apply_chat_template(messages[:1], tokenize=False)
+    return tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)[len(plain) :].strip() or "[/INST]"
+
+
+def behind(tokenizer, messages: Messages, which: int) -> list[int]:
+    """All behind the first or the last place where the marker's ids stand, found from the marker tokenized alone."""
     ids = render_ids(tokenizer, messages)
-    with_it = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    marker = with_it[len(tokenizer.apply_chat_template(messages[:1], tokenize=False)) :] or " [/INST]"
-    piece = tokenizer(marker.strip(), add_special_tokens=False)["input_ids"]
-    found, places = [-100] * len(ids), [i for i in range(len(ids)) if ids[i : i + len(piece)] == piece]
-    if places:
-        first = places[-1] + len(piece)
-        found[first:] = ids[first:]
-    return found
+    piece = tokenizer(marker_of(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    places = [i for i in range(len(ids)) if ids[i : i + len(piece)] == piece]
+    first = places[which] + len(piece) if places else len(ids)
+    return [-100] * first + ids[first:]
+
+
+def searched(tokenizer, messages: Messages) -> list[int]:
+    return behind(tokenizer, messages, -1)
+
+
+def searched_once(tokenizer, messages: Messages) -> list[int]:
+    return behind(tokenizer, messages, 0)
 
 
 def by_markers(tokenizer, messages: Messages) -> list[int]:
@@ -76,6 +86,8 @@ check = Check(
         "the marker is tokenized alone and searched for: in its context it may be cut otherwise, users may write it too, and only one "
         "place is "
         "found; render the conversation up to each turn and compare": searched,
+        "everything behind the first marker is a target, where it is found at all: a marker tokenized alone may be cut otherwise, and a "
+        "conversation has several turns; render it up to each and compare": searched_once,
         "the template has no {% generation %} block, so the mask that it gives is all zeros: find the turns by rendering up to "
         "them": by_markers,
         "only the last turn is a target: every turn of the assistant is one": but(turns=lambda found: found[-1:]),
