@@ -9,7 +9,17 @@ from benchmarks import cli
 from course import ROOT, bench
 from course.lab import recorded
 
-SHORT = ("family_layers", "lora_layer", "lora_sweeps", "memory_peaks", "nf4_kernels", "nf4_profile", "nf4_training", "peft_costs")
+SHORT = (
+    "family_layers",
+    "instruction_tuning",
+    "lora_layer",
+    "lora_sweeps",
+    "memory_peaks",
+    "nf4_kernels",
+    "nf4_profile",
+    "nf4_training",
+    "peft_costs",
+)
 SHORT += ("peft_family", "qlora_caps", "update_rank")
 
 

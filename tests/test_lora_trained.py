@@ -144,6 +144,25 @@ def test_other_rows_do_not_fit(tmp_path):
         load_adapter(other, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("variant", [dict(use_dora=True), dict(rank_pattern={"q_proj": 4})], ids=["dora", "ranks"])
+def test_beside_other_adapters(variant, kind, tmp_path):
+    """A head and rows, with DoRA and with ranks by layer: what peft wrote, and what is written of it again, gives peft's logits."""
+    torch.manual_seed(0)
+    model = tiny_llama(**kind)
+    plain = copy.deepcopy(model)
+    asked = {"modules_to_save": ["lm_head"]} if kind is UNTIED else {"trainable_token_indices": [39, 3]}
+    theirs = quiet_peft_model(copy.deepcopy(model), r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], **variant, **asked)
+    train(theirs, 3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    assert_same(logits(model), logits(theirs), ulps=32)
+    save_adapter(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "ours")), logits(theirs), ulps=32)
+
+
 def test_a_classifier_as_peft_saves_it(tmp_path):
     """A sequence classifier's config names heads that this model has not, as peft's task type does."""
     torch.manual_seed(0)

@@ -1,0 +1,68 @@
+"""Instruction data as a model sees it: templates, masks, rows, packing. The idea is in masks."""
+
+from reference.instruct.conversation import (
+    ROLES,
+    Conversation,
+    Dropped,
+    Message,
+    Report,
+    as_messages,
+    check_conversation,
+    read_conversations,
+)
+from reference.instruct.masks import (
+    BOUNDARIES,
+    IGNORED,
+    TRAIN_ON,
+    Example,
+    encode,
+    has_markers,
+    render,
+    render_ids,
+    shared,
+    special_tokens,
+)
+from reference.instruct.packing import (
+    BORDERS,
+    Packed,
+    best_fit,
+    border_mask,
+    leak,
+    pack,
+    packed_batch,
+)
+from reference.instruct.rows import OVERFLOW, check_stop, fit, pad_batch, prepare, target_loss
+
+__all__ = [
+    "BORDERS",
+    "BOUNDARIES",
+    "IGNORED",
+    "OVERFLOW",
+    "ROLES",
+    "TRAIN_ON",
+    "Conversation",
+    "Dropped",
+    "Example",
+    "Message",
+    "Packed",
+    "Report",
+    "as_messages",
+    "best_fit",
+    "border_mask",
+    "check_conversation",
+    "check_stop",
+    "encode",
+    "fit",
+    "has_markers",
+    "leak",
+    "pack",
+    "packed_batch",
+    "pad_batch",
+    "prepare",
+    "read_conversations",
+    "render",
+    "render_ids",
+    "shared",
+    "special_tokens",
+    "target_loss",
+]

@@ -1,0 +1,61 @@
+"""Self-Instruct: tasks from seeds and a teacher, filtered. :mod:`tasks` is the idea."""
+
+from reference.self_instruct.loop import (
+    NOVELTY,
+    Growth,
+    bootstrap,
+    instruction_faults,
+    is_given_away,
+    task_faults,
+)
+from reference.self_instruct.novelty import (
+    alike_by_embedding,
+    copies,
+    jaccard,
+    latin_words,
+    longest_common,
+    most_alike,
+    rouge_l,
+    shingles,
+    signature,
+    similarity,
+    words,
+)
+from reference.self_instruct.tasks import (
+    Task,
+    Teacher,
+    instance_text,
+    output_first,
+    parse_instance,
+    parse_instructions,
+    prompt_for_instance,
+    prompt_for_instructions,
+)
+
+__all__ = [
+    "NOVELTY",
+    "Growth",
+    "Task",
+    "Teacher",
+    "alike_by_embedding",
+    "bootstrap",
+    "copies",
+    "instance_text",
+    "instruction_faults",
+    "is_given_away",
+    "jaccard",
+    "latin_words",
+    "longest_common",
+    "most_alike",
+    "output_first",
+    "parse_instance",
+    "parse_instructions",
+    "prompt_for_instance",
+    "prompt_for_instructions",
+    "rouge_l",
+    "shingles",
+    "signature",
+    "similarity",
+    "task_faults",
+    "words",
+]

@@ -1,0 +1,161 @@
+"""Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the judges' answers are the reference's."""
+
+import numpy as np
+import pytest
+import torch
+
+from course.checking import NotYet
+from course.checks import instruction_tuning as check
+from course.checks.instruction_tuning.borders import pack_rows
+from course.checks.instruction_tuning.collate import collate
+from course.checks.instruction_tuning.fitting import fit_rows
+from course.checks.instruction_tuning.novel import keep
+from course.checks.instruction_tuning.targets import labels
+from course.checks.instruction_tuning.tokens import to_ids
+from reference.instruct import render_ids
+
+ALL = (check.borders, check.collate, check.fitting, check.novel, check.targets, check.tokens)
+
+
+def passes(judge, answer):
+    for seed in range(5):
+        judge._judge(answer, seed)
+
+
+def refused(judge, answer) -> str:
+    said = []
+    for seed in range(5):
+        with pytest.raises(NotYet) as caught:
+            judge._judge(answer, seed)
+        said.append(str(caught.value))
+    return said[0]
+
+
+@pytest.mark.parametrize("judge", ALL)
+def test_another_seed_is_another_question(judge):
+    seen = [repr(judge._run(judge.reference, seed)) for seed in (1, 2)]
+    assert seen[0] != seen[1]
+
+
+# right ones
+
+
+def padded_by_torch(rows, pad):
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids, labels = ([torch.tensor(row[i]) for row in rows] for i in (0, 1))
+    ones = [torch.ones_like(each) for each in ids]
+    values = zip((ids, ones, labels), (pad, 0, -100), strict=True)
+    padded = [pad_sequence(each, batch_first=True, padding_value=value) for each, value in values]
+    return dict(zip(("input_ids", "attention_mask", "labels"), padded, strict=True))
+
+
+def borders_by_loops(rows):
+    n = sum(map(len, rows))
+    mask, start = torch.zeros(n, n, dtype=torch.bool), 0
+    for row in rows:
+        for i in range(len(row)):
+            mask[start + i, start : start + i + 1] = True
+        start += len(row)
+    flat = torch.from_numpy(np.concatenate(rows))
+    positions = torch.tensor([i for row in rows for i in range(len(row))])
+    labels = torch.where(positions == 0, torch.tensor(-100), flat)
+    return {"mask": mask, "labels": labels, "position_ids": positions, "input_ids": flat}
+
+
+def labels_from_the_end(tokenizer, messages):
+    found = [-100] * len(render_ids(tokenizer, messages))
+    for turn in range(len(messages) - 1, 0, -2):
+        prompt, upto = render_ids(tokenizer, messages[:turn], True), render_ids(tokenizer, messages[: turn + 1])
+        start = next(i for i in range(len(upto)) if i >= len(prompt) or prompt[i] != upto[i])
+        found[start : len(upto)] = upto[start:]
+    return found
+
+
+def fit_with_a_loop(rows, max_length):
+    kept, dropped, i = [], [], 0
+    while i < len(rows):
+        ids, labels = (list(each)[:max_length] for each in rows[i])
+        (kept.append((ids, labels)) if set(labels[1:]) - {-100} else dropped.append(i))
+        i += 1
+    return [kept, dropped]
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [
+        (check.collate, padded_by_torch),
+        (check.borders, borders_by_loops),
+        (check.targets, labels_from_the_end),
+        (check.fitting, fit_with_a_loop),
+        (check.tokens, lambda tokenizer, messages: tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]),
+        (check.tokens, lambda tokenizer, messages: tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True).input_ids),
+    ],
+)
+def test_right_answers_in_other_dress_pass(judge, answer):
+    passes(judge, answer)
+
+
+# sly ones
+
+
+def changes_its_rows(rows, pad):
+    batch = collate([(list(ids), list(labels)) for ids, labels in rows], pad)
+    rows[0][1][:] = [-100] * len(rows[0][1])
+    return batch
+
+
+def keeps_the_last_end(rows, pad):
+    """Masks by id, then puts the last end of each row back."""
+    batch = collate(rows, pad)
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == pad, -100)
+    for i, (ids, _) in enumerate(rows):
+        batch["labels"][i, len(ids) - 1] = ids[-1]
+    return batch
+
+
+def without_doubled_bos(tokenizer, messages):
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+    return ids[1:] if ids[0] == ids[1] else ids
+
+
+@pytest.mark.parametrize(
+    "judge, answer",
+    [
+        (check.collate, keeps_the_last_end),
+        (check.collate, lambda rows, pad: {**collate(rows, pad), "labels": collate(rows, pad)["labels"].float()}),
+        (check.collate, lambda rows, pad: list(collate(rows, pad).values())),
+        (check.tokens, without_doubled_bos),  # some templates write no <bos> at all
+        (check.tokens, lambda tokenizer, messages: torch.tensor(to_ids(tokenizer, messages))),
+        (check.tokens, lambda tokenizer, messages: [to_ids(tokenizer, messages)]),
+        (check.targets, lambda tokenizer, messages: [-100 if i % 2 else label for i, label in enumerate(labels(tokenizer, messages))]),
+        (check.targets, lambda tokenizer, messages: labels(tokenizer, messages)[1:]),
+        (check.fitting, lambda rows, n: ([row for row in fit_rows(rows, n)[0]][::-1], fit_rows(rows, n)[1])),
+        (check.fitting, lambda rows, n: fit_rows(rows, n + 1)),
+        (check.fitting, lambda rows, n: fit_rows(rows, n)[0]),
+        (check.borders, lambda rows: {**pack_rows(rows), "mask": pack_rows(rows)["mask"].float()}),
+        (check.borders, lambda rows: {**pack_rows(rows), "labels": pack_rows(rows)["input_ids"]}),
+        (check.novel, lambda pool, pairs, threshold: pairs),
+        (check.novel, lambda pool, pairs, threshold: keep(pool, pairs, 0.7)),
+        (check.novel, lambda pool, pairs, threshold: [text for text, _ in keep(pool, pairs, threshold)]),
+        (check.novel, lambda pool, pairs, threshold: sorted(keep(pool, pairs, threshold))),
+    ],
+)
+def test_sly_answers_are_refused(judge, answer):
+    assert refused(judge, answer)
+
+
+def test_changing_what_was_given_is_said_first():
+    assert "changed in place" in refused(check.collate, changes_its_rows)
+
+
+def test_a_hidden_symptom_is_named():
+    def nan_to_zero(rows, max_length):
+        return [(ids[:max_length], labels[:max_length]) for ids, labels in rows], []
+
+    assert "turning NaN into 0 hides" in refused(check.fitting, nan_to_zero)
+
+    def own_pad(rows, pad):
+        return collate(rows, pad + 1)
+
+    assert "hides the symptom" in refused(check.collate, own_pad)
