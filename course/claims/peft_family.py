@@ -205,9 +205,9 @@ def untouched_accuracy() -> float:
     return 100 * recorded.load("peft_family")["result"]["base"]["few"]
 
 
-def few(method: str, size: int) -> float:
-    """Accuracy after so many notes, percent, mean of three seeds."""
-    return 100 * statistics.fmean(_row(method)["few"]["lm"][str(size)])
+def few(method: str, size: int, losses: str = "lm") -> float:
+    """Accuracy after so many notes, percent, mean of three seeds; losses "lm" or "t-few"."""
+    return 100 * statistics.fmean(_row(method)["few"][losses][str(size)])
 
 
 def numbers(method: str) -> int:
