@@ -1,0 +1,255 @@
+"""Sharded QLoRA: two and three processes give the numbers of one, to the bit where nothing is summed in another order."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from course import ROOT
+from reference.adapter_format import load_adapter
+from reference.llama import Llama
+from reference.lora import inject_lora, lora_layers
+from reference.memory.sharding import adapter_tensors, layer_tensors, sharded_memory, share_bytes, whole_everywhere
+from reference.qlora import NF4Linear, quantize_linears
+from reference.sharded import RowwiseNF4Linear
+from tests import sharded_worker as worker
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+
+
+def run(count: int, folder: Path, *scenarios: str) -> list[dict]:
+    """What each of ``count`` processes wrote and said, and how long it ran after it had written.
+
+    They are started as torchrun would, without its own. Rank 1 hangs or dies at the end, and is not waited for.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT}
+    running, said = [], [folder / f"{scenarios[0]}.{rank}.said" for rank in range(count)]
+    for rank, words in enumerate(said):
+        environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        command = [sys.executable, "-m", "tests.sharded_worker", str(folder), *scenarios]
+        with words.open("w") as file:
+            running.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=file, stdout=file))
+    for rank in [rank for rank in range(count) if rank != 1]:
+        running[rank].wait(300)
+    ended = time.time()
+    running[1].kill()
+    running[1].wait()
+    results = []
+    for rank, words in enumerate(said):
+        written = folder / f"{scenarios[0]}.{rank}.json"
+        assert written.exists(), words.read_text()[-3000:]
+        result = {"said": words.read_text(), "after": ended - written.stat().st_mtime}
+        results.append(json.loads(written.read_text()) | {"process": result})
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict]:
+    return run(2, folder, "two", "hang")
+
+
+@pytest.fixture(scope="module")
+def three(folder, two) -> list[dict]:
+    return run(3, folder, "three")
+
+
+def plain() -> Llama:
+    """The model in one process, in four bits."""
+    with torch.device("meta"):
+        model = Llama(worker.SHAPE).requires_grad_(False)
+    quantize_linears(model, block_size=worker.BLOCK, compute_dtype=torch.float32, device="cpu", weights=worker.weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def one() -> dict:
+    torch.manual_seed(0)
+    model = plain()
+    codes = {name: part.weight.clone() for name, part in model.named_modules() if isinstance(part, NF4Linear)}
+    inject_lora(model, worker.RANK, worker.ALPHA)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=worker.RATE)
+    losses = []
+    for step in range(worker.BEFORE + worker.AFTER):
+        loss = model.loss(worker.batch(step))
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    return {"model": model, "codes": codes, "losses": losses}
+
+
+def test_codes_are_those_of_one_process(one, two, folder):
+    gathered = load_file(folder / worker.GATHERED)
+    assert len(gathered) == 2 * len(one["codes"])
+    for name, codes in one["codes"].items():
+        rows = gathered[f"{name}.base.weight"]
+        assert rows.shape[0] == one["model"].get_submodule(name).base.out_features
+        assert torch.equal(rows.view(-1, 1), codes)
+
+
+def test_losses_are_those_of_one_process(one, two):
+    """Five rows over two processes: three here, two there."""
+    for rank in two:
+        assert rank["losses"] + rank["more"] == pytest.approx(one["losses"], rel=2e-6)
+    assert one["losses"][-1] < one["losses"][0] - 0.005  # something was learned
+
+
+def test_another_number_of_processes_goes_on(one, two, three):
+    for rank in three:
+        assert rank["step"] == worker.BEFORE
+        assert rank["losses"] == pytest.approx(one["losses"][worker.BEFORE :], rel=2e-6)
+
+
+@pytest.mark.parametrize("name", ["after", "after_three"])
+def test_adapters_are_whole_in_pefts_files(name, one, three, folder):
+    model = plain()
+    load_adapter(model, folder / name)
+    trained = dict(lora_layers(one["model"]))
+    for path, layer in lora_layers(model):
+        torch.testing.assert_close(layer.lora_A, trained[path].lora_A, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.lora_B, trained[path].lora_B, rtol=1e-4, atol=1e-5)
+    assert len(load_file(folder / name / "adapter_model.safetensors")) == 2 * len(trained)
+
+
+def test_peft_reads_the_adapter(two, folder):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Llama(worker.SHAPE).model
+
+        def forward(self, ids):
+            return self.model(ids)
+
+    config = peft.PeftConfig.from_pretrained(folder / "adapter")
+    loaded = peft.PeftModel.from_pretrained(Holder(), folder / "adapter", config=config)
+    found = {name for name, _ in loaded.named_parameters() if "lora_A" in name}
+    assert len(found) == 7 * worker.SHAPE.layers and config.base_model_name_or_path == "a base"
+
+
+def test_rank_0_reads_and_no_process_holds_more_than_a_layer_beside_its_shares(two):
+    parameters = 1 + 9 * worker.SHAPE.layers + 2
+    assert [rank["reads"] for rank in two] == [parameters, 0]
+    frozen, adapters = layer_tensors(worker.SHAPE, worker.BLOCK, 4), adapter_tensors(worker.SHAPE, worker.RANK)
+    whole, share = (share_bytes(frozen + adapters, cards) for cards in (1, 2))
+    one_weight = 4 * worker.SHAPE.hidden * worker.SHAPE.mlp
+    shares = (worker.SHAPE.layers - 1) * share + whole_everywhere(worker.SHAPE, worker.BLOCK)
+    assert two[0]["most_in_layers"] <= 1.02 * (shares + whole + one_weight)
+
+
+def test_received_bytes_are_as_predicted(two):
+    predicted = predict()
+    assert [rank["received"] for rank in two] == [predicted.received] * 2
+
+
+def predict(cards: int = 2):
+    """Of the tests' model: everything is float32 in it, and blocks have 32 weights."""
+    return sharded_memory(worker.SHAPE, cards, worker.RANK, block=worker.BLOCK, other_bytes=4)
+
+
+def test_shares_are_as_predicted(two):
+    predicted = predict()
+    shares = sum(two[0]["shares"].values())
+    assert predicted.shares + predicted.adapters // 4 == pytest.approx(shares, rel=0.01)
+    inside = two[0]["inside_a_layer"]
+    assert predicted.gathered == pytest.approx(inside, rel=0.1)
+
+
+def test_odd_rows_and_empty_shares(two):
+    torch.manual_seed(0)
+    model = worker.OddModel().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(worker.odd_weights(name))
+    quantize_linears(model, double_quant=False, compute_dtype=torch.float32)
+    torch.manual_seed(0)
+    names = inject_lora(model, 1, 4, ["up"])
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.fill_(0.5)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
+    model(x).square().mean().backward()
+    for rank, rows in zip(two, (17, 16), strict=True):
+        assert rank["odd"]["names"] == names and rank["odd"]["rows_here"] == [rows, rows]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(torch.tensor(rank["odd"]["grads"][name]), parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_an_error_of_rank_0_is_everyones(two):
+    wrong = "weights('model.layers.0.input_layernorm.weight') must have shape (64,), got (63,)"
+    first, second = (rank["errors"] for rank in two)
+    assert first["weights"] == f"ValueError: {wrong}"
+    assert second["weights"] == f"RuntimeError: rank 0 failed: ValueError: {wrong}"
+    for rank in (first, second):
+        assert "NotADirectoryError" in rank["disk"] and "there is no file" in rank["state"]
+        assert "a batch of 1 rows leaves some of 2 ranks without one" in rank["batch"]
+        assert 'build the model under torch.device("meta")' in rank["values"]
+
+
+def test_a_state_of_another_model_is_refused(three):
+    assert all("is of another model: it holds a (3,)" in rank["error"] for rank in three)
+
+
+def test_a_process_that_hangs_is_noticed(two):
+    assert "rank 0 of 2: another rank did not answer within 10 s, or has ended" in two[0]["process"]["said"]
+    assert two[0]["process"]["after"] < 60
+
+
+def test_a_process_that_dies_is_noticed(three):
+    for rank in (0, 2):
+        process = three[rank]["process"]
+        assert f"rank {rank} of 3: another rank did not answer within 120 s, or has ended" in process["said"]
+        assert process["after"] < 60  # a connection that breaks says so before the time is over
+
+
+def test_a_policy_of_mixed_precision_would_find_no_floats():
+    layer = RowwiseNF4Linear(64, 33, bias=True, dtype=torch.float32)
+    assert {name for name, tensor in layer.state_dict().items() if tensor.is_floating_point()} == {"bias"}
+    weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(0))
+    layer.quantize(weight)
+    before = layer.dequantize(torch.float32)
+    assert torch.equal(layer.half().dequantize(torch.float32), before)
+    linear = nn.Linear(64, 33)
+    linear.weight.data.copy_(weight)
+    assert torch.equal(NF4Linear.from_linear(linear).dequantize(torch.float32), before)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_layer_is_nf4linear_in_rows(double_quant):
+    linear = nn.Linear(96, 7)
+    x = torch.randn(3, 96)
+    known = NF4Linear.from_linear(linear, 32, double_quant, torch.float32)
+    layer = RowwiseNF4Linear(96, 7, True, 32, double_quant, torch.float32)
+    layer.quantize(linear.weight)
+    layer.bias = linear.bias
+    assert torch.equal(layer(x), known(x)) and layer.weight.shape == (7, 48)
+    assert "block_size=32" in repr(layer)
+
+
+def test_bad_arguments_of_the_layer_are_named():
+    with pytest.raises(ValueError, match=r"block_size must divide 96, got 64; .* choose a smaller one"):
+        RowwiseNF4Linear(96, 4)
+    with pytest.raises(ValueError, match=r"weight must have shape \(4, 64\), got \(64, 4\)"):
+        RowwiseNF4Linear(64, 4).quantize(torch.zeros(64, 4))
+    with pytest.raises(ValueError, match="weight holds NaN"):
+        RowwiseNF4Linear(64, 4).quantize(torch.full((4, 64), torch.nan))
+
+
+def test_shares_are_filled_up():
+    assert [share_bytes([(33, 10), (1, 4)], cards) for cards in (1, 2, 3)] == [334, 174, 114]
