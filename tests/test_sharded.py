@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from course import ROOT
@@ -20,7 +20,7 @@ from reference.llama import Llama
 from reference.lora import inject_lora, lora_layers
 from reference.memory.sharding import adapter_tensors, layer_tensors, sharded_memory, share_bytes, whole_everywhere
 from reference.qlora import NF4Linear, quantize_linears
-from reference.sharded import RowwiseNF4Linear
+from reference.sharded import RowwiseNF4Linear, load_state, on_first, processes, quantize_and_shard, save_adapter, save_state, share
 from tests import sharded_worker as worker
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
@@ -251,5 +251,62 @@ def test_bad_arguments_of_the_layer_are_named():
         RowwiseNF4Linear(64, 4).quantize(torch.full((4, 64), torch.nan))
 
 
-def test_shares_are_filled_up():
-    assert [share_bytes([(33, 10), (1, 4)], cards) for cards in (1, 2, 3)] == [334, 174, 114]
+@pytest.fixture
+def mesh():
+    """One process, this one."""
+    with processes(device="cpu") as found:
+        yield found
+
+
+def test_one_process_needs_no_torchrun(mesh, tmp_path):
+    model, adam = worker.sharded_llama(mesh)
+    losses = worker.train(model, adam, mesh, range(2))
+    save_state(model, adam, tmp_path / "state", 2)
+    expected = worker.train(model, adam, mesh, range(2, 4))
+    other, fresh = worker.sharded_llama(mesh)
+    assert load_state(other, fresh, tmp_path / "state") == 2
+    assert worker.train(other, fresh, mesh, range(2, 4)) == expected and losses[0] > expected[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_broken_state_changes_nothing(mesh, tmp_path):
+    model, adam = worker.sharded_llama(mesh)
+    save_state(model, adam, tmp_path / "state", 0)
+    before = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is cut off"):
+        load_state(model, adam, tmp_path / "cut")
+    some = load_file(tmp_path / "state")
+    first = sorted(some)[0]
+    for change, problem in {"lacks": some.keys() - {first}, "says no step": some.keys()}.items():
+        save_file({key: some[key] for key in problem}, tmp_path / "less", metadata={"step": "1"} if change == "lacks" else None)
+        with pytest.raises(ValueError, match=change):
+            load_state(model, adam, tmp_path / "less")
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name).full_tensor(), value)
+
+
+def test_nothing_broken_is_saved(mesh, tmp_path):
+    model, _ = worker.sharded_llama(mesh)
+    model.get_parameter("model.layers.1.mlp.up_proj.lora_B").data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.lora_B.weight holds NaN"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="model holds no LoRA layer"):
+        save_adapter(nn.Linear(2, 2), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_bad_arguments_are_refused_before_anything_is_read(mesh):
+    with torch.device("meta"):
+        model = Llama(worker.SHAPE)
+    with pytest.raises(ValueError, match="block_size must divide 96, got 64"):
+        quantize_and_shard(model, worker.weights, mesh, 4, 8)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(ValueError, match="timeout_seconds must be at least 1, got 0"), processes(0):
+        pass
+
+
+def test_a_batch_is_divided(mesh):
+    rows = torch.arange(6).view(3, 2)
+    assert torch.equal(share(rows, mesh)[0], rows) and share(rows, mesh)[1] == 1
+    assert on_first(lambda: "done") == "done"
