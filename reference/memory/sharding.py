@@ -1,21 +1,21 @@
 """QLoRA on several cards: bytes on each, and bytes between them in one step.
 
-Four engines divide the work in four ways; with N cards, each receives in a step
+Four engines divide the work in four ways. With R cards (ranks), each receives in a step
 
-    DDP         2·(N−1)/N · g           gradients of the adapters, summed everywhere
-    FSDP        (N−1)/N · (2·w + e + g)   every layer twice, what is outside them once; gradients
-    tensor      (N−1)/N · 2·6·L · a     six sums of activations a layer: two forward, two in the
-                                        repeated forward of checkpointing, two backward
-    pipeline    2·a                     activations from the card before, gradients from the one
-                                        after; the first and the last card have one neighbour: a
+    DDP         2·(R−1)/R · gradients
+    FSDP        (R−1)/R · (2·layers + outer + gradients)
+    tensor      2·(R−1)/R · 6 · number of layers · stream
+    pipeline    2 · stream            (the first and the last card have one neighbour: 1 · stream)
 
-g: bytes of the adapters' gradients (float32); w: of the layers as they are kept, codes, scales,
-norms and adapters; e: of embedding, head and last norm; a: of the residual stream, tokens · h ·
-2 bytes; L: layers. Sums and gatherings are by rings, which no scheme beats. Of these only DDP and
-FSDP give each card tokens of its own: under the other two the tokens are those of the whole batch.
+gradients: bytes of the adapters' (float32), which DDP sums everywhere and FSDP deals out. layers:
+bytes of all layers as they are kept, codes, scales, norms and adapters, gathered twice; outer: of
+embedding, head and last norm, gathered once. stream: bytes of the residual stream, tokens · h · 2;
+tensor parallelism sums it six times a layer: twice in the forward pass, twice in the one that
+checkpointing repeats, twice in the backward. Sums and gatherings go round in rings; none receives
+less. Under DDP and FSDP each card has tokens of its own; the streams are those of the whole batch.
 
-The engine deals out tensors by rows and fills the last card's share up where they don't divide, so
-(N−1)/N is, to the byte, (N − 1) shares of ceil(rows/N) rows. FSDP: Rajbhandari et al. 2020 (ZeRO),
+FSDP deals tensors out by rows and fills the last card's share up where they don't divide, so
+(R−1)/R is, to the byte, R − 1 shares of ceil(rows/R) rows. FSDP: Rajbhandari et al. 2020 (ZeRO),
 Zhao et al. 2023. Tensor parallel: Shoeybi et al. 2019 (Megatron). Pipeline: Huang et al. 2019.
 """
 

@@ -1,6 +1,6 @@
 """The processes that train together: how they meet, divide a batch, and learn that one is gone.
 
-``torchrun --nproc-per-node N script.py`` starts N copies of a script, one for each GPU, and tells
+``torchrun --nproc-per-node R script.py`` starts R copies of a script, one for each GPU, and tells
 each its number (its *rank*) in the environment. Without torchrun there is one, of rank 0.
 """
 
@@ -95,7 +95,7 @@ def share(rows: Tensor, mesh: DeviceMesh) -> tuple[Tensor, float]:
     The engine takes the mean of the ranks' gradients. Where they have unequal numbers of rows that
     is not the mean over the batch; with this factor on each loss it is, if every row counts alike:
 
-        1/N · Σ_ranks (N · mine/all) · mean over mine  =  mean over all
+        1/R · Σ_ranks (R · mine/all) · mean over mine  =  mean over all
 
     Args:
         rows: (rows, ...), on every rank the same.

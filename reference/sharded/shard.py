@@ -18,7 +18,7 @@ after the gathering: what travels has four bits, a quarter of what a 16-bit mode
         quantize_and_shard(model, weights, mesh, r=16, lora_alpha=32)
         rows, factor = share(batch, mesh)
         (model.loss(rows) * factor).backward()                 # then optimizer.step(), as ever
-        save_adapter(model, "adapter")                         # PEFT's files, from any N
+        save_adapter(model, "adapter")                         # PEFT's files, from any number
 
 No rank ever holds more than its shares and one whole layer, in four bits. Rank 0 alone reads
 weights, one tensor at a time. Zhao et al. 2023, "PyTorch FSDP".
