@@ -11,10 +11,11 @@ on as many rows as are named. Seconds are medians of whole steps after warm-up, 
 
 - "replicated" has the whole model on every card, and adds the adapters' gradients up in one message (data parallel);
 - "sharded" is reference.sharded;
-- "16 bits" is the same engine over a model that is not quantized: what it sends is four times as large.
+- "16 bits" is the same engine over a model that is not quantized: what it sends is four times as large;
+- "peft" is peft + bitsandbytes on the Hugging Face library's Llama, under the same engine.
 
-Predicted are what a card holds between steps, the peak (that of "replicated", with shares and gathered layers in place of the whole model)
-and the bytes received; the rate is those bytes over what the step takes longer than "replicated".
+Predicted, for all but the last, are what a card holds between steps, the peak (that of "replicated", with shares and gathered layers in
+place of the whole model) and the bytes received; the rate is those bytes over what the step takes longer than "replicated".
 """
 
 import statistics
@@ -22,14 +23,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.cases import ALPHA, RANK, random_weights
+from benchmarks.cases import ALPHA, PEERS, RANK, Case, build, random_weights
 from benchmarks.cli import message, options
-from benchmarks.meters import Meter, timed
-from benchmarks.qlora_step import build_ours
+from benchmarks.meters import Extra, Meter, timed
+from benchmarks.qlora_step import build_ours, library_loss
 from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.llama import Llama
@@ -38,13 +39,13 @@ from reference.memory.sharding import received_bytes, sharded_memory
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_70B, ModelShape
 from reference.sharded import on_first, processes, quantize_and_shard
 
-RATE = 1e-4
-Case = tuple[ModelShape, int, int]  # shape, rows on each card, tokens of a row
-CASES: list[Case] = [(LLAMA_2_7B, 1, 512), (LLAMA_2_7B, 4, 2048), (LLAMA_2_70B, 1, 2048)]
-SMOKE: list[Case] = [(ModelShape("smoke", 128, 2, 4, 2, 32, 192, 301), 1, 16)]
+RATE, PEFT = 1e-4, "peft"
+Task = tuple[ModelShape, int, int]  # shape, rows on each card, tokens of a row
+CASES: list[Task] = [(LLAMA_2_7B, 1, 512), (LLAMA_2_7B, 4, 2048), (LLAMA_2_70B, 1, 2048)]
+SMOKE: list[Task] = [(ModelShape("smoke", 128, 2, 4, 2, 32, 192, 301), 1, 16)]
 
 
-def named(case: Case) -> str:
+def named(case: Task) -> str:
     shape, rows, tokens = case
     return f"{shape.name}, {rows}×{tokens}"
 
@@ -78,15 +79,25 @@ def dense(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> Llama:
     return model
 
 
-WAYS = {"replicated": replicated, "sharded": sharded, "16 bits": dense}
+def library(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """Packed whole on every card, then sharded; bitsandbytes keeps the scales whole in its layers."""
+    model = build(PEERS, Case(shape, True, ()), device, Extra(Meter(device)))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
-def make_step(way: str, model: Llama, ids: Tensor) -> Callable[[], Tensor]:
+WAYS = {"replicated": replicated, "sharded": sharded, "16 bits": dense, PEFT: library}
+
+
+def make_step(way: str, model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    compute = library_loss if way == PEFT else Llama.loss
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=RATE, fused=ids.is_cuda or None)
 
     def step() -> Tensor:
-        loss = model.loss(ids)
+        loss = compute(model, ids)
         loss.backward()
         if way == "replicated" and dist.get_world_size() > 1:
             together = torch.cat([p.grad.view(-1) for p in trained])
@@ -107,7 +118,7 @@ def slowest(value: float) -> float:
     return max(found)
 
 
-def measure(way: str, case: Case, mesh: DeviceMesh, meter: Meter, device: torch.device) -> dict:
+def measure(way: str, case: Task, mesh: DeviceMesh, meter: Meter, device: torch.device) -> dict:
     shape, rows, tokens = case
     meter.start()
     torch.manual_seed(mesh.get_local_rank())
@@ -125,7 +136,7 @@ def measure(way: str, case: Case, mesh: DeviceMesh, meter: Meter, device: torch.
     return row | {"losses": losses}
 
 
-def attempt(way: str, case: Case, mesh: DeviceMesh, meter: Meter, device: torch.device) -> dict:
+def attempt(way: str, case: Task, mesh: DeviceMesh, meter: Meter, device: torch.device) -> dict:
     """:func:`measure` and what was predicted, or why there is no result; an error of memory is one on all cards, and is said."""
     shape, rows, tokens = case
     row = {"case": named(case), "how": way, "cards": mesh.size()}
@@ -133,6 +144,8 @@ def attempt(way: str, case: Case, mesh: DeviceMesh, meter: Meter, device: torch.
         row |= measure(way, case, mesh, meter, device)
     except torch.OutOfMemoryError as error:
         return row | {"error": message(error)}
+    if way == PEFT:
+        return row
     block = None if way == "16 bits" else 64
     expected = sharded_memory(shape, 1 if way == "replicated" else mesh.size(), RANK, block=block)
     received = expected.received if way != "replicated" else received_bytes("DDP", shape, mesh.size(), tokens * rows * mesh.size(), RANK)
@@ -146,10 +159,11 @@ def compared(rows: list[dict]) -> list[dict]:
     for row in rows:
         base = whole.get(row["case"])
         if base and "error" not in row and row is not base:
-            more = row["seconds"] - base["seconds"]
-            rate = row["predicted_received"] / more if more > 0 else None
-            peak = base["peak"] - base["held"] + row["predicted_held"] + row["gathered"]
-            row = row | {"efficiency": base["seconds"] / row["seconds"], "bytes_a_second": rate, "predicted_peak": peak}
+            row = row | {"efficiency": base["seconds"] / row["seconds"]}
+            if "gathered" in row:
+                more = row["seconds"] - base["seconds"]
+                row["bytes_a_second"] = row["predicted_received"] / more if more > 0 else None
+                row["predicted_peak"] = base["peak"] - base["held"] + row["predicted_held"] + row["gathered"]
         found.append(row)
     return found
 
@@ -162,10 +176,10 @@ def table(rows: list[dict]) -> str:
             lines.append(f"{row['case']:22}{row['how']:12}  FAILED {row['error']}")
             continue
         share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
-        peak = show_bytes(row["predicted_peak"]) if "predicted_peak" in row else ""
-        held, expected, top, received = (show_bytes(row[key]) for key in ("held", "predicted_held", "peak", "predicted_received"))
+        keys = "held", "predicted_held", "peak", "predicted_peak", "predicted_received"
+        sizes = (show_bytes(row[key]) if key in row else "" for key in keys)
         times = f"{row['seconds']:.4f}", f"{row['tokens_a_second']:,.0f}", share
-        lines.append(form.format(row["case"], row["how"], *times, held, expected, top, peak, received))
+        lines.append(form.format(row["case"], row["how"], *times, *sizes))
     return "\n".join(lines)
 
 
