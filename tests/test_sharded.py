@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks import cases
 from course import ROOT
 from reference.adapter_format import load_adapter
 from reference.llama import Llama
@@ -22,8 +23,6 @@ from reference.memory.sharding import adapter_tensors, layer_tensors, sharded_me
 from reference.qlora import NF4Linear, quantize_linears
 from reference.sharded import RowwiseNF4Linear, load_state, on_first, processes, quantize_and_shard, save_adapter, save_state, share
 from tests import sharded_worker as worker
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 
 
 def run(count: int, folder: Path, *scenarios: str) -> list[dict]:
@@ -306,7 +305,56 @@ def test_bad_arguments_are_refused_before_anything_is_read(mesh):
         pass
 
 
+def test_the_librarys_llama_too(mesh, tmp_path):
+    def weights(name: str) -> torch.Tensor:
+        return worker.weights(name).bfloat16()
+
+    losses, ids = [], worker.batch(0)
+    for sharded in (False, True):
+        model, _ = cases.skeleton(worker.SHAPE, torch.device("cpu"))
+        torch.manual_seed(0)
+        if sharded:
+            quantize_and_shard(model, weights, mesh, 4, 8, block_size=worker.BLOCK)
+        else:
+            quantize_linears(model, block_size=worker.BLOCK, device="cpu", weights=weights)
+            inject_lora(model, 4, 8)
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    save_adapter(model, tmp_path / "adapter")
+    assert "model.layers.0.mlp.down_proj" in peft.PeftConfig.from_pretrained(tmp_path / "adapter").target_modules
+
+
 def test_a_batch_is_divided(mesh):
     rows = torch.arange(6).view(3, 2)
     assert torch.equal(share(rows, mesh)[0], rows) and share(rows, mesh)[1] == 1
     assert on_first(lambda: "done") == "done"
+
+
+@pytest.mark.gpu
+def test_one_gpu_through_nccl(tmp_path):
+    """The numbers of the layer that is not sharded, by the same kernels, and a state that is read back."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Llama(worker.SHAPE).requires_grad_(False)
+    device = {"device": "cuda", "block_size": worker.BLOCK}
+    quantize_linears(model, weights=lambda name: worker.weights(name).cuda(), **device)
+    inject_lora(model, worker.RANK, worker.ALPHA)
+    ids = worker.batch(0).cuda()
+    with processes(device="cuda") as mesh:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            other = Llama(worker.SHAPE)
+        quantize_and_shard(other, worker.weights, mesh, worker.RANK, worker.ALPHA, block_size=worker.BLOCK)
+        for one in (model, other):
+            one.loss(ids).backward()
+        assert torch.equal(model.loss(ids), other.loss(ids))
+        grads = dict(model.named_parameters())
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad.full_tensor(), grads[name].grad)
+        adam = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], fused=True)
+        adam.step()
+        save_state(other, adam, tmp_path / "state", 1)
+        assert load_state(other, torch.optim.AdamW(adam.param_groups[0]["params"], fused=True), tmp_path / "state") == 1
+        save_adapter(other, tmp_path / "adapter")

@@ -2,7 +2,7 @@
 
     weight   uint8 (out, in/2)           codes, two a byte               } dealt out by rows
     absmax   uint8 (out, in/block)       the scales' 8-bit codes         }
-    nested   uint8 (4·(1 + in·out/(block·256)),)  offset and the scales' scales: on every rank
+    nested   uint8 (4·(in·out/(block·256) + 1),)  the scales' scales and offset: on every rank
 
 An engine that shards a parameter cuts it along its first axis. Here that axis is the layer's rows,
 and a block of weights lies inside a row, so every rank holds whole rows with their scales. What is
@@ -73,7 +73,7 @@ class RowwiseNF4Linear(nn.Module):
         weight = codes.view(self.out_features, -1)  # (out, in/2)
         absmax = absmax.view(torch.uint8).view(self.out_features, -1)  # (out, in/block · 1 or 4)
         if nested is not None:
-            nested = torch.cat([offset.view(1), nested]).view(torch.uint8)
+            nested = torch.cat([nested, offset.view(1)]).view(torch.uint8)
         return weight, absmax, nested
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class RowwiseNF4Linear(nn.Module):
         absmax, nested, offset = self.absmax.view(-1), None, None
         if self.double_quant:
             numbers = self.nested.view(torch.float32)
-            offset, nested = numbers[0], numbers[1:]
+            nested, offset = numbers[:-1], numbers[-1]
         else:
             absmax = absmax.view(torch.float32)
         codes = self.weight.view(-1, 1)

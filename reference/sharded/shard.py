@@ -60,7 +60,8 @@ def quantize_and_shard(
     0, to the bit, where ``block_size`` divides the rows.
 
     Args:
-        model: built under ``torch.device("meta")``, in the dtype that what is not quantized has.
+        model: built under ``torch.device("meta")``, in the dtype that what is not quantized has:
+            :class:`reference.llama.Llama`, or another whose layers are a list, called in turn.
         weights: as in :func:`reference.qlora.quantize_linears`: a parameter's value by its full
             name. Called on rank 0 alone.
         mesh: from :func:`reference.sharded.processes`.
