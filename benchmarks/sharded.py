@@ -35,7 +35,7 @@ from course.lab import recorded
 from course.lab.meters import show_bytes
 from reference.llama import Llama
 from reference.lora import inject_lora
-from reference.memory.sharding import received_bytes, sharded_memory
+from reference.memory import received_bytes, sharded_memory
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_70B, ModelShape
 from reference.sharded import on_first, processes, quantize_and_shard
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import sharded
 from course.lab import recorded
-from reference.memory.sharding import sharded_memory
+from reference.memory import sharded_memory
 
 
 def test_a_dry_run_alone(monkeypatch, tmp_path):

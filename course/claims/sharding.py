@@ -4,8 +4,8 @@ import torch
 
 from course.claims.shared import UNITS, normal
 from course.lab import recorded
-from reference.memory import RECIPES, SHAPES, training_memory
-from reference.memory.sharding import received_bytes, sharded_memory, whole_everywhere
+from reference.memory import RECIPES, SHAPES, received_bytes, sharded_memory, training_memory
+from reference.memory.sharding import whole_everywhere
 from reference.nf4 import quantize_nf4
 
 TOKENS = 2048  # of each card, in one row

@@ -85,8 +85,7 @@ def quantize_and_shard(
         raise ValueError(f"{here[0]} has values already, on {mesh.size()} ranks: {remedy}")
     model.requires_grad_(False)
     stack, names = model.get_submodule(layers), []
-    for layer in stack:
-        _make_rowwise(layer, block_size, double_quant, compute_dtype)
+    _make_rowwise(stack, block_size, double_quant, compute_dtype)
     for number, layer in enumerate(stack):
         prefix = f"{layers}.{number}"
         _fill(model, prefix, weights, mesh)
@@ -99,14 +98,13 @@ def quantize_and_shard(
     return names
 
 
-def _make_rowwise(layer: nn.Module, *options) -> None:
+def _make_rowwise(stack: nn.Module, *options) -> None:
     """Put a :class:`RowwiseNF4Linear` without values in the place of every ``nn.Linear``."""
-    linears = [part for part in layer.modules() if type(part) is nn.Linear]
     new = {}
-    for linear in linears:
+    for linear in [part for part in stack.modules() if type(part) is nn.Linear]:
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         new[linear] = RowwiseNF4Linear(*sizes, *options, linear.weight.dtype, "meta")
-    replace_layers(layer, new)
+    replace_layers(stack, new)
 
 
 def _fill(model: nn.Module, prefix: str, weights: Weights, mesh: DeviceMesh) -> list[Tensor]:
