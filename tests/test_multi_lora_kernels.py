@@ -1,4 +1,4 @@
-"""reference.kernels.multi_lora in Triton's interpreter: equal to a loop over tokens; only an adapter's own numbers are read; refilled tables."""
+"""reference.kernels.multi_lora in Triton's interpreter: a loop over tokens; only an adapter's own numbers are read; tables filled again."""
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_bad_input_is_named():
         add_updates(y, torch.randn(40, 2, device=DEVICE).T, table, plan)
     with pytest.raises(ValueError, match="x and y must be alike"):
         add_updates(y, x.bfloat16(), table, plan)
-    with pytest.raises(ValueError, match="x is torch.bfloat16, y torch.bfloat16, the factors torch.float16"):
+    with pytest.raises(ValueError, match=r"x is torch.bfloat16, y torch.bfloat16, the factors torch.float16"):
         add_updates(y.bfloat16(), x.bfloat16(), tables([[factors(2, 24, 40, torch.float16)]], DEVICE)[0], plan)
     with pytest.raises(ValueError, match="must be of one dtype"):
         tables([[f, factors(2, 24, 40, torch.bfloat16)]], DEVICE)
