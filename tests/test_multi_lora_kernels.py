@@ -202,3 +202,90 @@ def test_on_a_gpu_large_layers_and_a_recorded_graph(n_out, mix):
     plan.fill(route.groups)
     graph.replay()
     near(out, expected, torch.bfloat16)
+
+
+# ---- who reaches for them
+
+
+def test_a_models_tables_are_one_copy_and_layers_use_them(monkeypatch):
+    """On a CPU in the interpreter: a layer without an adapter, one shared by two, and what the layers would have made themselves."""
+    from reference import kernels
+    from reference.multi_lora import MultiLoRA, layer, model
+
+    net = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 16)).to(DEVICE)
+    served = MultiLoRA(net, ["0", "1"])
+    served.add("both", {"0": factors(3, 24, 40), "1": factors(2, 16, 24)})
+    served.add("first", {"0": factors(5, 24, 40)})
+    x, rows = torch.randn(3, 40, device=DEVICE), ["first", None, "both"]
+    with torch.no_grad(), served.rows(rows):
+        expected = net(x)
+    calls, real = [], kernels.multi_lora.tables
+    monkeypatch.setattr(kernels.multi_lora, "tables", lambda *given, **named: calls.append(given) or real(*given, **named))
+    monkeypatch.setattr(model, "kernels_for", lambda device: True)
+    monkeypatch.setattr(layer.MultiLoRALinear, "_takes_kernels", lambda *_: True)
+    with torch.no_grad(), served.rows(rows):
+        assert len(calls) == 1 and len(calls[0][0]) == 2
+        found = net(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected)
+    served.select(None)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("dtype", "kept"), TYPES)
+def test_one_adapter_for_few_rows_is_found_again_and_sees_new_numbers(dtype, kept):
+    from reference.kernels.multi_lora import single
+
+    f = factors(5, 24, 40, kept)
+    for rows in (1, 3, single.FEW):
+        x, y = torch.randn(rows, 40, device=DEVICE).to(dtype), torch.randn(rows, 24, device=DEVICE).to(dtype)
+        found = y.clone()
+        single.add_update(found, x, f.A, f.B, f.scaling)
+        near(found, by_loop(y, x, [f], [0] * rows, 1), dtype)
+    made = single._table.cache_info().misses
+    f.A.mul_(2)  # as an optimizer would: in place
+    found = y.clone()
+    single.add_update(found, x, f.A, f.B, f.scaling)
+    near(found, by_loop(y, x, [f], [0] * rows, 1), dtype)
+    assert single._table.cache_info().misses == made
+
+
+def test_an_unmerged_lora_layer_takes_them_at_generation(monkeypatch):
+    from reference.lora import LoRALinear, generation
+
+    layer = LoRALinear(nn.Linear(40, 24).to(DEVICE, torch.bfloat16), 4, 6).eval()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 1, 40, device=DEVICE).bfloat16()
+    with torch.no_grad():
+        expected = layer(x) if not CUDA else layer.base(x) + (layer.scaling * x.float() @ layer.lora_A.T @ layer.lora_B.T).bfloat16()
+        monkeypatch.setattr(generation, "takes_kernels", lambda *_: True)
+        near(layer(x).view(2, 24), expected.view(2, 24).double(), torch.bfloat16)
+
+
+def test_when_a_layer_takes_them(monkeypatch):
+    """The decision, on tensors that only say where they are."""
+    from types import SimpleNamespace
+
+    from reference.lora import generation
+
+    def tensor(*shape, dtype=torch.bfloat16, cuda=True, contiguous=True):
+        count = torch.Size(shape).numel()
+        return SimpleNamespace(
+            shape=shape, dtype=dtype, is_cuda=cuda, numel=lambda: count, is_contiguous=lambda: contiguous, __len__=lambda: shape[0]
+        )
+
+    monkeypatch.setattr(generation, "_TRITON", True)
+    half, wide = (tensor(4, 40), tensor(24, 4)), (tensor(4, 40, dtype=torch.float32), tensor(24, 4, dtype=torch.float32))
+    with torch.no_grad():
+        for A, B in (half, wide):
+            assert generation.takes_kernels(tensor(1, 40), A, B) and generation.takes_kernels(tensor(16, 1, 40), A, B)
+            assert not generation.takes_kernels(tensor(17, 40), A, B), "many rows"
+            assert not generation.takes_kernels(tensor(0, 40), A, B), "no row"
+            assert not generation.takes_kernels(tensor(1, 40, cuda=False), A, B), "no GPU"
+            assert not generation.takes_kernels(tensor(1, 40, dtype=torch.float32), A, B), "float32"
+        assert not generation.takes_kernels(tensor(1, 40, dtype=torch.float16), *half), "other factors"
+        assert not generation.takes_kernels(tensor(1, 40), half[0], tensor(24, 4, contiguous=False)), "a view"
+        monkeypatch.setattr(generation, "_TRITON", False)
+        assert not generation.takes_kernels(tensor(1, 40), *half), "no Triton"
+        monkeypatch.setattr(generation, "_TRITON", True)
+    assert not generation.takes_kernels(tensor(1, 40), *half), "training"

@@ -9,7 +9,7 @@ one goes on with it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,14 @@ Adapter = Mapping[str, Factors]
 def bytes_of(adapter: Adapter) -> int:
     """Bytes of all factors."""
     return sum(factors.nbytes for factors in adapter.values())
+
+
+def common_dtype(factors: Sequence[Factors | None]) -> torch.dtype | None:
+    """The dtype of all factors, if there is one and they lie as the kernels read them."""
+    there = [f for f in factors if f is not None]
+    dtypes = {f.A.dtype for f in there}
+    packed = all(f.A.is_contiguous() and f.B.is_contiguous() for f in there)
+    return dtypes.pop() if len(dtypes) == 1 and packed else None
 
 
 def factors_of(model: nn.Module) -> dict[str, Factors]:

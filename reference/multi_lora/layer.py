@@ -21,7 +21,6 @@ In a model, :class:`reference.multi_lora.MultiLoRA` does this for all layers. Ba
 different adapters: Chen et al. 2023, "Punica"; Sheng et al. 2023, "S-LoRA".
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,10 +30,10 @@ from torch import Tensor, nn
 from reference.lora.base import Wrapper
 from reference.lora.mixed import add_update
 from reference.lora.weights import check_linear, check_weight, describe
-from reference.multi_lora.factors import Factors
+from reference.multi_lora.factors import Factors, common_dtype
+from reference.multi_lora.on_gpu import kernels, kernels_for
 from reference.multi_lora.route import Route, chosen, known
 
-_TRITON = importlib.util.find_spec("triton") is not None
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -135,9 +134,7 @@ class MultiLoRALinear(nn.Module):
         there = [f for f in factors if f is not None]
         self._route = route if there else None
         self._factors, self._table = list(factors), table
-        dtypes = {f.A.dtype for f in there}
-        packed = all(f.A.is_contiguous() and f.B.is_contiguous() for f in there)
-        self._dtype = dtypes.pop() if len(dtypes) == 1 and packed else None
+        self._dtype = common_dtype(factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, ..., in), or of any shape where one adapter is selected for all."""
@@ -156,18 +153,18 @@ class MultiLoRALinear(nn.Module):
 
     def _takes_kernels(self, x: Tensor, y: Tensor) -> bool:
         """Whether :mod:`reference.kernels.multi_lora` computes it: half types, on CUDA."""
-        if not (_TRITON and x.is_cuda and x.dtype in HALF) or torch.is_grad_enabled():
+        if not (kernels_for(x.device) and x.dtype in HALF) or torch.is_grad_enabled():
             return False
         fits = y.dtype == x.dtype and self._dtype in (x.dtype, torch.float32)
         return fits and x.dim() > 1 and x.numel() > 0
 
     def _with_kernels(self, y: Tensor, x: Tensor) -> Tensor:
-        kernels, y = _kernels(), y.contiguous()
+        y = y.contiguous()
         if self._table is None:
-            self._table = kernels.tables([self._factors], x.device)[0]
+            self._table = kernels().tables([self._factors], x.device)[0]
         flat = x.reshape(-1, self.in_features)  # (tokens, in)
         plan = self._route.plan(len(x), len(flat) // len(x), x.device)
-        kernels.add_updates(y.view(-1, self.out_features), flat, self._table, plan)
+        kernels().add_updates(y.view(-1, self.out_features), flat, self._table, plan)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiLoRALinear":
@@ -189,9 +186,3 @@ def updated(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
     if x.dtype.itemsize < A.dtype.itemsize:
         return add_update(y, x, A, B, s)
     return (y + F.linear(F.linear(x.to(A.dtype), A), B) * s).to(y.dtype)
-
-
-def _kernels():
-    from reference.kernels import multi_lora
-
-    return multi_lora

@@ -16,8 +16,9 @@ from torch import nn
 
 from reference.lora.replace import carry_hooks, replace_layers
 from reference.lora.targets import find_targets, lora_layers, wrapper_of
-from reference.multi_lora.factors import Adapter
+from reference.multi_lora.factors import Adapter, Factors, common_dtype
 from reference.multi_lora.layer import MultiLoRALinear
+from reference.multi_lora.on_gpu import kernels, kernels_for
 from reference.multi_lora.route import Route, chosen, known
 
 
@@ -105,9 +106,20 @@ class MultiLoRA:
 
     def use(self, route: Route | None) -> None:
         """The same by adapters themselves, which a request may have held since before a replace."""
+        distinct = route.distinct if route is not None else []
+        factors = {name: [adapter.get(name) for adapter in distinct] for name in self.layers}
+        tables = self._tables_of(factors)
         for name, layer in self.layers.items():
-            distinct = route.distinct if route is not None else []
-            layer.use(route, [adapter.get(name) for adapter in distinct])
+            layer.use(route, factors[name], tables.get(name))
+
+    def _tables_of(self, factors: dict[str, list[Factors | None]]) -> dict[str, object]:
+        """What the kernels are told, for all layers that they take, by one copy to the device."""
+        device = next(iter(self.layers.values())).base.weight.device
+        taken = [name for name, found in factors.items() if common_dtype(found)]
+        if not (taken and kernels_for(device)):
+            return {}
+        tables = kernels().tables([factors[name] for name in taken], device)
+        return dict(zip(taken, tables, strict=True))
 
     @contextmanager
     def rows(self, rows: str | Sequence[str | None] | None) -> Iterator[None]:
