@@ -20,7 +20,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     10   wrapped, lora (dora), ia3, t_few, soft_prompts (prompt, encoder, prefix)
     10   bottleneck, fusion, relatives (updates, inject, starts, subsets)
     10   adapter_format (variants, layers, prompts, family)
-    11   multi_lora (layer, route, on_gpu, factors, model, combine, rules, simulate, serving)
+    11   multi_lora (layer, route, on_gpu, factors, model, combine, rules, serving, simulation)
     12   instruct (conversation, masks, rows, packing), self_instruct (tasks, novelty, loop)
     13   kernels (launch, low_rank, nf4, adamw, dora, multi_lora)
     14   sharded

@@ -18,7 +18,7 @@ from course.lab.world import World
 from reference.lora import inject_lora
 from reference.multi_lora import Adapter, combine_adapters, factors_of, merged_update
 
-R, ALPHA, RATE, STEPS = 8, 16, 5e-3, 120
+R, ALPHA, RATE, STEPS = 8, 16, 1e-3, 250
 TASKS, ASKED = ("sql", "clinic"), ("sql", "clinic", "general")
 
 
