@@ -3,9 +3,9 @@
     python -m benchmarks.merging            # a CPU, about a minute; saves the recorded result "merging"
     python -m benchmarks.merging --smoke
 
-For each of three seeds two adapters learn one kind of text each, from the same tiny model. All methods then merge the same two. "Both" is one
-adapter of twice the rank that saw both kinds, as many rows of each: what a merge is measured against. The line from one adapter to the other
-is the weighted sum w · sql + (1 − w) · clinic; "scale" multiplies the plain sum.
+For each of three seeds two adapters learn one kind of text each, from the same tiny model. All methods then merge the same two. "Both" is
+one adapter of twice the rank that saw both kinds, as many rows of each: what a merge is measured against. The line from one adapter to the
+other is the weighted sum w · sql + (1 − w) · clinic; "scale" multiplies the plain sum.
 """
 
 import torch

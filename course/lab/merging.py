@@ -1,7 +1,7 @@
 """Two adapters of the small world, "sql" and "clinic", made into one: by which method, and what each of them forgets.
 
-An adapter is trained on one kind of text from the same tiny model. A method turns the two into one update of every weight, which is added to
-the base; then the merged model is asked for both kinds, and for the general text that it was pre-trained on.
+An adapter is trained on one kind of text from the same tiny model. A method turns the two into one update of every weight, which is added
+to the base; then the merged model is asked for both kinds, and for the general text that it was pre-trained on.
 """
 
 import copy
