@@ -1,13 +1,12 @@
 """The simulated server: closed forms where there are some, the same requests in both ways of serving, errors."""
 
-import math
 import statistics
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference.multi_lora.simulation import Costs, Load, arrivals, quantile, simulate
+from reference.multi_lora.simulation import Costs, Load, arrivals, expected_hits, quantile, simulate
 
 
 @pytest.mark.parametrize("busy", [0.3, 0.7])
@@ -56,16 +55,18 @@ def test_hits_of_equal_tenants_are_the_places_they_have():
 
 def test_hits_under_zipf_are_ches_approximation():
     """LRU keeps what was asked for within the last T requests, where T is such that so many are kept (Che et al. 2002)."""
-    load = Load(2000, 1.0, zipf=1.0, adapter_bytes=1)
-    shares = [1 / (k + 1) for k in range(load.tenants)]
-    shares = [share / sum(shares) for share in shares]
-    low, high = 0.0, 1e6
-    for _ in range(60):
-        T = (low + high) / 2
-        low, high = (T, high) if sum(-math.expm1(-share * T) for share in shares) < 200 else (low, T)
-    expected = sum(share * -math.expm1(-share * T) for share in shares)
-    found = simulate(load, Costs(1e-6), rows=1, pool_bytes=200, requests=40_000)
-    assert found.hit_rate == pytest.approx(expected, abs=0.015)
+    for zipf, places in ((1.0, 200), (1.0, 800), (0.5, 200), (1.5, 50)):
+        found = simulate(Load(2000, 1.0, zipf, adapter_bytes=1), Costs(1e-6), rows=1, pool_bytes=places, requests=20_000, warm=True)
+        assert found.hit_rate == pytest.approx(expected_hits(2000, zipf, places), abs=0.015)
+    assert expected_hits(1000, 0.0, 100) == pytest.approx(0.1) and expected_hits(10, 1.0, 10) == 1
+
+
+def test_a_warm_start_has_those_who_ask_most():
+    load, costs = Load(50, 2.0, zipf=2.0, adapter_bytes=4), Costs(0.1, bus=1.0)
+    cold, warm = (simulate(load, costs, 4, 20, 400, warm=warm) for warm in (False, True))
+    assert cold.loads - warm.loads in range(1, 6) and warm.first_token(0.5) <= cold.first_token(0.5)
+    everybody = simulate(load, costs, 4, 200, 400, warm=True)
+    assert everybody.loads == 0
 
 
 def test_shares_follow_zipf():

@@ -9,7 +9,7 @@ from course.lab import recorded
 from reference.memory.recipes import nf4_bytes
 from reference.model_shapes import LLAMA_3_8B, LLAMA_3_70B, ModelShape
 from reference.multi_lora import Factors, combine, merged_update
-from reference.multi_lora.simulation import Costs, Load, Outcome, simulate
+from reference.multi_lora.simulation import Costs, Load, Outcome, expected_hits, simulate
 
 H200 = "h200"
 SHAPES = {"70B": LLAMA_3_70B, "8B": LLAMA_3_8B}
@@ -123,6 +123,11 @@ def generation_percent(rows: int = 1, graph: bool = False, who: str = "ours") ->
     return 100 * (times[who] / times["base"] - 1)
 
 
+def merged_percent() -> float:
+    """How far the merged layer's time is from the base's, at one row from a CUDA graph."""
+    return abs(generation_percent(1, True, "merged"))
+
+
 def flops_percent(r: int = 16, width: int = 4096) -> float:
     """Of the base's multiplications, those of an update: r·(in + out) / (in·out)."""
     return 100 * 2 * r / width
@@ -142,11 +147,11 @@ def _settings(how: str) -> dict:
     return settings | ({"rank": 16} if how == "svd" else {}) | ({"density": 0.5} if how.startswith("ties") else {})
 
 
-def combine_error(how: str, w: float = 0.7) -> float:
-    """How far a combination is from w·ΔW₁ + (1 − w)·ΔW₂, relative. "linear factors" works on A and B apart."""
+def combine_error(how: str, w: float = 0.7, scale: float = 1) -> float:
+    """How far a combination is from w·ΔW₁ + (1 − w)·ΔW₂, relative; 100 is its scale in percent. "linear factors" works on A and B apart."""
     pair, weights = _pair(), [w, 1 - w]
     exact = merged_update(pair, weights).double()
-    return ((combine(pair, weights, **_settings(how)).delta().double() - exact).norm() / exact.norm()).item()
+    return scale * ((combine(pair, weights, **_settings(how)).delta().double() - exact).norm() / exact.norm()).item()
 
 
 def exact(how: str) -> bool:
@@ -154,7 +159,7 @@ def exact(how: str) -> bool:
     return combine_error(how) < 1e-6
 
 
-def flip_changes(how: str) -> float:
+def flip_changes(how: str, scale: float = 1) -> float:
     """How far the result moves, relative, if one adapter is written as (−A, −B), which is the same adapter."""
     one, two = _pair()
     settings = _settings(how)
@@ -162,7 +167,7 @@ def flip_changes(how: str) -> float:
         before, after = (merged_update((each, two), [1.0, 1.0], "ties", 0.5) for each in (one, Factors(-one.A, -one.B, one.scaling)))
     else:
         before, after = (combine((each, two), [1.0, 1.0], **settings).delta() for each in (one, Factors(-one.A, -one.B, one.scaling)))
-    return ((after - before).norm() / before.norm()).item()
+    return scale * ((after - before).norm() / before.norm()).item()
 
 
 # Merging, measured
@@ -248,7 +253,7 @@ def tenants(
     """10,000 tenants on one card: prompts of 512 tokens, answers of 128, 64 rows. "small" adapters have r = 8 on q and v."""
     size = int(1e6 * adapter_mb(*KINDS[kind]))
     load = Load(MANY, rate, zipf, PROMPT, NEW, size)
-    return simulate(load, costs(kind, source), ROWS, places * size, requests, how)
+    return simulate(load, costs(kind, source), ROWS, places * size, requests, how, warm=True)
 
 
 def capacity(how: str = "unmerged", kind: str = "small") -> float:
@@ -271,10 +276,13 @@ def card_minutes_per_million(how: str = "unmerged") -> float:
 
 
 @functools.cache
-def hits_percent(places: int = 500, zipf: float = 1.0, requests: int = 6000) -> float:
-    """Of so many requests to 10,000 tenants, those whose adapter is on the card, which is empty at first."""
-    load = Load(MANY, 1.0, zipf, adapter_bytes=1)
-    return 100 * simulate(load, Costs(1e-6), 1, places, requests).hit_rate
+def hits_percent(places: int = 500, zipf: float = 1.0) -> float:
+    """Of the requests of 10,000 tenants, those whose adapter is on the card."""
+    return 100 * expected_hits(MANY, zipf, places)
+
+
+def miss_percent(places: int, zipf: float = 1.0) -> float:
+    return 100 - hits_percent(places, zipf)
 
 
 def first_token_s(kind: str = "small", source: str = "RAM", places: int = 150, share: float = 0.99) -> float:

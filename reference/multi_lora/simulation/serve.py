@@ -30,14 +30,15 @@ from reference.multi_lora.simulation.outcome import Outcome
 class Unmerged:
     """Adapters on the card, least recently used first, and how many requests use each."""
 
-    def __init__(self, load: Load, costs: Costs, pool_bytes: int):
+    def __init__(self, load: Load, costs: Costs, pool_bytes: int, warm: bool):
         if pool_bytes < max(1, load.adapter_bytes):
             words = f"pool_bytes must hold an adapter of {load.adapter_bytes} bytes"
             raise ValueError(f"{words}, got {pool_bytes}")
         self.places = pool_bytes // load.adapter_bytes if load.adapter_bytes else load.tenants
         self.copy = load.adapter_bytes / costs.bus  # seconds
-        self.users: OrderedDict[int, int] = OrderedDict()
-        self.arrives: dict[int, float] = {}
+        there = range(min(self.places, load.tenants)) if warm else ()
+        self.users: OrderedDict[int, int] = OrderedDict.fromkeys(reversed(there), 0)
+        self.arrives = dict.fromkeys(there, 0.0)
         self.bus_free, self.loads, self.adapter = 0.0, 0, costs.adapter
 
     def admit(self, waiting: deque[Asked], running: list[Asked], rows: int, now: float) -> float:
@@ -97,6 +98,7 @@ def simulate(
     requests: int = 10_000,
     how: str = "unmerged",
     seed: int = 0,
+    warm: bool = False,
 ) -> Outcome:
     """Serve ``requests`` requests, first come, first served.
 
@@ -104,6 +106,7 @@ def simulate(
         rows: of a batch at most.
         pool_bytes: for adapters on the card; "merged" has none there.
         how: "unmerged" or "merged".
+        warm: begin with the adapters on the card of those who ask most; else with none.
 
     Raises:
         ValueError: the pool holds no adapter; ``how`` is unknown; a count is below 1.
@@ -111,7 +114,7 @@ def simulate(
     check_integer("rows", rows, 1)
     if how not in ("unmerged", "merged"):
         raise ValueError(f"how must be 'unmerged' or 'merged', got {how!r}")
-    serving = Merged(costs) if how == "merged" else Unmerged(load, costs, pool_bytes)
+    serving = Merged(costs) if how == "merged" else Unmerged(load, costs, pool_bytes, warm)
     coming = deque(arrivals(load, requests, seed))
     waiting, running, ended = deque(), [], []
     now = worked = distinct = 0.0
