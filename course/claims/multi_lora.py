@@ -202,11 +202,6 @@ def untouched(domain: str) -> float:
 METHODS = ("sum", "mean", "sum, cut to r = 8", "linear on A and B", "largest half", "DARE", "TIES", "TIES, largest fifth", "DARE and TIES")
 
 
-def best_merge(domain: str) -> float:
-    """The lowest mean of any method."""
-    return min(merge(name, domain) for name in METHODS)
-
-
 def no_merge_is_as_good() -> bool:
     """In every seed each method is worse on each task than the adapter of that task."""
     own = {domain: max(row[domain] for row in runs("alone", domain)) for domain in ("sql", "clinic")}
@@ -261,10 +256,6 @@ def capacity(how: str = "unmerged", kind: str = "small") -> float:
     return tenants(how, 1e6, kind=kind, requests=600).per_second
 
 
-def merging_times_slower() -> float:
-    return capacity() / capacity("merged")
-
-
 def cards(rate: float = 50, how: str = "unmerged") -> int:
     """For so many requests per second, at four fifths of what a card can do."""
     return math.ceil(rate / (0.8 * capacity(how)))
@@ -288,11 +279,6 @@ def miss_percent(places: int, zipf: float = 1.0) -> float:
 def first_token_s(kind: str = "small", source: str = "RAM", places: int = 150, share: float = 0.99) -> float:
     """Seconds to the first token, by where adapters come from: "RAM", "disk" (5 GB/s) or "network" (1 GB/s)."""
     return tenants(places=places, source=source, kind=kind).first_token(share)
-
-
-def distinct_in_a_step() -> float:
-    """Adapters in a step at full load, on average."""
-    return tenants(rate=1e6, requests=600).distinct
 
 
 def all_adapters_tb(kind: str = "small") -> float:
