@@ -289,3 +289,23 @@ def test_when_a_layer_takes_them(monkeypatch):
         assert not generation.takes_kernels(tensor(1, 40), *half), "no Triton"
         monkeypatch.setattr(generation, "_TRITON", True)
     assert not generation.takes_kernels(tensor(1, 40), *half), "training"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_a_lora_layer_generates_by_them_also_from_a_graph(kept):
+    from reference.lora import LoRALinear, generation
+
+    layer = LoRALinear(nn.Linear(4096, 11008, bias=False).to(DEVICE, torch.bfloat16), 16, 24).eval()
+    nn.init.normal_(layer.lora_B, std=0.02)
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(kept), layer.lora_B.data.to(kept)
+    x = torch.randn(1, 1, 4096, device=DEVICE).bfloat16()
+    with torch.no_grad():
+        assert generation.takes_kernels(x, layer.lora_A, layer.lora_B)
+        exact = layer.base(x).double() + layer.scaling * x.double() @ layer.lora_A.double().T @ layer.lora_B.double().T
+        near(layer(x).view(1, -1), exact.view(1, -1), torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+    near(y.view(1, -1), exact.view(1, -1), torch.bfloat16)

@@ -116,8 +116,8 @@ def intensity(n: int, m: int, r: int) -> float:
     return n * r / (m * r + n)
 
 
-def generation_percent(rows: int = 1, graph: bool = False, who: str = "ours") -> float:
-    """What an unmerged layer that is written with torch adds to the base's time on an H200."""
+def generation_percent(rows: int = 1, graph: bool = False, who: str = "peft") -> float:
+    """What an unmerged layer that is written with torch, as peft's is, adds to the base's time on an H200."""
     found = recorded.load("lora_layer", H200)["result"]["generation"]["float32 factors, α/r = 2"]
     times = found[f"{rows} row{'s' * (rows > 1)}{', one launch' * graph}"]
     return 100 * (times[who] / times["base"] - 1)

@@ -39,6 +39,13 @@ def added(As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return A, sum(torch.cat([B, B.new_zeros(len(B), r - B.shape[1])], 1) for B in Bs)
 
 
+def cut(As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The best copy of the largest rank among them."""
+    U, sigma, V = torch.linalg.svd(torch.cat(Bs, 1) @ torch.cat(As), full_matrices=False)
+    r = max(map(len, As))
+    return sigma[:r, None] * V[:r], U[:, :r]
+
+
 def root(w: float, s: float) -> float:
     return math.sqrt(abs(w * s))
 
@@ -72,6 +79,9 @@ check = Check(
         ),
         'factor by factor with √w on each, as peft\'s "linear" does: the cross terms B₁A₂ and B₂A₁ remain; stack the factors': but(
             join=added, share=lambda w, s: math.copysign(root(w, s), w), share_of_B=root
+        ),
+        "the sum was cut to the rank of one adapter: that is the closest of this rank, and not exact; stacked, the rank is the sum": but(
+            join=cut
         ),
         "the weight is in A and in B, so it counts squared: put it in one of them": but(
             share=lambda w, s: w * s, share_of_B=lambda w, s: w

@@ -22,6 +22,7 @@ def mixed_batch(
     at=places,
     where=places,
     scale=lambda s: s,
+    join=torch.add,
     read=lambda x, y, chosen: x[chosen],
     bare=lambda y, rows, adapters, x: y,
     known=lambda name, adapters: adapters[name],
@@ -31,7 +32,8 @@ def mixed_batch(
     for name in names(rows, adapters):
         A, B, s = known(name, adapters)
         update = read(x, y, at(rows, name)) @ A.T @ B.T
-        y[where(rows, name)] += scale(s) * update
+        there = where(rows, name)
+        y[there] = join(y[there], scale(s) * update)
     return bare(y, rows, adapters, x)
 
 
@@ -104,6 +106,7 @@ check = Check(
         "every row went through the first row's adapter: the batch is mixed, so take the rows of each name for themselves": of_the_first,
         "every row got the updates of all adapters: only its own belongs to it": everybody,
         "the scale is missing: an update is s·B·(A·x)": but(scale=lambda s: 1.0),
+        "the update took the place of the base's output: add it to W·x": but(join=lambda y, update: update),
         "rows of None went through an adapter (an index of −1 is the last one): they are the base alone": but(bare=first_adapter),
         "the rows come back sorted by adapter: each answer must be at the place of its request, or customers get each other's": but(
             bare=in_sorted_order
