@@ -9,8 +9,8 @@ a chain of layers with factors of their own, so that no factor waits in the cach
 and of x, y and y', over the rate that a copy reaches here. "Error" is the largest distance from float64, relative to the largest entry.
 peft's mixed batch, which loops over names and does more than a graph can hold, is timed whole, against our whole layer.
 
-*One row*: a chain of 4096² layers, bare and with one adapter selected. *Swap*: adapters from pinned RAM through the pool, bytes per second,
-beside one large pinned copy.
+*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors. *Swap*: adapters from
+pinned RAM through the pool, bytes per second, beside one large pinned copy.
 """
 
 import math
@@ -31,6 +31,7 @@ from benchmarks.lora_layer import replayed
 from course.lab.devices import device
 from course.lab.meters import milliseconds
 from reference.kernels.multi_lora import Plan, add_updates, tables
+from reference.lora import LoRALinear
 from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear
 from reference.multi_lora.serving import AdapterPool
 
@@ -180,7 +181,10 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) ->
         layer.add("t", Factors(a, b, 1e-3))
         layer.select("t")
     x = torch.randn(1, width, device=where).bfloat16()
-    chains = {"base": nn.Sequential(*bases), "one adapter": nn.Sequential(*layers)}
+    unmerged = [LoRALinear(base, r, 1e-3 * r).eval() for base in bases]
+    for layer in unmerged:
+        nn.init.normal_(layer.lora_B)
+    chains = {"base": nn.Sequential(*bases), "one adapter": nn.Sequential(*layers), "LoRALinear": nn.Sequential(*unmerged)}
     with torch.no_grad():
         for chain in chains.values():
             chain(x)  # what is compiled or put on the device once
@@ -190,7 +194,12 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) ->
             for name, graph in graphs.items():
                 times[name].append(milliseconds(graph, where=where) / depth)
     found = {name: statistics.median(values) for name, values in times.items()}
-    return {"width": width, "r": r, "milliseconds": found, "cost": found["one adapter"] / found["base"] - 1}
+    return {
+        "width": width,
+        "r": r,
+        "milliseconds": found,
+        "cost": {name: time / found["base"] - 1 for name, time in found.items() if name != "base"},
+    }
 
 
 def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> dict:
@@ -240,7 +249,9 @@ def table(result: dict) -> str:
         times = [row["milliseconds"][name] for name in CONTESTANTS] + [row["floor"]]
         lines.append(f"{label:38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
     lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
-    lines += [f"one row, r {row['r']}: {row['cost']:+.1%} over the base" for row in result["one_row"]]
+    for row in result["one_row"]:
+        costs = ", ".join(f"{name} {cost:+.1%}" for name, cost in row["cost"].items())
+        lines.append(f"one row, r {row['r']}, over the base: {costs}")
     lines.append(f"swap: {result['swap']['share_of_bus']:.0%} of the bus")
     return "\n".join(lines)
 

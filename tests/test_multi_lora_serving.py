@@ -16,6 +16,7 @@ from reference.model_shapes import ModelShape
 from reference.multi_lora import Factors, MultiLoRA, Route, bytes_of, factors_of
 from reference.multi_lora.serving import AdapterPool, Engine, KVCache, PoolFull, Request, generate, next_logits, token_bytes
 from reference.multi_lora.serving.cache import padded
+from reference.qlora import quantize_linears
 
 SHAPE = ModelShape("tiny", hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, vocab=40)
 TOKEN = token_bytes(SHAPE, torch.float32)
@@ -378,3 +379,20 @@ def test_a_route_groups_requests_of_one_version():
     pool.replace("a", adapter)
     three = pool.acquire("a")
     assert Route([h.adapter for h in (one, three, two)]).groups == [[0, 2], [1]]
+
+
+def test_over_a_base_in_four_bits_everybody_gets_what_he_gets_alone(base):
+    tenants = {name: tenant(base, r, seed)[0] for name, r, seed in (("a", 2, 1), ("b", 5, 2), ("c", 3, 3))}
+    quantize_linears(base, compute_dtype=torch.float32)
+    alone = MultiLoRA(copy.deepcopy(base))
+    for name, adapter in tenants.items():
+        alone.add(name, adapter)
+    asked = list(zip([*tenants, None, "b"], prompts(5), strict=True))
+    found = engine(base, tenants, rows=3, device_bytes=2 * max(map(bytes_of, tenants.values())) + 4096)
+    requests = [Request(name, prompt, 6) for name, prompt in asked]
+    for request in requests:
+        found.submit(request)
+    found.run()
+    for request, (name, prompt) in zip(requests, asked, strict=True):
+        with alone.rows(name):
+            assert request.tokens == generate(alone.model, [prompt], 6)[0]
