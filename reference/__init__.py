@@ -7,7 +7,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     00   model_shapes
     01   lowrank (svd, subspace)
     02   lora (layer, base, weights, conv_embedding, called, targets, replace, inject, mixed)
-    02   lora (trained, parameters), adapter_format (files, whole, keys, config)
+    02   lora (generation, trained, parameters), adapter_format (files, whole, keys, config)
     03   blockwise
     04   nf4
     05   double_quant
@@ -21,7 +21,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     10   wrapped, lora (dora), ia3, t_few, soft_prompts (prompt, encoder, prefix)
     10   bottleneck, fusion, relatives (updates, inject, starts, subsets)
     10   adapter_format (variants, layers, prompts, family)
-    11   multi_lora (layer, combine, serving)
+    11   multi_lora (layer, route, on_gpu, factors, model, combine, rules, serving, simulation)
     12   instruct (conversation, masks, rows, packing), self_instruct (tasks, novelty, loop)
     13   kernels (launch, low_rank, nf4, adamw, dora, multi_lora)
     14   sharded (shard, layer, group, files)

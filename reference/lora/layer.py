@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.lora import generation
 from reference.lora.base import Wrapper, add_to_weight, check
 from reference.lora.mixed import add_update
 from reference.lora.weights import check_linear, check_weight, describe
@@ -158,9 +159,8 @@ class LoRALayer(Wrapper):
 class LoRALinear(LoRALayer):
     """LoRA over an ``nn.Linear``, or over what has its sizes and a ``weight``.
 
-    That weight may be packed: only the base's own forward reads it.
-
-    Shapes: input (..., in_features), ``lora_A`` (r, in_features), ``lora_B`` (out_features, r).
+    That weight may be packed: only the base's own forward reads it. Input (..., in_features),
+    ``lora_A`` (r, in_features), ``lora_B`` (out_features, r).
     """
 
     check_base = staticmethod(check_linear)
@@ -189,10 +189,12 @@ class LoRALinear(LoRALayer):
         return F.linear(h, self.lora_B)  # (..., out)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Half-precision input, wider factors, and nothing in between that needs the wide input.
-        narrow = x.dtype.itemsize < self.lora_A.dtype.itemsize
-        drops = self.lora_dropout.p > 0 and self.training
-        if self.merged or not narrow or drops or torch.is_autocast_enabled(x.device.type):
+        A, B, drops = self.lora_A, self.lora_B, self.lora_dropout.p > 0 and self.training
+        if self.merged or drops or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        if generation.takes_kernels(x, A, B):
+            return generation.add_update(self.base(x), x, A, B, self.scaling)
+        if x.dtype.itemsize >= A.dtype.itemsize:
             return super().forward(x)
         # The same numbers, without keeping a wide copy of x for the backward.
-        return add_update(self.base(x), x, self.lora_A, self.lora_B, self.scaling)
+        return add_update(self.base(x), x, A, B, self.scaling)

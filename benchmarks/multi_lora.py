@@ -1,0 +1,264 @@
+"""Updates of many adapters in one batch: the grouped kernels beside a loop, gather + bmm, grouped_mm and peft; one row; a swap.
+
+    python -m benchmarks.multi_lora             # a CUDA device, some minutes; saves the recorded result "multi_lora"
+    python -m benchmarks.multi_lora --smoke     # small, also on a CPU; saves to a temporary folder
+
+*Cells*: y += s·B·A·x in bfloat16 for batches of one token a row. Rows have adapters of their own ("distinct"), one of √batch with equal
+chances ("uniform") or with chances k^(−1.5) ("zipf"), or one adapter for all ("identical"). Every contestant is replayed from a CUDA graph,
+a chain of layers with factors of their own, so that no factor waits in the cache; times are per layer. "Floor" is the bytes of the factors
+and of x, y and y', over the rate that a copy reaches here. "Error" is the largest distance from float64, relative to the largest entry.
+peft's mixed batch, which loops over names and does more than a graph can hold, is timed whole, against our whole layer.
+
+*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors. *Swap*: adapters from
+pinned RAM through the pool, bytes per second, beside one large pinned copy.
+"""
+
+import math
+import os
+import statistics
+import warnings
+from collections.abc import Callable
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
+import peft
+from torch import Tensor, nn
+
+from benchmarks.cli import message, record, rounded
+from benchmarks.lora_layer import replayed
+from course.lab.devices import device
+from course.lab.meters import milliseconds
+from reference.kernels.multi_lora import Plan, add_updates, tables
+from reference.lora import LoRALinear
+from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear
+from reference.multi_lora.serving import AdapterPool
+
+SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192))  # out, in
+BATCHES, RANKS, MIXES = (1, 4, 16, 64, 256), (8, 16, 32, 64), ("distinct", "uniform", "zipf", "identical")
+COLD = 192 << 20  # bytes of factors in a chain, more than any cache holds
+SCALE = 2.0
+
+
+def mixed(mix: str, batch: int, seed: int = 0) -> list[int]:
+    """Which adapter each row uses, numbered from 0 without gaps."""
+    g = torch.Generator().manual_seed(seed)
+    if mix in ("distinct", "identical"):
+        return list(range(batch)) if mix == "distinct" else [0] * batch
+    chances = torch.arange(1, math.isqrt(batch) + 1, dtype=torch.float64) ** (-1.5 if mix == "zipf" else 0.0)
+    drawn = torch.multinomial(chances, batch, replacement=True, generator=g).tolist()
+    place = {which: i for i, which in enumerate(dict.fromkeys(drawn))}
+    return [place[which] for which in drawn]
+
+
+class Layer:
+    """One layer's adapters in the forms in which contestants want them, made once and not timed."""
+
+    def __init__(self, count: int, r: int, n_out: int, n_in: int, where: torch.device):
+        self.A = (torch.randn(count, r, n_in, device=where) / n_in**0.5).bfloat16()
+        self.B = (torch.randn(count, n_out, r, device=where) / r**0.5).bfloat16()
+        self.factors = [Factors(a, b, SCALE) for a, b in zip(self.A, self.B, strict=True)]
+        (self.table,) = tables([self.factors], where)
+
+
+class Batch:
+    """Which rows belong together, in the forms in which contestants want it."""
+
+    def __init__(self, rows: list[int], where: torch.device):
+        self.groups = groups_of(rows)
+        self.plan = Plan(self.groups, len(rows), 1, where)
+        self.indices = [torch.tensor(group, device=where) for group in self.groups]
+        self.which = torch.tensor(rows, device=where)
+        self.order = torch.cat(self.indices)
+        self.ends = torch.tensor([len(group) for group in self.groups], device=where).cumsum(0).to(torch.int32)
+
+
+def groups_of(rows: list[int]) -> list[list[int]]:
+    """Row numbers of each adapter, by its number."""
+    return [[row for row, which in enumerate(rows) if which == wanted] for wanted in range(max(rows) + 1)]
+
+
+def ours(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    add_updates(y, x, layer.table, batch.plan)
+
+
+def loop(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    for f, rows in zip(layer.factors, batch.indices, strict=True):
+        y.index_add_(0, rows, (x[rows] @ f.A.T) @ f.B.T, alpha=SCALE)
+
+
+def gather_bmm(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    h = torch.bmm(layer.A[batch.which], x[:, :, None])  # (n, r, 1)
+    y.add_(torch.bmm(layer.B[batch.which], h)[:, :, 0], alpha=SCALE)
+
+
+def grouped_mm(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    product = nn.functional.grouped_mm
+    h = product(x[batch.order], layer.A.transpose(1, 2), offs=batch.ends)  # (n, r)
+    y.index_add_(0, batch.order, product(h, layer.B.transpose(1, 2), offs=batch.ends), alpha=SCALE)
+
+
+CONTESTANTS: dict[str, Callable] = {"ours": ours, "loop": loop, "gather + bmm": gather_bmm, "grouped_mm": grouped_mm}
+
+
+def copy_rate(where: torch.device, count: int) -> float:
+    """Bytes per second, read and written, of a copy on the device."""
+    source, target = (torch.empty(count, dtype=torch.uint8, device=where) for _ in range(2))
+    return 2 * count / (milliseconds(lambda: target.copy_(source), where=where) / 1e3)
+
+
+def cell(shape: tuple[int, int], batch_size: int, r: int, mix: str, where: torch.device, rate: float, repeats: int, most: int) -> dict:
+    """Milliseconds of every contestant, its error, and the floor."""
+    (n_out, n_in), rows = shape, mixed(mix, batch_size)
+    torch.manual_seed(0)
+    count = max(rows) + 1
+    factor_bytes = 2 * count * r * (n_out + n_in)
+    depth = max(2, min(most, COLD // factor_bytes))
+    layers, batch = [Layer(count, r, n_out, n_in, where) for _ in range(depth)], Batch(rows, where)
+    x = torch.randn(batch_size, n_in, device=where).bfloat16()
+    start = torch.randn(batch_size, n_out, device=where).bfloat16()
+    exact = start.double()
+    for i, which in enumerate(rows):
+        f = layers[0].factors[which]
+        exact[i] += SCALE * f.B.double() @ (f.A.double() @ x[i].double())
+    moved = factor_bytes + 2 * batch_size * (n_in + 2 * n_out)
+    found = {
+        "out": n_out,
+        "in": n_in,
+        "batch": batch_size,
+        "r": r,
+        "mix": mix,
+        "adapters": count,
+        "depth": depth,
+        "floor": 1e3 * moved / rate,
+    }
+    found |= {"milliseconds": {}, "error": {}}
+    for name, work in CONTESTANTS.items():
+        try:
+            y = start.clone()
+            work(y, x, layers[0], batch)
+            found["error"][name] = ((y.double() - exact).abs().max() / exact.abs().max()).item()
+            chain = replayed(lambda work=work, y=y: [work(y, x, layer, batch) for layer in layers], where)
+            found["milliseconds"][name] = milliseconds(chain, repeats=repeats, warmup=2, where=where) / depth
+        except Exception as error:
+            if name == "ours":
+                raise
+            found["milliseconds"][name] = message(error)
+    return found
+
+
+def beside_peft(width: int, batch_size: int, r: int, mix: str, where: torch.device, repeats: int) -> dict:
+    """Whole layers, base and updates, without a graph: peft's mixed batch and ours."""
+    rows = mixed(mix, batch_size)
+    base, names = nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16), [f"t{i}" for i in range(max(rows) + 1)]
+    layer, config = MultiLoRALinear(base), peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(nn.Sequential(base), config, adapter_name=names[0], autocast_adapter_dtype=False)
+        for name in names[1:]:
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+    theirs = model.base_model.model[0].eval()
+    for name in names:
+        layer.add(name, Factors(theirs.lora_A[name].weight.detach(), theirs.lora_B[name].weight.detach(), SCALE))
+    x, wanted = torch.randn(batch_size, width, device=where).bfloat16(), [names[which] for which in rows]
+    layer.select(wanted)
+    with torch.no_grad():
+        difference = (layer(x).float() - theirs(x, adapter_names=wanted).float()).abs().max().item()
+        times = {
+            "ours": milliseconds(lambda: layer(x), repeats=repeats, where=where),
+            "peft": milliseconds(lambda: theirs(x, adapter_names=wanted), repeats=repeats, where=where),
+        }
+    return {"batch": batch_size, "r": r, "mix": mix, "difference": difference, "milliseconds": times}
+
+
+def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) -> dict:
+    """A generated token's way through a chain of layers, per layer: bare, and with one adapter that is not merged."""
+    bases = [nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(depth)]
+    layers = [MultiLoRALinear(base) for base in bases]
+    for layer in layers:
+        a, b = torch.randn(r, width, device=where).bfloat16(), torch.randn(width, r, device=where).bfloat16()
+        layer.add("t", Factors(a, b, 1e-3))
+        layer.select("t")
+    x = torch.randn(1, width, device=where).bfloat16()
+    unmerged = [LoRALinear(base, r, 1e-3 * r).eval() for base in bases]
+    for layer in unmerged:
+        nn.init.normal_(layer.lora_B)
+    chains = {"base": nn.Sequential(*bases), "one adapter": nn.Sequential(*layers), "LoRALinear": nn.Sequential(*unmerged)}
+    with torch.no_grad():
+        for chain in chains.values():
+            chain(x)  # what is compiled or put on the device once
+        graphs = {name: replayed(lambda chain=chain: chain(x), where) for name, chain in chains.items()}
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                times[name].append(milliseconds(graph, where=where) / depth)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "width": width,
+        "r": r,
+        "milliseconds": found,
+        "cost": {name: time / found["base"] - 1 for name, time in found.items() if name != "base"},
+    }
+
+
+def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> dict:
+    """Adapters through a pool that holds one: each acquire is one copy from RAM."""
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(layers)))
+    served = MultiLoRA(model)
+    adapter = {name: Factors(torch.randn(r, width).bfloat16(), torch.randn(width, r).bfloat16()) for name in served.layers}
+    size = sum(f.nbytes for f in adapter.values())
+    pool, names = AdapterPool(served, size, 4 * size), ["a", "b"]
+    for name in names:
+        pool.register(name, adapter)
+    turn = iter(range(1 << 30))
+
+    def work() -> None:
+        pool.release(pool.acquire(names[next(turn) % 2]))
+
+    time = milliseconds(work, repeats=repeats, where=where)
+    source, target = (
+        torch.empty(size, dtype=torch.uint8, pin_memory=where.type == "cuda"),
+        torch.empty(size, dtype=torch.uint8, device=where),
+    )
+    copy = milliseconds(lambda: target.copy_(source, non_blocking=True), repeats=repeats, where=where)
+    return {"bytes": size, "milliseconds": time, "copy_milliseconds": copy, "share_of_bus": copy / time}
+
+
+def measure(small: bool = False, where: torch.device | None = None) -> dict:
+    """All of it; ``small`` for a machine without a GPU."""
+    where = where or device()
+    if small:
+        shapes, batches, ranks, repeats, most, width, depth = ((32, 48),), (1, 4), (8,), 2, 2, 64, 2
+    else:
+        shapes, batches, ranks, repeats, most, width, depth = SHAPES, BATCHES, RANKS, 20, 16, 4096, 8
+    rate = copy_rate(where, 1 << (20 if small else 30))
+    with torch.no_grad():
+        cells = [cell(s, n, r, mix, where, rate, repeats, most) for s in shapes for n in batches for r in ranks for mix in MIXES]
+    found = {"copy_bytes_per_second": rate, "peft_version": peft.__version__, "cells": cells}
+    found["peft"] = [beside_peft(width, n, ranks[0], mix, where, repeats) for n in batches[1:] for mix in MIXES]
+    found["one_row"] = [one_row(width, depth, r, where, 2 if small else 7) for r in ranks]
+    found["swap"] = swap(width, 4 if small else 128, 16, where, repeats)
+    return rounded(found)
+
+
+def table(result: dict) -> str:
+    lines = ["microseconds a layer" + " " * 18 + "".join(f"{name:>14}" for name in (*CONTESTANTS, "floor"))]
+    for row in result["cells"]:
+        label = f"{row['out']}×{row['in']}, {row['batch']} rows, r {row['r']}, {row['mix']}"
+        times = [row["milliseconds"][name] for name in CONTESTANTS] + [row["floor"]]
+        lines.append(f"{label:38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
+    lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
+    for row in result["one_row"]:
+        costs = ", ".join(f"{name} {cost:+.1%}" for name, cost in row["cost"].items())
+        lines.append(f"one row, r {row['r']}, over the base: {costs}")
+    lines.append(f"swap: {result['swap']['share_of_bus']:.0%} of the bus")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    record("multi_lora", __doc__, measure, table, small={"small": True, "where": torch.device("cpu")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the judges' arithmetic is the reference's."""
+
+import importlib
+
+import pytest
+import torch
+
+from course.checking import NotYet
+from course.checks import multi_lora as check
+from course.checks.multi_lora.combine import weighted_sum
+from course.checks.multi_lora.route import mixed_batch
+from course.checks.multi_lora.ties import ties
+from reference.multi_lora import Factors, MultiLoRALinear, combine, merged_update
+
+pools = importlib.import_module("course.checks.multi_lora.pool")  # the package hands on the check under that name
+platforms = importlib.import_module("course.checks.multi_lora.platform")
+
+
+def refused(judge, answer, words=None):
+    for seed in range(3):
+        with pytest.raises(NotYet, match=words):
+            judge._judge(answer, seed)
+
+
+def accepted(judge, answer):
+    for seed in range(3):
+        judge._judge(answer, seed)
+
+
+# ---- the judges' arithmetic
+
+
+def test_the_mixed_batch_is_the_references():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(7, 5, bias=False)
+    layer, adapters = (
+        MultiLoRALinear(base),
+        {"a": (torch.randn(2, 7), torch.randn(5, 2), 0.5), "b": (torch.randn(4, 7), torch.randn(5, 4), 2.0)},
+    )
+    for name, factors in adapters.items():
+        layer.add(name, Factors(*factors))
+    rows, x = ["b", None, "a", "b"], torch.randn(4, 7)
+    layer.select(rows)
+    with torch.no_grad():
+        torch.testing.assert_close(mixed_batch(x, base.weight, adapters, rows), layer(x))
+
+
+def test_the_sum_is_the_references():
+    torch.manual_seed(0)
+    adapters = [(torch.randn(2, 7), torch.randn(5, 2), 0.5), (torch.randn(4, 7), torch.randn(5, 4), 2.0)]
+    found, (A, B) = combine([Factors(*a) for a in adapters], [0.7, -0.3]), weighted_sum(adapters, [0.7, -0.3])
+    torch.testing.assert_close(B @ A, found.delta())
+
+
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_ties_is_the_references(density):
+    torch.manual_seed(0)
+    adapters = [Factors(torch.randn(2, 7), torch.randn(5, 2), s) for s in (0.5, 1.0, 2.0)]
+    mine = ties([a.delta() for a in adapters], [1.0, 0.5, 2.0], density)
+    torch.testing.assert_close(mine, merged_update(adapters, [1.0, 0.5, 2.0], "ties", density))
+
+
+def test_the_pool_is_the_references():
+    """The long day through ``AdapterPool``, with sizes that its packing leaves as they are."""
+    from reference.multi_lora import MultiLoRA
+    from reference.multi_lora.serving import AdapterPool, PoolFull
+
+    unit = 512  # bytes: what packing rounds to, or a part of it
+    served = MultiLoRA(torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)), ["0"])
+    events = pools.drawn(5)
+    sizes = {name: size for kind, name, size in events if kind == "+"}
+    tenants = {name: {"0": Factors(torch.zeros(size, 64), torch.zeros(64, size))} for name, size in sizes.items()}
+    assert all(
+        2 * unit // 2 * size == sum(t.nbytes for t in (f["0"].A, f["0"].B))
+        for (name, f), size in zip(tenants.items(), sizes.values(), strict=True)
+    )
+    pool, held, found = AdapterPool(served, 100 * unit, 1 << 24), {}, []
+    for name, adapter in tenants.items():
+        pool.register(name, adapter)
+    for kind, name, _ in events:
+        if kind == "-":
+            pool.release(held[name].pop())
+            continue
+        before = list(pool.resident)
+        try:
+            held.setdefault(name, []).append(pool.acquire(name))
+        except PoolFull:
+            found.append("wait")
+        else:
+            found.append([other for other in before if other not in pool.resident])
+    assert found == pools.played(pools.Pool(100), events)
+
+
+def test_the_platform_of_the_example_in_round_numbers():
+    found = platforms.design(platforms.EXAMPLE)
+    assert found["adapter_bytes"] == pytest.approx(414e6, rel=0.01) and found["kv_bytes"] == 327_680 * 32 * 2048
+    assert found["adapters_on_card"] == 45 and found["step_seconds"] == pytest.approx(23e-3, rel=0.05) and found["cards"] == 3
+
+
+# ---- others
+
+
+def test_rows_by_a_gather_pass_and_a_batch_in_place_does_not():
+    def gathered(x, weight, adapters, rows):
+        y = x @ weight.T
+        for i, name in enumerate(rows):
+            if name is not None:
+                A, B, s = adapters[name]
+                y[i] = y[i] + s * B @ (A @ x[i])
+        return y
+
+    def in_place(x, weight, adapters, rows):
+        y = gathered(x, weight, adapters, rows)
+        x.zero_()
+        return y
+
+    accepted(check.route, gathered)
+    refused(check.route, in_place, "changed in place")
+    refused(check.route, lambda x, weight, adapters, rows: x @ weight.T)
+
+
+def test_a_sum_of_full_rank_is_no_adapter_of_these_ranks():
+    def dense(adapters, weights):
+        delta = sum(w * s * B @ A for (A, B, s), w in zip(adapters, weights, strict=True))
+        return torch.eye(7), delta
+
+    def halved(adapters, weights):
+        A = torch.cat([A * w * s * 0.5 for (A, _, s), w in zip(adapters, weights, strict=True)])
+        return A, torch.cat([2 * B for _, B, _ in adapters], 1)
+
+    refused(check.combine, dense)
+    accepted(check.combine, halved)
+    refused(check.combine, lambda adapters, weights: (adapters[0][0], adapters[0][1]))
+    refused(check.combine, lambda adapters, weights: adapters[0][0], "two tensors, A and B")
+
+
+def test_a_pool_that_reports_in_tuples_passes_and_one_that_forgets_the_error_does_not():
+    class Tuples(pools.Pool):
+        def acquire(self, name, size):
+            gone = super().acquire(name, size)
+            return gone if gone is None else tuple(gone)
+
+    class Accepts(pools.Pool):
+        def acquire(self, name, size):
+            return super().acquire(name, min(size, self.capacity))
+
+    accepted(check.pool, Tuples)
+    refused(check.pool, Accepts)
+
+
+def test_a_platform_without_a_number_or_with_a_pair_is_told():
+    def short(p):
+        return {key: value for key, value in platforms.design(p).items() if key != "cards"}
+
+    refused(check.platform, short, "missing: cards")
+    refused(check.platform, lambda p: (1, 2), "return a dictionary")
+    refused(check.platform, lambda p: platforms.design(p) | {"swap_seconds": 0.0})

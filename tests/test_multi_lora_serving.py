@@ -1,0 +1,398 @@
+"""The pool, the scheduler and the engine: answers are each tenant's own, memory is kept to, nobody starves, versions last, errors."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_helpers import assert_same
+from torch import nn
+
+from reference.adapter_format import save_adapter
+from reference.llama import Llama
+from reference.lora import LoRALinear, inject_lora, merge_lora
+from reference.model_shapes import ModelShape
+from reference.multi_lora import Factors, MultiLoRA, Route, bytes_of, factors_of
+from reference.multi_lora.serving import AdapterPool, Engine, KVCache, PoolFull, Request, generate, next_logits, token_bytes
+from reference.multi_lora.serving.cache import padded
+from reference.qlora import quantize_linears
+
+SHAPE = ModelShape("tiny", hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, vocab=40)
+TOKEN = token_bytes(SHAPE, torch.float32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    model = Llama(SHAPE, checkpointing=False).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.4)  # wide, so that every layer shows in the likeliest token
+    return model
+
+
+def tenant(base, r, seed, targets="all-linear"):
+    """An adapter, and the plain model that it makes."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    inject_lora(model, r, 2 * r, targets)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.3)
+    adapter = factors_of(model)
+    return adapter, merge_lora(copy.deepcopy(model)), model
+
+
+def slowly(model, prompt, count):
+    """The likeliest tokens, the whole text anew for each."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(model.logits(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def prompts(count, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(40, (int(n),), generator=g).tolist() for n in torch.randint(1, 9, (count,), generator=g)]
+
+
+def engine(base, tenants, rows=4, slots=200, device_bytes=1 << 20, **settings):
+    served = MultiLoRA(copy.deepcopy(base))
+    pool = AdapterPool(served, device_bytes, 1 << 20)
+    for name, adapter in tenants.items():
+        pool.register(name, adapter)
+    return Engine(served, pool, rows, slots * TOKEN, **settings)
+
+
+# ---- cache
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 1000))
+@settings(max_examples=15)
+def test_logits_from_the_cache_are_those_of_the_whole_text(lengths, seed):
+    torch.manual_seed(seed)
+    model, extra = Llama(SHAPE, checkpointing=False).eval(), 3
+    texts = [torch.randint(40, (n + extra,)).tolist() for n in lengths]
+    cache = KVCache(SHAPE, sum(map(len, texts)) + 5, torch.float32, CPU)
+    cache.take(2)
+    rows = [cache.take(len(text)) for text in texts]
+    start, count = torch.zeros(len(texts), dtype=torch.int64), torch.tensor(lengths)
+    ids = padded([text[:n] for text, n in zip(texts, lengths, strict=True)], CPU)
+    for step in range(extra + 1):
+        found = next_logits(model, cache, ids, padded(rows, CPU), start, count)
+        for i, (text, n) in enumerate(zip(texts, lengths, strict=True)):
+            with torch.no_grad():
+                assert_same(found[i], model.logits(torch.tensor([text[: n + step]]))[0, -1], ulps=256)
+        if step < extra:
+            start, count = start + count, torch.ones_like(count)
+            ids = torch.tensor([[text[n + step]] for text, n in zip(texts, lengths, strict=True)])
+
+
+def test_generation_is_the_slow_one(base):
+    texts = prompts(5)
+    expected = [slowly(base, text, 7) for text in texts]
+    assert generate(base, texts, 7) == expected
+    stop = expected[0][2]
+    assert generate(base, texts, 7, stop)[0] == expected[0][: expected[0].index(stop) + 1]
+
+
+def test_generation_with_a_tenant_a_row(base):
+    tenants = {name: tenant(base, r, seed) for name, r, seed in (("a", 2, 1), ("b", 5, 2))}
+    served, texts, names = MultiLoRA(copy.deepcopy(base)), prompts(4), ["b", None, "a", "b"]
+    for name, (adapter, *_) in tenants.items():
+        served.add(name, adapter)
+    with served.rows(names):
+        found = generate(served.model, texts, 6)
+    assert found == [slowly(tenants[n][1] if n else base, text, 6) for n, text in zip(names, texts, strict=True)]
+    assert found != generate(base, texts, 6)
+
+
+def test_the_cache_gives_out_what_it_has():
+    cache = KVCache(SHAPE, 5, torch.float32, CPU)
+    first = cache.take(3)
+    assert 0 not in first and cache.free == 2
+    with pytest.raises(ValueError, match="3 slots wanted, 2 are free"):
+        cache.take(3)
+    cache.give(first)
+    assert sorted(cache.take(5)) == [1, 2, 3, 4, 5]
+    assert cache.k.nbytes + cache.v.nbytes == 6 * TOKEN
+
+
+# ---- engine
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 4), st.data())
+@settings(max_examples=12)
+def test_everybody_gets_his_own_answer_whatever_the_company(wanted, rows, data):
+    torch.manual_seed(0)
+    base = Llama(SHAPE, checkpointing=False).eval()
+    for parameter in base.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.4)
+    tenants = {name: tenant(base, r, r) for name, r in (("a", 1), ("b", 3), ("c", 8))}
+    largest = max(bytes_of(adapter) for adapter, *_ in tenants.values())
+    # Memory for one adapter at a time, or for all; tokens of a few requests, or of all.
+    room, slots = data.draw(st.sampled_from([2 * largest, 1 << 20])), data.draw(st.sampled_from([16, 200]))
+    server = engine(base, {name: t[0] for name, t in tenants.items()}, rows, slots, room)
+    requests = [Request(name, text, n) for (name, n), text in zip(wanted, prompts(len(wanted)), strict=True)]
+    for request in requests:
+        server.submit(request)
+    ended = server.run()
+    assert sorted(map(id, ended)) == sorted(map(id, requests)) and not server.busy
+    for request in requests:
+        model = tenants[request.tenant][1] if request.tenant else base
+        assert request.tokens == slowly(model, request.prompt, request.max_new_tokens)
+        assert len(request.times) == len(request.tokens) and request.times[0] >= request.submitted
+    assert server.cache.free == server.scheduler.slots
+    assert all(held.users == 0 for held in server.pool.tenants.values())
+    assert server.pool.device_used <= room
+
+
+def test_an_adapter_that_is_replaced_or_removed_never_changes_a_request_that_runs(base):
+    (old, old_model, _), (new, new_model, _) = tenant(base, 3, 1), tenant(base, 6, 2)
+    server = engine(base, {"a": old})
+    first, second, text = Request("a", [1, 2, 3], 8), Request("a", [1, 2, 3], 8), [1, 2, 3]
+    server.submit(first)
+    server.step()
+    server.pool.replace("a", new)
+    server.submit(second)
+    server.step()
+    used = server.pool.device_used
+    server.pool.remove("a")
+    assert server.pool.device_used == used  # both versions run
+    server.run()
+    assert first.tokens == slowly(old_model, text, 8) and second.tokens == slowly(new_model, text, 8)
+    assert first.tokens != second.tokens
+    assert server.pool.device_used == 0  # and went with their last request
+
+
+def test_requests_wait_for_memory_and_nothing_that_runs_is_thrown_out(base):
+    adapters = {name: tenant(base, 4, i)[0] for i, name in enumerate("abc")}
+    size = engine(base, adapters).pool.tenants["a"].nbytes
+    server = engine(base, adapters, rows=8, device_bytes=2 * size, ahead=0)
+    for name in "abca":
+        server.submit(Request(name, [1, 2], 3))
+    server.step()
+    # c is third, and the pool is full: it waits, and the request behind it too, whose adapter is there.
+    assert [r.tenant for r in server.scheduler.running] == ["a", "b"] and server.pool.device_used == 2 * size
+    server.run()
+    assert server.pool.counts["evictions"] >= 1 and server.pool.counts["loads"] >= 3
+    by_tokens = engine(base, adapters, rows=8, slots=11)
+    for name in "abc":
+        by_tokens.submit(Request(name, [1, 2], 3))
+    by_tokens.step()
+    assert len(by_tokens.scheduler.running) == 2 and by_tokens.cache.free == 1
+
+
+def test_who_sends_many_requests_waits_behind_who_sends_the_first(base):
+    adapters = {name: tenant(base, 2, i)[0] for i, name in enumerate("ab")}
+    server = engine(base, adapters, rows=1)
+    greedy, modest = [Request("a", [1, 2], 4) for _ in range(6)], Request("b", [1, 2], 4)
+    for request in greedy:
+        server.submit(request)
+    server.step()
+    server.submit(modest)
+    ended = server.run()
+    assert ended.index(modest) == 1  # right after the one that ran
+    # Who comes late has saved up nothing: the two take turns.
+    server = engine(base, adapters, rows=1)
+    for _ in range(5):
+        server.submit(Request("a", [1, 2], 2))
+    server.run()
+    for name in "abababab":
+        server.submit(Request(name, [1, 2], 2))
+    order = [request.tenant for request in server.run()]
+    assert order.count("b") == 4 and max(order[:4].count(name) for name in "ab") <= 3
+
+
+def test_a_stop_token_ends_a_request(base):
+    expected = slowly(base, [1, 2, 3], 8)
+    server = engine(base, {})
+    server.submit(request := Request(None, [1, 2, 3], 8, stop=expected[3]))
+    server.run()
+    assert request.tokens == expected[: expected.index(expected[3]) + 1]
+
+
+# ---- pool
+
+
+@pytest.fixture
+def files(base, tmp_path):
+    for i, name in enumerate("abcd"):
+        save_adapter(tenant(base, 2 + i, i)[2], tmp_path / name)
+    return tmp_path
+
+
+def test_what_comes_from_disk_goes_through_ram_to_the_device(base, files):
+    served = MultiLoRA(base)
+    probe = AdapterPool(served, 1 << 20, 1 << 20)
+    for name in "abcd":
+        probe.register(name, files / name)
+    sizes = {}
+    for name in "abcd":
+        probe.release(probe.acquire(name))
+        sizes[name] = probe.tenants[name].nbytes
+    assert sizes["a"] < sizes["d"]  # by bytes, not by the largest rank
+    assert probe.host.reads == probe.counts["loads"] == 4 and probe.counts["bytes"] == sum(sizes.values())
+    pool = AdapterPool(served, sizes["a"] + sizes["b"], sizes["b"] + sizes["c"])
+    for name in "abcd":
+        pool.register(name, files / name)
+    for name in ("a", "b", "a"):
+        pool.release(pool.acquire(name))
+    assert pool.resident == ["b", "a"] and pool.counts["hits"] == 1 and pool.host.reads == 2
+    pool.evict("a")
+    pool.release(pool.acquire("a"))  # from RAM
+    assert pool.host.reads == 2 and pool.counts["loads"] == 3
+    pool.evict("a")
+    pool.release(pool.acquire("c"))  # b, the least recently used, goes, from the device and from RAM
+    assert pool.resident == ["c"] and pool.host.used <= pool.host.limit and pool.device_used <= pool.device_bytes
+    pool.release(pool.acquire("a"))
+    assert pool.host.reads == 3
+    pool.release(pool.acquire("b"))
+    assert pool.host.reads == 4
+
+
+def test_its_factors_are_the_files_and_keep_their_values_in_another_dtype(base, files):
+    served = MultiLoRA(copy.deepcopy(base))
+    for dtype in (None, torch.bfloat16):
+        pool = AdapterPool(served, 1 << 20, 1 << 20, dtype)
+        pool.register("b", files / "b")
+        held, expected = pool.acquire("b"), factors_of(tenant(base, 3, 1)[2])
+        for name, factors in held.adapter.items():
+            assert torch.equal(factors.A, expected[name].A.to(dtype or torch.float32)) and factors.scaling == expected[name].scaling
+            assert torch.equal(factors.B, expected[name].B.to(dtype or torch.float32))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["acquire", "release", "prefetch", "replace", "evict"]), st.integers(0, 4)), max_size=40))
+@settings(max_examples=40)
+def test_no_order_of_calls_breaks_the_books(calls):
+    """What is pinned stays, with its values; the device's bytes are never exceeded, save by versions that were replaced."""
+    served = MultiLoRA(nn.Sequential(nn.Linear(8, 8)))
+    adapters = [{"0": Factors(torch.full((r, 8), float(r)), torch.ones(8, r))} for r in (1, 2, 3, 4, 5)]
+    pool = AdapterPool(served, 1200, 1 << 20)  # room for two: a factor takes 256 bytes or more
+    for i, adapter in enumerate(adapters):
+        pool.register(str(i), adapter)
+    pinned = []
+    for call, i in calls:
+        name = str(i)
+        try:
+            if call == "acquire":
+                held = pool.acquire(name)
+                pinned.append((held, held.adapter["0"].A.clone()))
+            elif call == "release" and pinned:
+                pool.release(pinned.pop(i % len(pinned))[0])
+            elif call == "prefetch":
+                pool.prefetch(name)
+            elif call == "replace":
+                pool.replace(name, {"0": Factors(torch.full((i + 2, 8), -float(i)), torch.ones(8, i + 2))})
+            elif call == "evict":
+                pool.evict(name)
+        except PoolFull:
+            assert pinned
+        except ValueError as error:
+            assert "in use" in str(error) or "not on the device" in str(error)
+        assert pool.device_used <= pool.device_bytes
+        for held, values in pinned:
+            assert held.users > 0 and torch.equal(held.adapter["0"].A, values)
+    assert sum(held.users for held in {id(h): h for h, _ in pinned}.values()) == len(pinned)
+
+
+def test_pool_errors_name_what_is_wrong(base, files):
+    served = MultiLoRA(base)
+    pool = AdapterPool(served, 1 << 20, 1 << 20)
+    pool.register("a", files / "a")
+    for work in (pool.acquire, pool.prefetch, pool.evict, pool.remove, lambda name: pool.replace(name, files / "a")):
+        with pytest.raises(ValueError, match="no adapter 'x'; there are: 'a'"):
+            work("x")
+    with pytest.raises(ValueError, match="there is a tenant 'a'"):
+        pool.register("a", files / "b")
+    with pytest.raises(ValueError, match="'a' is not on the device"):
+        pool.evict("a")
+    held = pool.acquire("a")
+    with pytest.raises(ValueError, match="'a' is in use by 1"):
+        pool.evict("a")
+    pool.release(held)
+    with pytest.raises(ValueError, match="'a' is released more often than acquired"):
+        pool.release(held)
+    pool.register("lost", files / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        pool.acquire("lost")
+    pool.register("odd", {"model.layers.0.mlp.up_proj": Factors(torch.ones(2, 3), torch.ones(4, 2))})
+    with pytest.raises(ValueError, match=r"adapter 'odd', model.layers.0.mlp.up_proj: the factors are for a layer of sizes"):
+        pool.acquire("odd")
+    assert pool.resident == ["a"]
+    small = AdapterPool(served, 100, 1 << 20)
+    small.register("a", files / "a")
+    with pytest.raises(ValueError, match=r"'a' has \d+ bytes, the pool 100: give it more device_bytes"):
+        small.acquire("a")
+    with pytest.raises(ValueError, match=r"'a' has \d+ bytes, and 100 of RAM can be had: give more host_bytes"):
+        AdapterPool(served, 100, 100).register("a", held.adapter)
+    for wrong in ((0, 10), (10, 0)):
+        with pytest.raises(ValueError, match=r"_bytes must be at least 1, got 0"):
+            AdapterPool(served, *wrong)
+
+
+def test_requests_that_could_never_run_are_refused(base):
+    server = engine(base, {"a": tenant(base, 2, 1)[0]}, slots=10)
+    for request, message in (
+        (Request("x", [1], 2), "no adapter 'x'"),
+        (Request("a", [], 2), "prompt must hold at least one token"),
+        (Request("a", [1] * 6, 5), r"may need 6 \+ 5 tokens, the cache has 10 slots"),
+        (Request("a", [1], 0), "max_new_tokens must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            server.submit(request)
+    assert not server.busy
+    with pytest.raises(TypeError, match=r"must be a reference\.llama\.Llama, got Sequential"):
+        Engine(MultiLoRA(nn.Sequential(nn.Linear(8, 8))), server.pool, 1, 1 << 20)
+    with pytest.raises(ValueError, match=f"kv_bytes must be at least {TOKEN}"):
+        Engine(server.served, server.pool, 1, TOKEN - 1)
+    for texts, count in (([], 3), ([[]], 3), ([[1]], 0)):
+        with pytest.raises(ValueError, match="at least"):
+            generate(base, texts, count)
+
+
+def test_a_tenant_that_goes_while_it_waits_takes_only_its_own_request_along(base):
+    adapters = {name: tenant(base, 2, i)[0] for i, name in enumerate("ab")}
+    server = engine(base, adapters, rows=1)
+    for name in "aba":
+        server.submit(Request(name, [1, 2], 2))
+    server.step()
+    server.pool.remove("b")
+    ended, errors = [], []
+    while server.busy:
+        try:
+            ended += server.step()
+        except ValueError as error:
+            errors.append(str(error))
+    assert [r.tenant for r in ended] == ["a", "a"] and len(errors) == 1 and "no adapter 'b'" in errors[0]
+
+
+def test_a_route_groups_requests_of_one_version():
+    adapter = {"0": Factors(torch.ones(1, 8), torch.ones(8, 1))}
+    pool = AdapterPool(MultiLoRA(nn.Sequential(nn.Linear(8, 8))), 1 << 12, 1 << 12)
+    pool.register("a", adapter)
+    one, two = pool.acquire("a"), pool.acquire("a")
+    pool.replace("a", adapter)
+    three = pool.acquire("a")
+    assert Route([h.adapter for h in (one, three, two)]).groups == [[0, 2], [1]]
+
+
+def test_over_a_base_in_four_bits_everybody_gets_what_he_gets_alone(base):
+    tenants = {name: tenant(base, r, seed)[0] for name, r, seed in (("a", 2, 1), ("b", 5, 2), ("c", 3, 3))}
+    quantize_linears(base, compute_dtype=torch.float32)
+    alone = MultiLoRA(copy.deepcopy(base))
+    for name, adapter in tenants.items():
+        alone.add(name, adapter)
+    asked = list(zip([*tenants, None, "b"], prompts(5), strict=True))
+    found = engine(base, tenants, rows=3, device_bytes=2 * max(map(bytes_of, tenants.values())) + 4096)
+    requests = [Request(name, prompt, 6) for name, prompt in asked]
+    for request in requests:
+        found.submit(request)
+    found.run()
+    for request, (name, prompt) in zip(requests, asked, strict=True):
+        with alone.rows(name):
+            assert request.tokens == generate(alone.model, [prompt], 6)[0]
