@@ -91,7 +91,9 @@ class Answers:
         self.ask(name)
         with self._news:
             self._news.wait_for(lambda: name in self._found or self._ended)
-        found = self._found.get(name) or CourseError(f"the answer to {name!r} could not be computed: its process ended. Run `course doctor`")
+        found = self._found.get(name) or CourseError(
+            f"the answer to {name!r} could not be computed: its process ended. Run `course doctor`"
+        )
         if isinstance(found, CourseError):
             raise found
         return found

@@ -16,7 +16,7 @@ class Item:
 
     Attributes:
         text: the question; if a number stands in it, its name in braces.
-        rubric: as ``text``.
+        short: the short answer, in the same way.
     """
 
     id: str
@@ -28,17 +28,17 @@ class Item:
     role: tuple[str, ...]
     minutes: int
     case: str = ""
-    rubric: tuple[str, ...] = field(default=(), repr=False)
+    short: str = field(default="", repr=False)
 
     @property
-    def computed(self) -> bool:
-        """Whether the question itself states a number that is computed."""
-        return bool(interview.placeholders(self.text))
+    def asked_at_once(self) -> str | None:
+        """The question, where no computed number stands in it."""
+        return _plain(self.text)
 
     @property
-    def plain(self) -> str:
-        """The question where it states no computed number."""
-        return self.text.format()
+    def answered_at_once(self) -> str | None:
+        """The short answer, where no computed number stands in it."""
+        return _plain(self.short)
 
     @property
     def command(self) -> str:
@@ -57,6 +57,10 @@ class Item:
             unit, _, exercise = self.case.partition(".")
             return f"Write it: exercise {exercise} in exercises/{unit}_….ipynb, then `{self.command}` judges it."
         return f"Try it: `{self.command}` prints the symptom and the script, `{self.command} --check FILE` judges your fix."
+
+
+def _plain(text: str) -> str | None:
+    return None if interview.placeholders(text) else text.format()
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def items() -> list[Item]:
             role=tuple(entry.get("role", ("applied",))),
             minutes=entry["minutes"],
             case=entry.get("case", ""),
-            rubric=tuple(entry.get("rubric", ())),
+            short=entry["short"].strip(),
         )
         for _, entry in interview.entries()
     ]

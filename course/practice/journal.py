@@ -124,7 +124,9 @@ class Journal:
                 finally:
                     os.close(handle)
             except OSError as error:
-                raise CourseError(f"your progress can't be written to {self.path}: {error.strerror}; COURSE_DATA names another folder") from None
+                raise CourseError(
+                    f"your progress can't be written to {self.path}: {error.strerror}; COURSE_DATA names another folder"
+                ) from None
         return review
 
     def reviews(self) -> list[Review]:
@@ -173,4 +175,6 @@ class Journal:
         except filelock.Timeout:
             raise CourseError(f"another program has held {self.path} for {WAIT_SECONDS:g} s; end it and try again") from None
         except OSError as error:
-            raise CourseError(f"there is no place for your progress: {self.path.parent}: {error.strerror}; COURSE_DATA names another") from None
+            raise CourseError(
+                f"there is no place for your progress: {self.path.parent}: {error.strerror}; COURSE_DATA names another"
+            ) from None

@@ -75,7 +75,7 @@ def first_time(rating: int, now: datetime) -> timedelta:
 
 
 def in_words(wait: timedelta) -> str:
-    """"10 min", "3 h", "8 days", "2 months"."""
+    """ "10 min", "3 h", "8 days", "2 months"."""
     minutes = wait / timedelta(minutes=1)
     if minutes < 60:
         return f"{max(1, round(minutes))} min"
