@@ -2,6 +2,7 @@
 
 import random
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -115,6 +116,33 @@ def interview(
         else:
             talk.run(sitting, computed, console)
     _notices(journal, console)
+
+
+def anki(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write the deck.")] = Path("peft-course.apkg"),
+    unit: Units = None,
+    kind: Kind = None,
+    role: Role = None,
+    difficulty: Difficulty = None,
+    frequency: Frequency = None,
+) -> None:
+    """Write the questions as an Anki deck; importing a later one updates the notes and keeps what you have learned."""
+    from rich.progress import track
+
+    from course.practice import bank, deck, words
+    from course.practice.answers import Answers
+    from course.units import units
+
+    console = words.console()
+    if file.suffix != ".apkg":
+        raise CourseError(f"{file} must end in .apkg, which is what Anki imports")
+    chosen = bank.chosen(_choice(unit, kind, role, frequency, difficulty))
+    with Answers() as computed:
+        computed.ask(*(item.id for item in chosen))
+        for item in track(chosen, "computing the numbers", console=console, transient=True, disable=not console.is_terminal):
+            computed.get(item.id)
+        count = deck.write(file, chosen, units(), computed)
+    console.print(f"wrote {count} notes to {file}; Anki's File > Import takes it, also over an earlier one")
 
 
 def _print(chosen, answers: bool, console) -> None:

@@ -91,7 +91,8 @@ def compose(
     dice = random.Random(seed)
     pools = {section.name: _pool(section, items, tasks, choice) for section in SECTIONS}
     wanted = [section for section in SECTIONS if not choice.kinds or set(section.kinds) & set(choice.kinds)]
-    notes = [f"The bank has no {_one(section)} for this choice; its time goes to the others." for section in wanted if not pools[section.name]]
+    scope = f" for {choice.words()}" if choice.words() else " yet"
+    notes = [f"The bank has no {_one(section)}{scope}; its time goes to the others." for section in wanted if not pools[section.name]]
     kept = [section for section in wanted if pools[section.name]]
     if not kept:
         raise CourseError(f"there is nothing to ask for {choice.words() or 'this choice'}")
