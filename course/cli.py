@@ -316,5 +316,5 @@ def _progress(transient: bool = False):
 
 
 # practice for interviews
-for _command in (practice.quiz, practice.interview, practice.anki):
+for _command in (practice.quiz, practice.interview, practice.plan, practice.anki):
     app.command()(_command)

@@ -118,6 +118,45 @@ def interview(
     _notices(journal, console)
 
 
+def plan(
+    days: Annotated[int, typer.Option(help="Until the interview, today included.")] = 14,
+    minutes: Annotated[int, typer.Option(help="A day.")] = 60,
+    unit: Units = None,
+    kind: Kind = None,
+    role: Role = None,
+    difficulty: Difficulty = None,
+    frequency: Frequency = None,
+    save: Annotated[Path | None, typer.Option(help="Also write it to a file: .ics (a calendar) or .md.", show_default=False)] = None,
+) -> None:
+    """Say what to do on each day until an interview: lessons, exercises, new questions, those that are due, mock interviews."""
+    from datetime import date
+
+    from rich.table import Table
+
+    from course.practice import bank, tasks, words
+    from course.practice import plan as planning
+    from course.practice.journal import Journal
+    from course.practice.memory import memory
+    from course.units import select
+
+    console, journal = words.console(), Journal()
+    reviews, items = journal.reviews(), bank.chosen(_choice(unit, kind, role, frequency, difficulty))
+    todo = planning.steps(select(unit), items, tasks.tasks(), memory(reviews))
+    made = planning.make(todo, items, reviews, days, minutes, date.today())
+    if save:
+        planning.save(made, save)
+    table = Table("day", "", "what", "min", box=None, header_style="bold", padding=(0, 1), collapse_padding=True)
+    table.columns[3].justify = "right"
+    for number, day in enumerate(made.days, 1):
+        table.add_row(f"{number}", f"{day.on:%a} {day.on.day} {day.on:%b}", words.markdown("\n".join(f"- {line}" for line in day.lines()) or "free"), f"{day.minutes:.0f}")
+    console.print(table)
+    if left_out := made.left_out_words():
+        console.print(f"[yellow]{left_out}[/yellow]")
+    if save:
+        console.print(f"wrote {save}")
+    _notices(journal, console)
+
+
 def anki(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write the deck.")] = Path("peft-course.apkg"),
     unit: Units = None,
