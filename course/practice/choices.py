@@ -8,6 +8,7 @@ import html
 import json
 import random
 import re
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,11 @@ _COLOURS = {
     "--jq-multiple-choice-bg": "#0b3d5c",
     "--jq-mc-button-bg": "#f5f7f9",
     "--jq-mc-button-border": "#c5d0d9",
-    "--jq-incorrect-color": "#b3261e",
-    "--jq-correct-color": "#146c2e",
+    "--jq-mc-button-inset-shadow": "#8899a6",
+    "--jq-text-color": "#ffffff",
+    "--jq-link-color": "#9abafa",
+    "--jq-incorrect-color": "#c4322b",
+    "--jq-correct-color": "#16803a",
 }
 _LISTEN = """
 (function () {
@@ -166,17 +170,14 @@ def ask(
 
 
 def _rendered(items: Sequence[Multiple]) -> tuple[str, str, str]:
-    """The box's id, and what jupyterquiz shows as HTML and JavaScript; without MathJax, which it would fetch, and our formulas don't need."""
-    import jupyterquiz
-    from IPython.utils.capture import capture_output
+    """The box's id, and what jupyterquiz shows as HTML and JavaScript; without MathJax, which it would fetch and no text here needs."""
+    from jupyterquiz.dynamic import loader, renderer
 
-    with capture_output() as captured:
-        jupyterquiz.display_quiz(as_jupyterquiz(items), colors=_COLOURS, max_width=760, shuffle_answers=True)
-    shown = [output.data for output in captured.outputs]
-    (page,) = [data["text/html"] for data in shown if "text/html" in data]
-    (script,) = [data["application/javascript"] for data in shown if "application/javascript" in data]
+    box = "".join(random.choices(string.ascii_letters, k=12))
+    before, static, address = loader.load_questions_script(as_jupyterquiz(items), box)
+    page = renderer.render_div(box, False, True, False, len(items), 760, 10, "left") + renderer.build_styles(box, _COLOURS) + "</div>"
+    script = renderer.build_script(before, static, address, box, True)
     script = re.sub(r"script\.src = 'https?://[^']*';", "", script.replace("typeof MathJax", "typeof undefined"))
-    box = re.search(r'<div id="(\w+)"', page)[1]
     return box, page, script + _LISTEN.replace("BOX", box)
 
 
@@ -230,3 +231,22 @@ def progress(journal: Journal | None = None) -> list[Progress]:
             chosen = [last[name] for name in names if name in last]
             found.append(Progress(unit.number, len(names), seen, held, sum(chosen), len(chosen)))
     return found
+
+
+def aloud(*names: str) -> None:
+    """Show questions of the bank in a notebook, each with its answer folded in steps: say yours first.
+
+    Raises:
+        CourseError: the bank has no such question.
+    """
+    from IPython.display import Markdown, display
+
+    from course.practice import words
+
+    entries = {entry["id"]: (source, entry) for source, entry in interview.entries()}
+    for name in names:
+        if name not in entries:
+            raise CourseError(f"the bank has no question {name!r}")
+        question = interview.question(*entries[name])
+        folds = "".join(f"<details><summary>{title}</summary>\n\n{text}\n\n</details>\n" for title, text in words.steps(question))
+        display(Markdown(f"**{question.question}**\n\n{folds}"))

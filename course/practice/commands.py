@@ -1,4 +1,4 @@
-"""The commands of practice as the command line declares them; what they do is imported inside, so that ``course --help`` answers at once."""
+"""The commands of practice as the command line declares them. What they do is imported inside: ``course --help`` answers at once."""
 
 import random
 import sys
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from course.units import find
+from course.units import CourseError, find
 
 Kind = Annotated[list[str] | None, typer.Option(help="concept, derivation, estimate, debugging, coding or design; may be repeated.")]
 Role = Annotated[list[str] | None, typer.Option(help="research, applied or infrastructure; may be repeated.")]
@@ -148,7 +148,8 @@ def plan(
     table = Table("day", "", "what", "min", box=None, header_style="bold", padding=(0, 1), collapse_padding=True)
     table.columns[3].justify = "right"
     for number, day in enumerate(made.days, 1):
-        table.add_row(f"{number}", f"{day.on:%a} {day.on.day} {day.on:%b}", words.markdown("\n".join(f"- {line}" for line in day.lines()) or "free"), f"{day.minutes:.0f}")
+        lines = "\n".join(f"- {line}" for line in day.lines()) or "free"
+        table.add_row(f"{number}", f"{day.on:%a} {day.on.day} {day.on:%b}", words.markdown(lines), f"{day.minutes:.0f}")
     console.print(table)
     if left_out := made.left_out_words():
         console.print(f"[yellow]{left_out}[/yellow]")

@@ -1,5 +1,8 @@
-"""The bank as an Anki deck. A note's identity comes from its question's id alone, so that importing a later deck updates the notes and keeps
-what Anki knows of them; the deck's and the note type's come from their names."""
+"""The bank as an Anki deck.
+
+A note's identity comes from its question's id alone, so that importing a later deck updates the notes and keeps what Anki knows of them.
+The deck's and the note type's come from their names.
+"""
 
 import hashlib
 import re

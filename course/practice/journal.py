@@ -1,6 +1,6 @@
 """What the user has rated, one line of JSON a rating, in a file to which lines are added and in which none is changed.
 
-Everything else is computed from it, when a question is due included. So nothing has to be saved at the end: a line is on the disk before the
+Everything else is computed from it, also when a question is due. So nothing has to be saved at the end: a line is on the disk before the
 next question is shown, two programs may write at once, and a kill costs nothing that was rated.
 
 The file is ``reviews.jsonl`` in the user's data folder for the course; the variable COURSE_DATA names another folder.
@@ -158,7 +158,7 @@ class Journal:
         write(self.path, "".join(review.line() + "\n" for review in found).encode())
         lines = "1 line" if damaged == 1 else f"{damaged} lines"
         self.noticed.append(
-            f"{lines} of {self.path.name} could not be read. The file as it was is kept as {aside}; {len(found)} ratings were read and go on."
+            f"{lines} of {self.path.name} could not be read. The file as it was is kept as {aside}; {len(found)} ratings go on."
         )
 
     def _alone(self):

@@ -1,5 +1,8 @@
-"""When a question is due again. The model is FSRS (free spaced repetition scheduler): from the ratings so far it estimates how long an answer
-stays in memory, and asks again on the day on which the chance of still knowing it falls to 90 %. Nothing of it is stored."""
+"""When a question is due again.
+
+The model is FSRS (free spaced repetition scheduler): from the ratings so far it estimates how long an answer stays in memory, and asks
+again on the day on which the chance of still knowing it falls to 90 %. Nothing of it is stored.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

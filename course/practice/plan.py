@@ -111,7 +111,9 @@ class Plan:
         if not self.left_out:
             return ""
         asked = sum(bool(step.question) for step in self.left_out)
-        parts = [_count(asked, "question")] * bool(asked) + [_count(len(self.left_out) - asked, "other step")] * (asked < len(self.left_out))
+        parts = [_count(asked, "question")] * bool(asked) + [_count(len(self.left_out) - asked, "other step")] * (
+            asked < len(self.left_out)
+        )
         hours = sum(step.minutes for step in self.left_out) / 60
         return f"{' and '.join(parts)} ({hours:.0f} h) found no place, the rarely asked first: take more days or more minutes a day."
 

@@ -1,4 +1,4 @@
-"""``course interview --screen``: the mock interview on the whole screen, with a running clock. Keys only; :class:`Interview` is what happens."""
+"""``course interview --screen``: the mock interview on the whole screen, with a running clock. What happens is :class:`Interview`'s."""
 
 import time
 from datetime import datetime
@@ -17,7 +17,6 @@ from course.practice.answers import Answers
 from course.practice.journal import RATINGS
 from course.practice.mock import Interview, from_rubric
 from course.practice.sitting import SHEETS, clock, closing
-from course.units import CourseError
 
 READY, ASKED, COMPUTING, ANSWERED, OVER = "ready", "asked", "computing", "answered", "over"
 
@@ -62,7 +61,7 @@ class Screen(App):
     def __init__(self, interview: Interview, answers: Answers, sheets: Path = SHEETS) -> None:
         super().__init__()
         self.interview, self.answers, self.sheets = interview, answers, sheets
-        self.state, self.paused = READY, False
+        self.state, self.paused, self.best = READY, False, max(RATINGS)
         self.question: Question | None = None
         self.sheet: Path | None = None
         self._since = time.monotonic()
@@ -86,8 +85,8 @@ class Screen(App):
         self.set_interval(0.5, self._tick)
         notes = "".join(f"- {note}\n" for note in self.interview.plan.notes)
         await self._show(
-            f"## {self.interview.minutes:.0f} minutes, {len(self.interview.plan.parts)} questions\n\nAnswer aloud, as if somebody sat there. "
-            f"The clock stands still while you read an answer.\n\n{notes}"
+            f"## {self.interview.minutes:.0f} minutes, {len(self.interview.plan.parts)} questions\n\n"
+            f"Answer aloud, as if somebody sat there. The clock stands still while you read an answer.\n\n{notes}"
         )
         self._say("**Enter** begins.")
         self._frame()
@@ -138,8 +137,12 @@ class Screen(App):
             title = "[b]Over[/b]"
         else:
             about = words.about(part.item) if part.item else f"unit {part.unit} · {part.task.minutes} min · no hints"
-            title = f"[b]Part {interview.at + 1} of {len(interview.plan.parts)} · {part.name} · {part.minutes:.0f} min[/b]\n[dim]{about}[/dim]"
-        self.query_one("#title", Label).update(title if self.state != READY else "[b]Mock interview[/b]\n[dim]the clock is not running yet[/dim]")
+            title = (
+                f"[b]Part {interview.at + 1} of {len(interview.plan.parts)} · {part.name} · {part.minutes:.0f} min[/b]\n[dim]{about}[/dim]"
+            )
+        self.query_one("#title", Label).update(
+            title if self.state != READY else "[b]Mock interview[/b]\n[dim]the clock is not running yet[/dim]"
+        )
         lines = []
         for i, each in enumerate(interview.plan.parts):
             mark = RATINGS[interview.given[i].rating][0] if i in interview.given else f"{each.minutes:.0f} min"
@@ -152,7 +155,7 @@ class Screen(App):
     def check_action(self, action: str, parameters: tuple) -> bool | None:
         """Only the keys that do something now are shown."""
         if action == "rate":
-            return self.state == ANSWERED and not self._rubric
+            return self.state == ANSWERED and not self._rubric and parameters[0] <= self.best
         if action == "pause":
             return self.state == ASKED
         if action in ("skip", "back"):
@@ -241,10 +244,11 @@ class Screen(App):
         self.state = COMPUTING
         part, at = self.interview.part, self.interview.at
         took = f"You took {clock(self.interview.seconds.get(at, 0))} of {part.minutes:.0f}:00. "
-        meaning = "\n".join(f"- **{number}** {name}: {what}" for number, (name, what) in RATINGS.items())
+        self.best = max(RATINGS)
         if part.task:
             self._say("judging …")
-            wrong = await self.run_worker(self._judged, thread=True).wait()
+            wrong = await self.run_worker(lambda: tasks.judged(part.task, self.sheet), thread=True).wait()
+            self.best = tasks.best_rating(wrong)
             self.query_one("#answer").remove_class("hidden")
             await self.query_one("#answer", Markdown).update("\n".join(f"- ✗ {line}" for line in wrong) or "✓ right")
         else:
@@ -265,12 +269,7 @@ class Screen(App):
             chooser.focus()
             self._say(f"{took}**Space** ticks what you said; **Enter** rates it.")
         else:
-            self._say(f"{took}How was it?\n\n{meaning}")
+            allowed = "\n".join(f"- **{number}** {name}: {what}" for number, (name, what) in RATINGS.items() if number <= self.best)
+            self._say(f"{took}How was it?\n\n{allowed}")
         self.state = ANSWERED
         self._frame()
-
-    def _judged(self) -> list[str]:
-        try:
-            return tasks.judge(self.interview.part.task, self.sheet)
-        except CourseError as error:
-            return [str(error)]

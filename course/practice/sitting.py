@@ -19,7 +19,6 @@ from course.practice.answers import Answers
 from course.practice.journal import RATINGS
 from course.practice.mock import Interview, Part, from_rubric, rubric, to_revise, verdict
 from course.practice.quiz import BACK, QUIT, SKIP, answer, read
-from course.units import CourseError
 
 SHEETS = Path("interviews")  # where coding tasks are written to, from where the command is run
 
@@ -82,16 +81,21 @@ def _part(interview: Interview, answers: Answers, console: Console) -> str:
     part, count = interview.part, len(interview.plan.parts)
     if console.is_terminal:
         console.clear()
-    title = f"Part {interview.at + 1} of {count} · {part.name} · {part.minutes:.0f} min · {clock(interview.used)} of {interview.minutes:.0f}:00 used"
+    used = f"{clock(interview.used)} of {interview.minutes:.0f}:00 used"
+    title = f"Part {interview.at + 1} of {count} · {part.name} · {part.minutes:.0f} min · {used}"
     keys = words.keys(Enter="I have answered", s="skip", b="back", q="quit")
+    allowed = RATINGS
     if part.task:
         sheet = tasks.hand_out(part.task, SHEETS, datetime.now())
-        console.print(task(part, sheet, title))
+        console.print(_sheet(part, sheet, title))
         with _ticking(interview, console):
             said = read(console, words.keys(Enter="judge it", s="skip", b="back", q="quit"))
         if said in (QUIT, BACK, SKIP):
             return said
-        console.print(judged(part, sheet, console))
+        with console.status("judging …"):
+            wrong = tasks.judged(part.task, sheet)
+        console.print(Text("\n".join(f"✗ {line}" for line in wrong), style="red") if wrong else Text("✓ right", style="green"))
+        allowed = {number: rating for number, rating in RATINGS.items() if number <= tasks.best_rating(wrong)}
     else:
         text = part.item.asked_at_once or getattr(answer(answers, part.item, console), "question", part.id)
         console.print(words.asked(part.item, text, title))
@@ -106,19 +110,23 @@ def _part(interview: Interview, answers: Answers, console: Console) -> str:
             console.print(words.step(name, shown))
         if question.rubric:
             return _by_rubric(interview, question.rubric, console)
-    console.print(f"[bold]You took {clock(interview.seconds[interview.at])} of {part.minutes:.0f}:00. How was it?[/bold]")
-    console.print(words.ratings())
+    console.print(f"[bold]{_took(interview)} How was it?[/bold]")
+    console.print(words.ratings(allowed=allowed))
     while True:
-        said = read(console, words.keys(**{"1–4": "rate", "s": "skip", "b": "back", "q": "quit"}))
+        said = read(console, words.keys(**{f"1–{len(allowed)}": "rate", "s": "skip", "b": "back", "q": "quit"}))
         if said in (QUIT, BACK, SKIP):
             return said
-        if said.isdecimal() and int(said) in RATINGS:
+        if said.isdecimal() and int(said) in allowed:
             interview.rate(int(said))
             return ""
 
 
+def _took(interview: Interview) -> str:
+    return f"You took {clock(interview.seconds[interview.at])} of {interview.part.minutes:.0f}:00."
+
+
 def _by_rubric(interview: Interview, lines: tuple[str, ...], console: Console) -> str:
-    console.print(f"[bold]You took {clock(interview.seconds[interview.at])} of {interview.part.minutes:.0f}:00. What of the rubric did you say?[/bold]")
+    console.print(f"[bold]{_took(interview)} What of the rubric did you say?[/bold]")
     met = []
     for number, line in enumerate(lines, 1):
         console.print(words.markdown(f"{number}. {line}"))
@@ -134,24 +142,11 @@ def _by_rubric(interview: Interview, lines: tuple[str, ...], console: Console) -
     return ""
 
 
-def task(part: Part, sheet: Path, title: str) -> Panel:
+def _sheet(part: Part, sheet: Path, title: str) -> Panel:
     """A coding task, and where to write the answer."""
     where = f"Write it in **{sheet}**, save, and come back. `course check {part.unit} {sheet}` judges it too."
     body = Group(words.markdown(f"**{part.task.title}**\n\n{part.task.text}"), Text(), words.markdown(where))
-    about = f"unit {part.unit} · coding · {words.stars(part.task.difficulty)} · no hints"
-    return Panel(
-        body, title=f"[bold]{escape(title)}[/bold]", subtitle=about, title_align="left", subtitle_align="left", border_style="blue", padding=(1, 2)
-    )  # fmt: skip
-
-
-def judged(part: Part, sheet: Path, console: Console) -> Text:
-    """What the checks say."""
-    try:
-        with console.status("judging …"):
-            wrong = tasks.judge(part.task, sheet)
-    except CourseError as error:
-        wrong = [str(error)]
-    return Text("\n".join(f"✗ {line}" for line in wrong), style="red") if wrong else Text("✓ right", style="green")
+    return words.frame(body, title, f"unit {part.unit} · coding · {words.stars(part.task.difficulty)} · no hints")
 
 
 def closing(interview: Interview) -> Group:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course import ROOT
-from course.units import Unit, units
+from course.units import CourseError, Unit, units
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 _HEADING = re.compile(r"^## (?P<number>\d+)\. (?P<title>.+)$", re.MULTILINE)
-_ABOUT = re.compile(r"\*\*Difficulty\*\* (?P<stars>[●○]+) · \*\*(?P<minutes>\d+) minutes\*\* · \*\*asked in interviews: (?P<often>\w+)\*\*[^\n]*\n")
+_ABOUT = re.compile(
+    r"\*\*Difficulty\*\* (?P<stars>[●○]+) · \*\*(?P<minutes>\d+) minutes\*\* · \*\*asked in interviews: (?P<often>\w+)\*\*[^\n]*\n"
+)
 _HINT = re.compile(r"<details>.*?</details>", re.DOTALL)
 _FREQUENCY = {"often": "often", "sometimes": "sometimes", "rarely": "rare"}
 
@@ -70,8 +72,10 @@ def tasks(root: Path = ROOT) -> list[Task]:
 
 
 def _parts(unit: Unit) -> list[tuple[re.Match | None, list[dict]]]:
-    """What stands before the first exercise, then each exercise with its heading. Read as JSON: ``course build`` wrote the file, and to check
-    all of them as notebooks takes seconds."""
+    """What stands before the first exercise, then each exercise with its heading.
+
+    Read as JSON: ``course build`` wrote the file, and to check all of them as notebooks takes seconds.
+    """
     found: list[tuple[re.Match | None, list[dict]]] = [(None, [])]
     for cell in json.loads(unit.exercise.read_text(encoding="utf-8"))["cells"]:
         cell["source"] = "".join(cell["source"])
@@ -90,7 +94,9 @@ def sheet(task: Task, root: Path = ROOT) -> "NotebookNode":
     (unit,) = [unit for unit in units(root) if unit.number == task.unit]
     before, *exercises = _parts(unit)
     (own,) = [cells for heading, cells in exercises if heading["number"] == task.key.partition(".")[2]]
-    opening = v4.new_markdown_cell(f"# Mock interview: {task.title}\n\n{task.minutes} minutes. No hints; say aloud what you think.", id="opening")
+    opening = v4.new_markdown_cell(
+        f"# Mock interview: {task.title}\n\n{task.minutes} minutes. No hints; say aloud what you think.", id="opening"
+    )
     cells = [opening, *(from_dict(cell) for cell in before[1] if cell["cell_type"] == "code")]
     for cell in map(from_dict, own):
         if cell.cell_type == "markdown":
@@ -117,14 +123,18 @@ def hand_out(task: Task, folder: Path, now: datetime, root: Path = ROOT) -> Path
     return path
 
 
-def judge(task: Task, path: Path, root: Path = ROOT) -> list[str]:
-    """What the checks say of the sheet in ``path``, a sentence for each that does not pass; none if all do. Loads torch.
-
-    Raises:
-        CourseError: it is no notebook, or another one's.
-    """
+def judged(task: Task, path: Path, root: Path = ROOT) -> list[str]:
+    """What is wrong with the sheet in ``path``: a sentence for each check that does not pass; none if all do. Loads torch."""
     from course import grading
 
     (unit,) = [unit for unit in units(root) if unit.number == task.unit]
-    report = grading.grade(path, unit)
+    try:
+        report = grading.grade(path, unit)
+    except CourseError as error:  # it was moved, or is no notebook any more
+        return [str(error)]
     return [f"{outcome.exercise}: {outcome.why}" for outcome in report.outcomes if outcome.grade_id in task.check and outcome.why]
+
+
+def best_rating(wrong: list[str]) -> int:
+    """What does not pass its checks is hard at best."""
+    return 2 if wrong else 4

@@ -1,5 +1,8 @@
 """How questions and answers look in a terminal, for the quiz and for the mock interview."""
 
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+
 from rich.console import Console, Group, RenderableType
 from rich.markdown import Markdown
 from rich.markup import escape
@@ -31,15 +34,24 @@ def about(item: Item) -> str:
     return f"unit {item.unit} · {item.kind} · {stars(item.difficulty)} · {item.minutes} min · {often}"
 
 
-def asked(item: Item, text: str, title: str) -> RenderableType:
+def frame(body: RenderableType, title: str, subtitle: str) -> Panel:
+    return Panel(
+        body,
+        title=f"[bold]{escape(title)}[/bold]",
+        subtitle=escape(subtitle),
+        title_align="left",
+        subtitle_align="left",
+        border_style="blue",
+        padding=(1, 2),
+    )
+
+
+def asked(item: Item, text: str, title: str) -> Panel:
     """The question in its frame, and what to type where it has a script or an exercise."""
     parts: list[RenderableType] = [markdown(text)]
     if item.how:
         parts += [Text(), markdown(item.how)]
-    return Panel(
-        Group(*parts), title=f"[bold]{escape(title)}[/bold]", subtitle=escape(about(item)), title_align="left", subtitle_align="left",
-        border_style="blue", padding=(1, 2),
-    )  # fmt: skip
+    return frame(Group(*parts), title, about(item))
 
 
 def steps(question: Question) -> list[tuple[str, str]]:
@@ -56,12 +68,12 @@ def step(name: str, text: str) -> RenderableType:
     return Group(Text(name, style="bold green" if "wrong" not in name else "bold red"), Padding(markdown(text), (0, 0, 1, 2)))
 
 
-def ratings(waits: dict[int, object] | None = None) -> Table:
+def ratings(waits: Mapping[int, timedelta] | None = None, allowed: Collection[int] = RATINGS) -> Table:
     """The four ratings with what each means, and when the question would come again."""
     table = Table.grid(padding=(0, 2))
     for number, (name, meaning) in RATINGS.items():
-        wait = f"[dim]again in {in_words(waits[number])}[/dim]" if waits else ""
-        table.add_row(f"[bold]{number}[/bold] {name}", meaning, wait)
+        if number in allowed:
+            table.add_row(f"[bold]{number}[/bold] {name}", meaning, f"[dim]again in {in_words(waits[number])}[/dim]" if waits else "")
     return table
 
 
