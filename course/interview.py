@@ -119,7 +119,7 @@ def in_terminal(text: str) -> str:
 
 
 def entries(unit: str | None = None) -> list[tuple[str, dict]]:
-    """Of all questions, or of one unit's ("02"), the file's name and the entry as it is written there, in file order; nothing is computed."""
+    """Of all questions, or of one unit's ("02"), the file's name and the entry as it stands there, in file order; nothing is computed."""
     found = []
     for path in sorted(FOLDER.glob(f"{unit or ''}*.yaml")):
         found += [(path.name, entry) for entry in yaml.load(path.read_text(encoding="utf-8"), _Loader)]

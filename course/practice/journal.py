@@ -59,7 +59,7 @@ class Review:
 
     def line(self) -> str:
         filled = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(filled | {"at": self.at.astimezone(UTC).isoformat(timespec="milliseconds")}, ensure_ascii=False)
+        return json.dumps(filled | {"at": self.at.astimezone(UTC).isoformat()}, ensure_ascii=False)
 
     @classmethod
     def of(cls, line: str) -> "Review":
