@@ -41,8 +41,10 @@ ENTRIES = [
 
 
 def write_bank(folder: Path, entries: list[dict] | None = None) -> Path:
-    """Write the bank into ``folder``, a file for each unit, and return it."""
+    """Write the bank into ``folder``, a file for each unit and nothing else, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.yaml"):
+        path.unlink()
     for unit in sorted({each["unit"] for each in entries or ENTRIES}):
         own = [each for each in entries or ENTRIES if each["unit"] == unit]
         (folder / f"{unit}_topic.yaml").write_text(yaml.safe_dump(own, allow_unicode=True, sort_keys=False))

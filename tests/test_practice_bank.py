@@ -119,13 +119,18 @@ def test_a_process_that_dies_is_said(monkeypatch):
 
 def test_the_process_ends_with_its_parent():
     code = (
+        f"from course import interview\nimport pathlib\ninterview.FOLDER = pathlib.Path({str(interview.FOLDER)!r})\n"
         "from course.practice.answers import Answers\nimport os, signal\n"
         "answers = Answers(); answers.get('an-estimate'); print(answers._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "COURSE_DATA": "/dev/null/none"}
     done = subprocess.run(
-        [sys.executable, "-c", f"from course import interview\nimport pathlib\ninterview.FOLDER = pathlib.Path({str(interview.FOLDER)!r})\n{code}"],
+        [
+            sys.executable,
+            "-c",
+            f"from course import interview\nimport pathlib\ninterview.FOLDER = pathlib.Path({str(interview.FOLDER)!r})\n{code}",
+        ],
         capture_output=True,
         text=True,
         env=environment,

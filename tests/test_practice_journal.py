@@ -106,7 +106,7 @@ def test_a_kill_loses_nothing_that_was_rated(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CourseError, match="there is no place for your progress.*COURSE_DATA"):
+    with pytest.raises(CourseError, match=r"there is no place for your progress.*COURSE_DATA"):
         Journal(tmp_path / "file" / "below").add(Review("a", 3))
     monkeypatch.setenv("COURSE_DATA", str(tmp_path / "mine"))
     assert folder() == tmp_path / "mine"
