@@ -19,10 +19,10 @@ def play(tmp_path, monkeypatch):
     """Run ``script(app, pilot)`` on a screen with an estimate, a case and a design, or with what ``choice`` takes."""
     data = use_bank(tmp_path, monkeypatch)
 
-    def run(script, choice=KINDS, with_tasks=(), size=(100, 32)):
+    def run(script, choice=KINDS, with_tasks=(), size=(100, 32), **more):
         plan = mock.compose(bank.items(), with_tasks, 30, choice, {}, 1)
         with Answers() as answers:
-            app = Screen(mock.Interview(plan, Journal(data)), answers, tmp_path / "sheets")
+            app = Screen(mock.Interview(plan, Journal(data)), answers, tmp_path / "sheets", **more)
 
             async def drive():
                 async with app.run_test(size=size) as pilot:
@@ -87,9 +87,8 @@ def test_a_design_is_rated_by_ticks(play):
     assert mock.rubric(app.interview)[3].found == "2 of 4 points of the rubric"
 
 
-def test_the_clock_stands_still_while_paused_and_while_one_reads(play, monkeypatch):
+def test_the_clock_stands_still_while_paused_and_while_one_reads(play):
     now = [100.0]
-    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
 
     async def script(app, pilot):
         await press(app, pilot, "enter")
@@ -106,7 +105,7 @@ def test_the_clock_stands_still_while_paused_and_while_one_reads(play, monkeypat
         app._tick()
         assert app.query_one("#clock", Digits).value == "-1:05" and app.query_one("#clock").has_class("late")
 
-    play(script)
+    play(script, now=lambda: now[0])
 
 
 def test_skip_back_and_end(play):

@@ -1,6 +1,7 @@
 """``course interview --screen``: the mock interview on the whole screen, with a running clock. What happens is :class:`Interview`'s."""
 
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +29,7 @@ class Screen(App):
         interview: it goes on where it stands.
         answers: computes the answers meanwhile.
         sheets: the folder for coding tasks.
+        now: seconds, from any beginning.
     """
 
     TITLE = "Mock interview"
@@ -58,13 +60,13 @@ class Screen(App):
         Binding("ctrl+c", "finish", show=False, priority=True),
     ]
 
-    def __init__(self, interview: Interview, answers: Answers, sheets: Path = SHEETS) -> None:
+    def __init__(self, interview: Interview, answers: Answers, sheets: Path = SHEETS, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self.interview, self.answers, self.sheets = interview, answers, sheets
         self.state, self.paused, self.best = READY, False, max(RATINGS)
         self.question: Question | None = None
         self.sheet: Path | None = None
-        self._since = time.monotonic()
+        self._now, self._since = now, now()
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="top"):
@@ -103,7 +105,7 @@ class Screen(App):
 
     def _count(self) -> None:
         """Add what has passed since the last time to the part's own time."""
-        now = time.monotonic()
+        now = self._now()
         if self.running:
             self.interview.spend(now - self._since)
         self._since = now
@@ -216,7 +218,7 @@ class Screen(App):
 
     async def _ask(self) -> None:
         """The part where the interview stands, or the end."""
-        part, self.question, self.paused, self._since = self.interview.part, None, False, time.monotonic()
+        part, self.question, self.paused, self._since = self.interview.part, None, False, self._now()
         if part is None:
             self.state = OVER
             await self._show("")
@@ -232,7 +234,7 @@ class Screen(App):
             text = part.item.asked_at_once or (await self._computed(part.item.id)).question
             await self._show(in_terminal(text if not part.item.how else f"{text}\n\n{part.item.how}"))
             self._say("**Enter** when you have answered.")
-        self._since = time.monotonic()
+        self._since = self._now()
         self.query_one("#body").scroll_home(animate=False)
         self._frame()
 
@@ -265,6 +267,7 @@ class Screen(App):
             chooser = self.query_one("#rubric", SelectionList)
             chooser.clear_options()
             chooser.add_options([(in_terminal(line), number) for number, line in enumerate(self._rubric)])
+            chooser.highlighted = 0
             chooser.remove_class("hidden")
             chooser.focus()
             self._say(f"{took}**Space** ticks what you said; **Enter** rates it.")
