@@ -86,6 +86,13 @@ def test_questions_load_and_say_where_they_come_from(path: Path):
         assert question.follow_ups and all("(" in text for text in question.follow_ups), f"{question.id}: follow-ups carry their answers"
 
 
+def test_no_formula_of_the_questions_stays_latex():
+    for question in interview.questions():
+        for text in (question.question, question.short, question.deep, question.wrong_answer, question.wrong_why, *question.follow_ups):
+            shown = interview.in_terminal(text)
+            assert "$" not in shown and not re.search(r"\\[a-zA-Z]+", shown), shown
+
+
 def test_ids_are_unique_in_the_whole_course():
     ids = [question.id for question in interview.questions()]
     assert len(ids) == len(set(ids))

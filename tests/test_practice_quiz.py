@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pty
 import random
-import re
 import select
 import signal
 import subprocess
@@ -225,13 +224,6 @@ def test_formulas_that_a_terminal_can_show(course, tmp_path, monkeypatch):
     deep = r"$\sigma_{{i+r}}(W) \le 2\sqrt{{128}}$, and $g_t x_t^\top$; it costs $5."
     use_bank(tmp_path, monkeypatch, [entry("formulas", "concept", deep=deep)])
     assert "σᵢ₊ᵣ(W) ≤ 2√(128), and gₜ xₜᵀ; it costs $5." in course("quiz", "--answers")[1]
-
-
-def test_no_formula_of_the_questions_stays_latex():
-    for question in interview.questions():
-        for text in (question.question, question.short, question.deep, question.wrong_answer, question.wrong_why, *question.follow_ups):
-            shown = interview.in_terminal(text)
-            assert "$" not in shown and not re.search(r"\\[a-zA-Z]+", shown), shown
 
 
 def test_help_names_the_commands(course):

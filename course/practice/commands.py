@@ -182,7 +182,7 @@ def anki(
         for item in track(chosen, "computing the numbers", console=console, transient=True, disable=not console.is_terminal):
             computed.get(item.id)
         count = deck.write(file, chosen, units(), computed)
-    console.print(f"wrote {count} notes to {file}; Anki's File > Import takes it, also over an earlier one")
+    console.print(f"wrote {count} {'note' if count == 1 else 'notes'} to {file}; Anki's File > Import takes it, also over an earlier one")
 
 
 def _print(chosen, answers: bool, console) -> None:

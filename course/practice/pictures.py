@@ -59,8 +59,9 @@ def draw_fading(days: int = 30) -> plt.Figure:
             break
         _, known = rated([3] * count)
         last = NOON + timedelta(days=start)
-        stretch = np.arange(round(wait) + 1)
-        right.plot(start + stretch, [100 * known.chance(last + timedelta(days=day)) for day in stretch], color=plotting.GREEN)
+        stretch = range(round(wait) + 1)
+        chances = [100 * known.chance(last + timedelta(days=day)) for day in stretch]
+        right.plot([start + day for day in stretch], chances, color=plotting.GREEN)
         start += wait
         shown = start
     right.axhline(90, color=plotting.BLACK, linewidth=0.8, linestyle=":")

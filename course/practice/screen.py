@@ -45,7 +45,7 @@ class Screen(App):
     .narrow #agenda { display: none; }
     #body { padding: 0 2; }
     #body Markdown { margin: 0; padding: 1 0 0 0; max-width: 96; }
-    #answer { border-left: thick $success; padding-left: 2; }
+    #body #answer { border-left: thick $success; padding: 0 0 0 2; margin-top: 1; }
     #rubric { height: auto; max-height: 14; margin: 1 0; max-width: 96; }
     #say { height: auto; padding: 1 0; }
     .hidden { display: none; }

@@ -165,7 +165,9 @@ def closing(interview: Interview) -> Group:
         command = f"course check {part.unit}" if part.task else part.item.command or f"course quiz {part.unit}"
         revise.setdefault(f"unit {part.unit}: lesson {part.unit}, then `{command}`", []).append(f"{part.id} ({rating})")
     if revise:
+        shown.append(Text())
         shown.append(words.markdown("To revise:\n\n" + "\n".join(f"- {what}: {', '.join(names)}" for what, names in revise.items())))
     if interview.given:
+        shown.append(Text())
         shown.append(Text(f"The ratings are in {interview.journal.path}; `course quiz` asks again what is due.", style="dim"))
     return Group(*shown)
