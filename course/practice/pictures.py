@@ -48,10 +48,11 @@ def draw_fading(days: int = 30) -> plt.Figure:
     times = range(days + 1)  # the model counts whole days
     for number, colour in zip(RATINGS, plotting.COLOURS, strict=False):
         _, known = rated([number])
-        left.plot(times, [100 * known.chance(NOON + timedelta(days=day)) for day in times], color=colour, label=RATINGS[number][0])
-    left.set(xlabel="days since", ylabel="chance to know it, %", title="After the first answer", ylim=(40, 101))
+        chances = [100 * known.chance(NOON + timedelta(days=day)) for day in times]
+        left.plot(times, chances, color=colour)
+        left.text(days + 0.7, chances[-1], RATINGS[number][0], color=colour, va="center")
+    left.set(xlabel="days since", ylabel="chance to know it, %", title="After the first answer", xlim=(0, 1.22 * days), ylim=(40, 101))
     left.axhline(90, color=plotting.BLACK, linewidth=0.8, linestyle=":")
-    left.legend(loc="lower left")
     start, shown = 0.0, 0.0
     waits, _ = rated([3] * 6)
     for count, wait in enumerate(waits, 1):
