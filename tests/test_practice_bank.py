@@ -75,7 +75,7 @@ def test_an_answer_is_what_the_bank_says_and_is_kept(data):
     with Answers() as answers:
         answers.ask("a-design")
         question = answers.get("a-design")
-    assert question == interview.question(*next(each for each in interview.entries() if each[1]["id"] == "a-design"))
+    assert question == interview.question(*next(each for each in bank.written() if each[1]["id"] == "a-design"))
     assert question.deep == r"Deep on a-design: $\sigma_{r} \le 1$." and len(question.rubric) == 4
     (kept,) = (data / "cache" / "answers").rglob("*.json")
     with Answers() as again:

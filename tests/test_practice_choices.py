@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import yaml
 
-from course import ROOT, interview
+from course import ROOT
 from course.notebooks import read
 from course.practice import bank, choices, pictures
 from course.practice.choices import Multiple, Option
@@ -63,7 +63,7 @@ def test_the_right_option_is_not_known_by_its_length(items):
 
 
 def test_every_item_asks_about_a_question_of_its_units_bank():
-    files = {entry["id"]: source for source, entry in interview.entries()}
+    files = {entry["id"]: source for source, entry in bank.written()}
     for path in choices.FOLDER.glob("*.yaml"):
         assert {files[name] for name in yaml.safe_load(path.read_text())} == {path.name}
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from course import ENVIRONMENT, ROOT, interview
 from course.interview import Question
+from course.practice import bank
 from course.practice.journal import cache_folder, write
 from course.units import CourseError
 
-_TUPLES = ("sources", "follow_ups", "role", "rubric")
 _BEHIND = ("course/**/*.py", "reference/**/*.py", "benchmarks/recorded/**/*.json")  # what an answer's numbers depend on
 
 
@@ -136,7 +136,7 @@ class Answers:
 
 
 def _question(said: dict) -> Question:
-    return Question(**{name: tuple(value) if name in _TUPLES else value for name, value in said.items()})
+    return Question(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
 
 
 def _answer(entries: dict[str, tuple[str, dict]], name: str) -> dict:
@@ -151,8 +151,7 @@ def main(folder: Path) -> None:
     """Answer what is asked on the standard input until it ends."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints goes elsewhere
-    interview.FOLDER = folder
-    entries = {entry["id"]: (source, entry) for source, entry in interview.entries()}
+    entries = {entry["id"]: (source, entry) for source, entry in bank.written(folder)}
     for line in sys.stdin:
         channel.write(json.dumps(_answer(entries, line.strip()), ensure_ascii=False) + "\n")
         channel.flush()

@@ -3,10 +3,14 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from course import interview
 from course.units import CourseError
 
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 COMMANDS = {"debugging": "course case {}", "coding": "course check {}"}
 
 
@@ -123,6 +127,14 @@ def _range(difficulty: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2] or match[1])
 
 
+def written(folder: Path | None = None) -> list[tuple[str, dict]]:
+    """File name and entry of every question, as they stand there; nothing is computed."""
+    found = []
+    for path in sorted((folder or interview.FOLDER).glob("*.yaml")):
+        found += [(path.name, entry) for entry in yaml.load(path.read_text(encoding="utf-8"), _Loader)]
+    return found
+
+
 def items() -> list[Item]:
     """All questions of the bank, in file order."""
     return [
@@ -138,7 +150,7 @@ def items() -> list[Item]:
             case=entry.get("case", ""),
             short=entry["short"].strip(),
         )
-        for _, entry in interview.entries()
+        for _, entry in written()
     ]
 
 

@@ -243,7 +243,7 @@ def aloud(*names: str) -> None:
 
     from course.practice import words
 
-    entries = {entry["id"]: (source, entry) for source, entry in interview.entries()}
+    entries = {entry["id"]: (source, entry) for source, entry in bank.written()}
     for name in names:
         if name not in entries:
             raise CourseError(f"the bank has no question {name!r}")
