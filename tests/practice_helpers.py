@@ -34,9 +34,9 @@ ENTRIES = [
     entry("second-concept", "concept", role=["research"], difficulty=4),
     entry("a-derivation", "derivation", role=["research", "applied"]),
     entry("an-estimate", "estimate", minutes=5, frequency="sometimes"),
-    entry("a-case", "debugging", minutes=8, case="01_alpha_forgotten"),
+    entry("a-case", "debugging", minutes=5, case="01_alpha_forgotten"),
     entry("a-task", "coding", minutes=12, case="02.1"),
-    entry("a-design", "design", minutes=9, rubric=RUBRIC, role=["infrastructure"]),
+    entry("a-design", "design", minutes=12, rubric=RUBRIC, role=["infrastructure"]),
 ]
 
 

@@ -93,7 +93,7 @@ def test_minutes_have_a_range(data, minutes):
 
 def test_an_exercise_that_the_bank_asks_for_is_not_taken_twice(data):
     same = tasks.Task("02.1", "A LoRA layer", "Write it.", 2, 12, "often")
-    assert all(part.task is None for seed in range(5) for part in compose(seed=seed, with_tasks=(same,)).parts)
+    assert all(part.item for seed in range(5) for part in compose(seed=seed, with_tasks=(same,)).parts)
 
 
 def test_what_was_not_known_is_likelier(data):
@@ -179,6 +179,13 @@ def test_the_verdict_states_its_rule(data, ratings, words):
 )
 def test_a_design_is_rated_by_its_rubric(met, rating):
     assert mock.from_rubric(met) == rating
+
+
+def test_who_comes_back_finds_their_sheet(data, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tasks, "hand_out", lambda task, folder, now: made.append(task) or folder / f"{len(made)}.ipynb")
+    interview = mock.Interview(compose(chosen=bank.choice(units=["03"], kinds=["coding"])), Journal(data))
+    assert interview.sheet(tmp_path) == interview.sheet(tmp_path) == tmp_path / "1.ipynb"
 
 
 def test_back_rates_anew(data):
@@ -283,3 +290,14 @@ def test_the_real_bank_gives_an_interview():
     plan = mock.compose(bank.items(), tasks.tasks(), 45, bank.Choice(), {}, 3)
     assert sum(part.minutes for part in plan.parts) == pytest.approx(45)
     assert "coding" in names(plan)
+
+
+def test_a_question_that_asks_for_an_exercise_hands_out_its_sheet(course, monkeypatch):
+    same = tasks.Task("02.1", "A LoRA layer", "Write the layer.", 2, 12, "often", ("check",))
+    monkeypatch.setattr(tasks, "tasks", lambda: [same])
+    monkeypatch.setattr(tasks, "hand_out", lambda task, folder, now: folder / "sheet.ipynb")
+    monkeypatch.setattr(tasks, "judged", lambda task, sheet: [])
+    _, printed = course("--kind", "coding", typed=["", "", "4"])
+    for text in ("What about a-task?", "Write the layer.", "interviews/sheet.ipynb", "✓ right", "Short on a-task.", "1–4 rate"):
+        assert text in printed
+    assert [review.question for review in course.journal.reviews()] == ["a-task"]

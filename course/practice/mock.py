@@ -3,7 +3,10 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 
+from course.practice import tasks
 from course.practice.bank import Choice, Item
 from course.practice.journal import RATINGS, Journal, Review
 from course.practice.memory import Known
@@ -24,11 +27,11 @@ class Section:
 
 
 SECTIONS = (
-    Section("concepts", ("concept", "derivation"), 0.22, many=True),
-    Section("an estimate", ("estimate",), 0.13),
-    Section("a debugging case", ("debugging",), 0.18),
+    Section("concepts", ("concept", "derivation"), 0.18, many=True),
+    Section("an estimate", ("estimate",), 0.09),
+    Section("a debugging case", ("debugging",), 0.12),
     Section("a coding task", ("coding",), 0.27),
-    Section("a design", ("design",), 0.20),
+    Section("a design", ("design",), 0.34),
 )
 TIGHT = 1.3  # a question may be asked in so many times less than its minutes, but not faster
 AMPLE = 1.25  # times its minutes: more helps nobody
@@ -37,7 +40,7 @@ WEIGHTS = {"often": 4.0, "sometimes": 2.0, "rare": 1.0}
 
 @dataclass(frozen=True)
 class Part:
-    """One question of the interview and the minutes for it: from the bank, or an exercise."""
+    """One question of the interview and the minutes for it: from the bank, an exercise, or a question that asks for an exercise."""
 
     section: str
     minutes: float
@@ -51,6 +54,11 @@ class Part:
     @property
     def unit(self) -> str:
         return (self.item or self.task).unit
+
+    @property
+    def asked(self) -> str | None:
+        """The question, where no computed number stands in it."""
+        return self.item.asked_at_once if self.item else self.task.title
 
     @property
     def name(self) -> str:
@@ -68,18 +76,20 @@ class Plan:
 
 def compose(
     items: Sequence[Item],
-    tasks: Sequence[Task],
+    exercises: Sequence[Task],
     minutes: int,
     choice: Choice,
     known: dict[str, Known],
     seed: int,
     shuffle: bool = False,
 ) -> Plan:
-    """An interview of ``minutes``. What is asked often is likelier, and so is what was never asked or not known the last time.
+    """An interview of ``minutes``.
+
+    What is asked often is likelier, and so are what was never asked or not known the last time, and bugs in a script that one can run.
 
     Args:
         items: the bank; those that ``choice`` takes are used.
-        tasks: exercises, for the coding task; they have no role, and all else of ``choice`` holds for them too.
+        exercises: for the coding task; they have no role, and all else of ``choice`` holds for them too.
         seed: the same gives the same interview, as long as bank and ratings are the same.
         shuffle: the sections in a random order.
 
@@ -88,8 +98,8 @@ def compose(
     """
     if not SHORTEST <= minutes <= LONGEST:
         raise CourseError(f"--minutes {minutes} must be from {SHORTEST} to {LONGEST}")
-    dice = random.Random(seed)
-    pools = {section.name: _pool(section, items, tasks, choice) for section in SECTIONS}
+    dice, sheets = random.Random(seed), {task.key: task for task in exercises}
+    pools = {section.name: _pool(section, items, exercises, choice) for section in SECTIONS}
     wanted = [section for section in SECTIONS if not choice.kinds or set(section.kinds) & set(choice.kinds)]
     scope = f" for {choice.words()}" if choice.words() else " yet"
     notes = [f"The bank has no {_one(section)}{scope}; its time goes to the others." for section in wanted if not pools[section.name]]
@@ -108,7 +118,7 @@ def compose(
     *first, last = sorted(kept, key=lambda section: section.many)  # what single questions leave goes to the section of many
     for section in (*first, last):
         room = left if section is last else section.share * spare
-        picked[section.name] = _picked(section, pools[section.name], room, known, dice, stretch=section is last)
+        picked[section.name] = _picked(section, pools[section.name], room, known, dice, section is last, sheets)
         left -= sum(part.minutes for part in picked[section.name])
     order = dice.sample(kept, len(kept)) if shuffle else kept
     return Plan(tuple(part for section in order for part in picked[section.name]), tuple(notes), seed)
@@ -118,14 +128,14 @@ def _one(section: Section) -> str:
     return section.name.removeprefix("an ").removeprefix("a ")
 
 
-def _pool(section: Section, items: Sequence[Item], tasks: Sequence[Task], choice: Choice) -> list[Item | Task]:
+def _pool(section: Section, items: Sequence[Item], exercises: Sequence[Task], choice: Choice) -> list[Item | Task]:
     kinds = set(section.kinds) & set(choice.kinds or section.kinds)
     found: list[Item | Task] = [item for item in items if choice.takes(item) and item.kind in kinds]
     if "coding" in kinds:
         asked = {item.case for item in found}
         found += [
             task
-            for task in tasks
+            for task in exercises
             if task.key not in asked
             and (not choice.units or task.unit in choice.units)
             and (not choice.frequencies or task.frequency in choice.frequencies)
@@ -135,12 +145,18 @@ def _pool(section: Section, items: Sequence[Item], tasks: Sequence[Task], choice
 
 
 def _weight(each: Item | Task, known: dict[str, Known]) -> float:
-    past = known.get(each.id)
-    return WEIGHTS[each.frequency] * (2.0 if past is None or past.last <= 2 else 1.0)
+    past, runs = known.get(each.id), isinstance(each, Item) and each.kind == "debugging" and each.case
+    return WEIGHTS[each.frequency] * (2.0 if past is None or past.last <= 2 else 1.0) * (4.0 if runs else 1.0)
 
 
 def _picked(
-    section: Section, pool: Sequence[Item | Task], minutes: float, known: dict[str, Known], dice: random.Random, stretch: bool
+    section: Section,
+    pool: Sequence[Item | Task],
+    minutes: float,
+    known: dict[str, Known],
+    dice: random.Random,
+    stretch: bool,
+    sheets: dict[str, Task],
 ) -> list[Part]:
     """One question that fits, or as many as fit. Together they take ``minutes``, or less where that is much more than they need."""
     left, room, found = list(pool), minutes * TIGHT, []
@@ -153,10 +169,11 @@ def _picked(
             break
     scale = minutes / sum(each.minutes for each in found)
     scale = scale if stretch else min(scale, AMPLE)
-    return [
-        Part(section.name, each.minutes * scale, **({"task": each} if isinstance(each, Task) else {"item": each}))
-        for each in sorted(found, key=lambda each: each.difficulty)
-    ]
+    parts = []
+    for each in sorted(found, key=lambda each: each.difficulty):
+        item, task = (None, each) if isinstance(each, Task) else (each, sheets.get(each.case) if each.kind == "coding" else None)
+        parts.append(Part(section.name, each.minutes * scale, item, task))
+    return parts
 
 
 def from_rubric(met: Sequence[bool]) -> int:
@@ -176,6 +193,7 @@ class Interview:
         seconds: by part, spent on the answer so far.
         given: by part, the review that stands for it.
         met: by part, which lines of the rubric were said.
+        sheets: by part, where its coding task was written to.
     """
 
     plan: Plan
@@ -184,6 +202,7 @@ class Interview:
     seconds: dict[int, float] = field(default_factory=dict)
     given: dict[int, Review] = field(default_factory=dict)
     met: dict[int, list[bool]] = field(default_factory=dict)
+    sheets: dict[int, Path] = field(default_factory=dict)
 
     @property
     def part(self) -> Part | None:
@@ -197,6 +216,12 @@ class Interview:
     def used(self) -> float:
         """Seconds."""
         return sum(self.seconds.values())
+
+    def sheet(self, folder: Path) -> Path:
+        """The coding task's notebook, written into ``folder`` when it is first asked for: who comes back finds what they wrote."""
+        if self.at not in self.sheets:
+            self.sheets[self.at] = tasks.hand_out(self.part.task, folder, datetime.now())
+        return self.sheets[self.at]
 
     def spend(self, seconds: float) -> None:
         self.seconds[self.at] = self.seconds.get(self.at, 0.0) + seconds

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -138,7 +137,7 @@ class Screen(App):
         if part is None:
             title = "[b]Over[/b]"
         else:
-            about = words.about(part.item) if part.item else f"unit {part.unit} · {part.task.minutes} min · no hints"
+            about = words.about(part.item) if not part.task else f"unit {part.unit} · {part.task.minutes} min · no hints"
             title = (
                 f"[b]Part {interview.at + 1} of {len(interview.plan.parts)} · {part.name} · {part.minutes:.0f} min[/b]\n[dim]{about}[/dim]"
             )
@@ -227,8 +226,10 @@ class Screen(App):
             return
         self.state = ASKED
         if part.task:
-            self.sheet = tasks.hand_out(part.task, self.sheets, datetime.now())
-            await self._show(in_terminal(f"**{part.task.title}**\n\n{part.task.text}\n\nWrite it in **{self.sheet}** and save."))
+            self.sheet = self.interview.sheet(self.sheets)
+            await self._show(
+                in_terminal(f"**{part.asked or part.task.title}**\n\n{part.task.text}\n\nWrite it in **{self.sheet}** and save.")
+            )
             self._say("**Enter** when it is saved: the checks judge it.")
         else:
             text = part.item.asked_at_once or (await self._computed(part.item.id)).question
@@ -247,22 +248,23 @@ class Screen(App):
         part, at = self.interview.part, self.interview.at
         took = f"You took {clock(self.interview.seconds.get(at, 0))} of {part.minutes:.0f}:00. "
         self.best = max(RATINGS)
+        shown = []
         if part.task:
             self._say("judging …")
             wrong = await self.run_worker(lambda: tasks.judged(part.task, self.sheet), thread=True).wait()
             self.best = tasks.best_rating(wrong)
-            self.query_one("#answer").remove_class("hidden")
-            await self.query_one("#answer", Markdown).update("\n".join(f"- ✗ {line}" for line in wrong) or "✓ right")
-        else:
+            shown.append("\n".join(f"- ✗ {line}" for line in wrong) or "✓ right")
+        if part.item:
             try:
                 self.question = await self._computed(part.item.id)
             except Exception as error:  # Textual wraps what a worker raises
                 self._say(f"{getattr(error, 'error', error)} **s** goes on.")
                 self._frame()
                 return
-            shown = [(name, text) for name, text in words.steps(self.question) if text and "contains" not in name]
-            self.query_one("#answer").remove_class("hidden")
-            await self.query_one("#answer", Markdown).update("\n\n".join(f"### {name}\n\n{in_terminal(text)}" for name, text in shown))
+            steps = words.steps(self.question)
+            shown += [f"### {name}\n\n{in_terminal(text)}" for name, text in steps if name != words.RUBRIC]
+        self.query_one("#answer").remove_class("hidden")
+        await self.query_one("#answer", Markdown).update("\n\n".join(shown))
         if self._rubric:
             chooser = self.query_one("#rubric", SelectionList)
             chooser.clear_options()

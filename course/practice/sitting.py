@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -86,7 +85,7 @@ def _part(interview: Interview, answers: Answers, console: Console) -> str:
     keys = words.keys(Enter="I have answered", s="skip", b="back", q="quit")
     allowed = RATINGS
     if part.task:
-        sheet = tasks.hand_out(part.task, SHEETS, datetime.now())
+        sheet = interview.sheet(SHEETS)
         console.print(_sheet(part, sheet, title))
         with _ticking(interview, console):
             said = read(console, words.keys(Enter="judge it", s="skip", b="back", q="quit"))
@@ -103,6 +102,7 @@ def _part(interview: Interview, answers: Answers, console: Console) -> str:
             said = read(console, keys)
         if said in (QUIT, BACK, SKIP):
             return said
+    if part.item:
         question = answer(answers, part.item, console)
         if question is None:
             return SKIP
@@ -145,7 +145,7 @@ def _by_rubric(interview: Interview, lines: tuple[str, ...], console: Console) -
 def _sheet(part: Part, sheet: Path, title: str) -> Panel:
     """A coding task, and where to write the answer."""
     where = f"Write it in **{sheet}**, save, and come back. `course check {part.unit} {sheet}` judges it too."
-    body = Group(words.markdown(f"**{part.task.title}**\n\n{part.task.text}"), Text(), words.markdown(where))
+    body = Group(words.markdown(f"**{part.asked or part.task.title}**\n\n{part.task.text}"), Text(), words.markdown(where))
     return words.frame(body, title, f"unit {part.unit} · coding · {words.stars(part.task.difficulty)} · no hints")
 
 

@@ -17,7 +17,7 @@ from course.practice.journal import RATINGS
 from course.practice.memory import in_words
 
 WIDTH = 100  # longer lines are hard to read
-SHORT = "In 30 seconds"
+SHORT, RUBRIC = "In 30 seconds", "A good answer contains"
 
 
 def markdown(text: str) -> Markdown:
@@ -58,7 +58,7 @@ def steps(question: Question) -> list[tuple[str, str]]:
     """Name and Markdown of what is shown one after the other."""
     found = [(SHORT, question.short), ("More", question.deep)]
     if question.rubric:
-        found.append(("A good answer contains", "\n".join(f"- {line}" for line in question.rubric)))
+        found.append((RUBRIC, "\n".join(f"- {line}" for line in question.rubric)))
     if question.follow_ups:
         found.append(("They may go on", "\n".join(f"- {follow_up}" for follow_up in question.follow_ups)))
     return [*found, ("Often said, and wrong", f"{question.wrong_answer}\n\n**But:** {question.wrong_why}")]
