@@ -16,6 +16,7 @@ from course.units import units
 
 PAGES = [path for path in claimed.pages() if path.exists()]
 BANKS = sorted(interview.FOLDER.glob("*.yaml"))
+CHOICES = sorted((interview.FOLDER / "choices").glob("*.yaml"))
 
 
 def written_claims() -> list[str]:
@@ -38,6 +39,8 @@ def written_claims() -> list[str]:
 
 def claims_in_use() -> set[str]:
     used = {name for path in PAGES for name in claimed.in_page(path.read_text(encoding="utf-8"))}
+    for path in CHOICES:
+        used |= {claim for item in yaml.safe_load(path.read_text(encoding="utf-8")).values() for claim in item["claims"].values()}
     return used | {
         claim for path in BANKS for entry in yaml.safe_load(path.read_text(encoding="utf-8")) for claim in entry["claims"].values()
     }

@@ -12,6 +12,8 @@
 ``screen``    ``course interview --screen``: the same, full screen (Textual)
 ``plan``      ``course plan``: days until the interview
 ``deck``      ``course anki``: the bank as an Anki deck
-``choices``   multiple choice, for the notebook of unit 15
+``choices``   multiple choice, for the notebook of unit 15; ``pictures`` are what it draws
+``words``     how questions and answers look in a terminal
+``commands``  what the command line declares
 ============  =========================================================================================
 """

@@ -115,14 +115,13 @@ class Journal:
         """
         with self._alone():
             try:
-                handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-                try:
-                    size = os.fstat(handle).st_size
-                    torn = size and os.pread(handle, 1, size - 1) != b"\n" if hasattr(os, "pread") else False
-                    os.write(handle, (("\n" if torn else "") + review.line() + "\n").encode())
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                with self.path.open("a+b") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(max(0, size - 1))
+                    torn = size and file.read() != b"\n"  # a power cut in the middle of a line: begin a new one
+                    file.write((("\n" if torn else "") + review.line() + "\n").encode())
+                    file.flush()
+                    os.fsync(file.fileno())
             except OSError as error:
                 raise CourseError(
                     f"your progress can't be written to {self.path}: {error.strerror}; COURSE_DATA names another folder"

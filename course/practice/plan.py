@@ -4,6 +4,7 @@ Lessons first, and what interviewers ask often; then as much of the rest as the 
 ``course quiz``, as if each were answered well, so that a day's share of repetitions is known beforehand.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def steps(units: Sequence[Unit], items: Sequence[Item], tasks: Sequence[Task], k
             took = reading.minutes(unit.lesson.read_text(encoding="utf-8"))
             found.append(Step(unit.number, f"read lesson {unit.number}, {unit.title}", took, ESSENTIAL))
         if unit.notebook.exists():
-            found.append(Step(unit.number, f"run notebook {unit.number}", 30, USEFUL))
+            found.append(Step(unit.number, f"run notebook {unit.number}", _notebook_minutes(unit), USEFUL))
         for task in tasks:
             if task.unit == unit.number and (task.id not in known or known[task.id].last <= 2):
                 rank = {"often": ESSENTIAL, "sometimes": USEFUL}.get(task.frequency, REST)
@@ -96,6 +97,13 @@ def steps(units: Sequence[Unit], items: Sequence[Item], tasks: Sequence[Task], k
                 rank = {"often": ESSENTIAL, "sometimes": USEFUL}.get(item.frequency, REST)
                 found.append(Step(unit.number, item.id, item.minutes, rank, item.id))
     return found
+
+
+def _notebook_minutes(unit: Unit) -> int:
+    """As its first cell states them; half an hour where it does not."""
+    first = json.loads(unit.notebook.read_text(encoding="utf-8"))["cells"][0]
+    stated = reading.STATED.search("".join(first["source"]))
+    return int(stated["number"]) if stated else 30
 
 
 @dataclass(frozen=True)

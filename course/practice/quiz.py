@@ -75,10 +75,9 @@ class Session:
             self.skipped.add(self.at)
         self.at += 1
 
-    def back(self) -> bool:
-        """To the question before; False at the first."""
+    def back(self) -> None:
+        """To the question before; at the first one stays."""
         self.at = max(0, self.at - 1)
-        return self.at > 0 or len(self.given) > 0
 
     def count(self) -> Counter:
         """How many ratings of each kind."""
