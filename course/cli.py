@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from course import ENVIRONMENT, ROOT
+from course.practice import commands as practice
 from course.units import CourseError, find, select
 
 if TYPE_CHECKING:
@@ -249,41 +250,6 @@ def doctor(hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the
 
 
 @app.command()
-def interview(
-    unit: Annotated[str | None, typer.Argument(metavar="[NN]", help="The unit; all of them if not given.", show_default=False)] = None,
-    answers: Annotated[bool, typer.Option("--answers", help="Show the answers at once, without waiting.")] = False,
-) -> None:
-    """Ask the interview questions; the answer comes after Enter."""
-    from rich.markdown import Markdown
-    from rich.panel import Panel
-
-    from course.interview import in_terminal, questions
-
-    asked = questions(find(unit, ROOT).number if unit else None)
-    if not asked:
-        raise CourseError("there are no questions for this unit yet" if unit else "there are no questions yet")
-    waits = not answers and sys.stdin.isatty()
-    for number, question in enumerate(asked, 1):
-        level = "●" * question.difficulty + "○" * (5 - question.difficulty)
-        title = f"{number} of {len(asked)}  ·  unit {question.unit}  ·  {level}  ·  {question.minutes} min"
-        console.print(Panel(Markdown(in_terminal(question.question)), title=title, title_align="left", border_style="blue"))
-        if waits and input("Enter shows the answer, q stops. ").strip().lower() == "q":
-            return
-        if answers or waits:
-            parts = {
-                "In 30 seconds": question.short,
-                "More": question.deep,
-                "Often said": f"{question.wrong_answer}\n\n{question.wrong_why}",
-            }
-            if question.follow_ups:
-                parts["They may go on"] = "\n".join(f"- {follow_up}" for follow_up in question.follow_ups)
-            for name, text in parts.items():
-                console.print(f"[bold]{name}[/bold]")
-                console.print(Markdown(in_terminal(text)))
-                console.print()
-
-
-@app.command()
 def figures(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME ...]", help="Figures; those out of date if none.", show_default=False)
@@ -347,3 +313,8 @@ def _progress(transient: bool = False):
         transient=transient,
         disable=not console.is_terminal or os.environ.get("TERM") == "dumb",
     )
+
+
+# practice for interviews
+for _command in (practice.quiz, practice.interview, practice.plan, practice.anki):
+    app.command()(_command)

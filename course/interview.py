@@ -131,3 +131,12 @@ def questions(unit: str | None = None) -> tuple[Question, ...]:
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise ValueError(f"question ids must be unique: {', '.join(sorted(twice))}")
     return tuple(found)
+
+
+def question(source: str, entry: dict) -> Question:
+    """The question that is written as ``entry`` in the file ``source``; its claims alone are recomputed.
+
+    Raises:
+        ValueError: it lacks a field or uses a number without a claim.
+    """
+    return _read(entry, source)

@@ -16,6 +16,7 @@ from course.units import units
 
 PAGES = [path for path in claimed.pages() if path.exists()]
 BANKS = sorted(interview.FOLDER.glob("*.yaml"))
+CHOICES = sorted((interview.FOLDER / "choices").glob("*.yaml"))
 
 
 def written_claims() -> list[str]:
@@ -38,6 +39,8 @@ def written_claims() -> list[str]:
 
 def claims_in_use() -> set[str]:
     used = {name for path in PAGES for name in claimed.in_page(path.read_text(encoding="utf-8"))}
+    for path in CHOICES:
+        used |= {claim for item in yaml.safe_load(path.read_text(encoding="utf-8")).values() for claim in item["claims"].values()}
     return used | {
         claim for path in BANKS for entry in yaml.safe_load(path.read_text(encoding="utf-8")) for claim in entry["claims"].values()
     }
@@ -84,6 +87,13 @@ def test_questions_load_and_say_where_they_come_from(path: Path):
             assert text.strip() and not re.search(r"\bTODO\b", text)
         assert len(question.short.split()) <= 120, f"{question.id}: the short answer takes more than 30 seconds to say"
         assert question.follow_ups and all("(" in text for text in question.follow_ups), f"{question.id}: follow-ups carry their answers"
+
+
+def test_no_formula_of_the_questions_stays_latex():
+    for question in interview.questions():
+        for text in (question.question, question.short, question.deep, question.wrong_answer, question.wrong_why, *question.follow_ups):
+            shown = interview.in_terminal(text)
+            assert "$" not in shown and not re.search(r"\\[a-zA-Z]+", shown), shown
 
 
 def test_ids_are_unique_in_the_whole_course():

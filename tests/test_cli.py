@@ -1,7 +1,5 @@
 """The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
 
-import dataclasses
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ import miniature
 import pytest
 from rich.console import Console
 
-from course import ROOT, build, cli, doctor, interview
+from course import ROOT, build, cli, doctor
 from course.notebooks import marks, read
 from course.units import Unit
 
@@ -48,14 +46,14 @@ def test_help_is_there_for_every_command_and_imports_nothing_heavy():
 def test_help_names_the_commands(course):
     status, printed = course("--help")
     assert status == 0
-    for command in ("run", "check", "build", "new", "figures", "site", "doctor", "interview", "demo", "train-tiny", "bench"):
+    for command in ("run", "check", "build", "new", "figures", "site", "doctor", "demo", "train-tiny", "bench"):
         assert f" {command} " in printed
         assert course(command, "--help")[0] == 0
 
 
 @pytest.mark.parametrize(
     "words",
-    [("check", "7"), ("run", "7"), ("run", "00", "seven"), ("interview", "7"), ("bench", "7")],
+    [("check", "7"), ("run", "7"), ("run", "00", "seven"), ("bench", "7")],
 )
 def test_a_name_that_does_not_exist_lists_those_that_do(course, words):
     status, printed = course(*words)
@@ -171,49 +169,6 @@ def test_site_makes_pages_without_running(course):
     status, printed = course("site")
     assert status == 0 and "Pages: site/index.html" in printed
     assert (course.unit.root / "site" / "lessons" / "01_cubes.html").exists()
-
-
-QUESTION = interview.Question(
-    "x", "Why **two**?", 2, 1, "00", ("S1.2",), "Short.", "Deep.", ("And three? (No.)",), "One.", "It is two.", {}
-)
-
-
-def test_interview_asks_and_answers(course, monkeypatch):
-    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,) * 2 if unit in (None, "00") else ())
-    status, printed = course("interview", "squares", "--answers")
-    assert status == 0
-    for words in ("Why two?", "1 of 2", "●●○○○", "Short.", "Deep.", "And three? (No.)", "One.", "It is two."):
-        assert words in printed
-    status, printed = course("interview", "cubes")
-    assert status == 2 and "no questions for this unit yet" in printed
-
-
-@pytest.mark.parametrize("typed, answers", [("", 2), ("q", 0)])
-def test_interview_waits_for_enter(course, monkeypatch, typed, answers):
-    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,) * 2)
-    monkeypatch.setattr("builtins.input", lambda prompt: typed)
-    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    assert course("interview")[1].count("Short.") == answers
-
-
-def test_interview_without_a_terminal_gives_nothing_away(course, monkeypatch):
-    monkeypatch.setattr(interview, "questions", lambda unit=None: (QUESTION,))
-    monkeypatch.setattr(sys, "stdin", type("Pipe", (), {"isatty": lambda self: False})())
-    status, printed = course("interview")
-    assert status == 0 and "Why two?" in printed and "Short." not in printed
-
-
-def test_interview_shows_formulas_that_a_terminal_can_show(course, monkeypatch):
-    asked = dataclasses.replace(QUESTION, deep=r"$\sigma_{i+r}(W) \le 2\sqrt{128}$, and $g_t x_t^\top$; it costs $5.")
-    monkeypatch.setattr(interview, "questions", lambda unit=None: (asked,))
-    assert "σᵢ₊ᵣ(W) ≤ 2√(128), and gₜ xₜᵀ; it costs $5." in course("interview", "--answers")[1]
-
-
-def test_no_formula_of_the_questions_stays_latex():
-    for question in interview.questions():
-        for text in (question.question, question.short, question.deep, question.wrong_answer, question.wrong_why, *question.follow_ups):
-            shown = interview.in_terminal(text)
-            assert "$" not in shown and not re.search(r"\\[a-zA-Z]+", shown), shown
 
 
 def test_bench_lists_and_runs(course):

@@ -90,6 +90,7 @@ def test_what_is_imported_is_a_dependency():
         "pygments": "nbconvert",
         "jinja2": "nbconvert",
         "cycler": "matplotlib",
+        "markdown_it": "markdown-it-py",
         "PIL": "matplotlib",
         "huggingface_hub": "transformers",
         "triton": "torch",
