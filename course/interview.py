@@ -11,8 +11,12 @@ import yaml
 from course import ROOT, claimed
 
 FOLDER = ROOT / "lessons" / "interview"
-FIELDS = {"id", "question", "difficulty", "minutes", "unit", "sources", "short", "deep", "follow_ups", "wrong", "claims"}
-SORTING = {"kind", "frequency", "role"}  # what a question can be chosen by, besides unit and difficulty
+FIELDS = {
+    *("id", "question", "kind", "frequency", "role", "difficulty", "minutes", "unit"),
+    *("sources", "short", "deep", "follow_ups", "wrong", "claims"),
+}
+OPTIONAL = {"rubric", "case"}
+NEEDED = {"design": "rubric", "coding": "case"}  # kind -> the field that it can't do without
 KINDS = ("concept", "derivation", "estimate", "debugging", "coding", "design")
 FREQUENCIES = ("often", "sometimes", "rare")
 ROLES = ("research", "applied", "infrastructure")
@@ -51,9 +55,9 @@ class Question:
     wrong_answer: str
     wrong_why: str
     claims: dict[str, str]
-    kind: str = "concept"
-    frequency: str = "sometimes"
-    role: tuple[str, ...] = ("applied",)
+    kind: str
+    frequency: str
+    role: tuple[str, ...]
     rubric: tuple[str, ...] = ()
     case: str = ""
 
@@ -66,12 +70,15 @@ def placeholders(text: str) -> set[str]:
 def _read(entry: dict, source: str) -> Question:
     if missing := FIELDS - set(entry):
         raise ValueError(f"{source}: question {entry.get('id', '?')!r} lacks {', '.join(sorted(missing))}")
-    if extra := set(entry) - FIELDS - SORTING - {"rubric", "case"}:
+    if extra := set(entry) - FIELDS - OPTIONAL:
         raise ValueError(f"{source}: question {entry['id']!r} has unknown fields {', '.join(sorted(extra))}")
     for field, known in (("kind", KINDS), ("frequency", FREQUENCIES), ("role", ROLES)):
-        given = entry.get(field, known[0])
-        if unknown := set(given if isinstance(given, list) else [given]) - set(known):
-            raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+        given = set(entry[field] if field == "role" else [entry[field]])
+        if not given or not given <= set(known):
+            got = ", ".join(sorted(map(str, given))) or "none"
+            raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {got}")
+    if (needed := NEEDED.get(entry["kind"])) and not entry.get(needed):
+        raise ValueError(f"{source}: question {entry['id']!r} is of kind {entry['kind']} and lacks {needed}")
     wrong, rubric = entry["wrong"], entry.get("rubric", [])
     texts = [entry["question"], entry["short"], entry["deep"], *entry["follow_ups"], wrong["answer"], wrong["why"], *rubric]
     used = set().union(*map(placeholders, texts))
@@ -97,9 +104,11 @@ def _read(entry: dict, source: str) -> Question:
         wrong_answer=fill(entry["wrong"]["answer"]),
         wrong_why=fill(entry["wrong"]["why"]),
         claims=dict(entry["claims"]),
+        kind=entry["kind"],
+        frequency=entry["frequency"],
+        role=tuple(entry["role"]),
         rubric=tuple(map(fill, rubric)),
-        role=tuple(entry.get("role", Question.role)),
-        **{field: entry[field] for field in ("kind", "frequency", "case") if field in entry},
+        case=entry.get("case", ""),
     )
 
 

@@ -177,6 +177,9 @@ def test_pages_take_their_numbers_from_claims(claims, before, after):
 ENTRY = """
 - id: small-question
   question: What is half of {many:,}?
+  kind: concept
+  frequency: often
+  role: [applied]
   difficulty: 2
   minutes: 1
   unit: "00"
@@ -219,6 +222,14 @@ def test_a_question_has_its_numbers_filled_in(bank):
         ("Deeper.", "Deeper {unknown}.", "uses unknown without a claim"),
         ("What is half of {many:,}?", "What?", "never states many"),
         ("made_up:sure", "made_up:absent", "absent"),
+        ("  kind: concept\n", "", "lacks kind"),
+        ("  role: [applied]\n", "", "lacks role"),
+        ("kind: concept", "kind: chat", "kind must be of concept, .*got chat"),
+        ("role: [applied]", "role: [applied, sales]", "role must be of research, .*got applied, sales"),
+        ("role: [applied]", "role: []", "role must be of research, .*got none"),
+        ("frequency: often", "frequency: 3", "frequency must be of often"),
+        ("kind: concept", "kind: design", "kind design and lacks rubric"),
+        ("kind: concept", "kind: coding", "kind coding and lacks case"),
     ],
 )
 def test_a_question_with_a_gap_is_refused(bank, old, new, words):

@@ -174,7 +174,21 @@ def test_site_makes_pages_without_running(course):
 
 
 QUESTION = interview.Question(
-    "x", "Why **two**?", 2, 1, "00", ("S1.2",), "Short.", "Deep.", ("And three? (No.)",), "One.", "It is two.", {}
+    "x",
+    "Why **two**?",
+    2,
+    1,
+    "00",
+    ("S1.2",),
+    "Short.",
+    "Deep.",
+    ("And three? (No.)",),
+    "One.",
+    "It is two.",
+    {},
+    "concept",
+    "often",
+    ("applied",),
 )
 
 
