@@ -347,3 +347,20 @@ def _progress(transient: bool = False):
         transient=transient,
         disable=not console.is_terminal or os.environ.get("TERM") == "dumb",
     )
+
+
+# debugging cases and claims
+
+
+@app.command()
+def case(
+    name: Annotated[str | None, typer.Argument(help="The case; lists them if not given.", show_default=False)] = None,
+    check: Annotated[Path | None, typer.Option("--check", help="Judge this mended copy of the script.", show_default=False)] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Show why it fails, and the script mended.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the script to this file, to be mended.", show_default=False)] = None,
+) -> None:
+    """A script with a real bug: what it shows, the script, and a judge for your repair."""
+    from course.cases import command
+
+    if not command(name, check, fix, save, console.print):
+        raise typer.Exit(1)
