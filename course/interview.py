@@ -15,11 +15,29 @@ FIELDS = {
     *("id", "question", "kind", "frequency", "role", "difficulty", "minutes", "unit"),
     *("sources", "short", "deep", "follow_ups", "wrong", "claims"),
 }
-OPTIONAL = {"rubric", "case"}
+OPTIONAL = {"rubric", "case", "statements"}
 NEEDED = {"design": "rubric", "coding": "case"}  # kind -> the field that it can't do without
 KINDS = ("concept", "derivation", "estimate", "debugging", "coding", "design")
 FREQUENCIES = ("often", "sometimes", "rare")
 ROLES = ("research", "applied", "infrastructure")
+VERDICTS = ("yes", "partly", "no")  # whether a statement holds
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is commonly said, and what was computed of it.
+
+    Attributes:
+        said: the statement, as one hears it.
+        found: what was computed; numbers filled in.
+        holds: one of VERDICTS.
+        evidence: the claims behind ``found``, each module:function.
+    """
+
+    said: str
+    found: str
+    holds: str
+    evidence: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,7 @@ class Question:
         role: some of ROLES: in interviews for which work.
         rubric: for a design, what a good answer contains, a line each; the first is what must not be missing.
         case: for debugging, the name of the script under ``course/cases``; for coding, the exercise, such as "02.1"; else "".
+        statements: of those that one hears, the ones that the answer confirms or corrects.
     """
 
     id: str
@@ -60,6 +79,7 @@ class Question:
     role: tuple[str, ...]
     rubric: tuple[str, ...] = ()
     case: str = ""
+    statements: tuple[Statement, ...] = ()
 
 
 def placeholders(text: str) -> set[str]:
@@ -79,8 +99,9 @@ def _read(entry: dict, source: str) -> Question:
             raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {got}")
     if (needed := NEEDED.get(entry["kind"])) and not entry.get(needed):
         raise ValueError(f"{source}: question {entry['id']!r} is of kind {entry['kind']} and lacks {needed}")
-    wrong, rubric = entry["wrong"], entry.get("rubric", [])
+    wrong, rubric, statements = entry["wrong"], entry.get("rubric", []), entry.get("statements", [])
     texts = [entry["question"], entry["short"], entry["deep"], *entry["follow_ups"], wrong["answer"], wrong["why"], *rubric]
+    texts += [statement["found"] for statement in statements]
     used = set().union(*map(placeholders, texts))
     if unknown := used - set(entry["claims"]):
         raise ValueError(f"{source}: question {entry['id']!r} uses {', '.join(sorted(unknown))} without a claim")
@@ -90,6 +111,15 @@ def _read(entry: dict, source: str) -> Question:
 
     def fill(text: str) -> str:
         return text.format(**values).strip()
+
+    def state(given: dict) -> Statement:
+        names = sorted(placeholders(given["found"])) + given.get("evidence", [])
+        if given["holds"] not in VERDICTS or not names or not set(names) <= set(entry["claims"]):
+            raise ValueError(
+                f"{source}: question {entry['id']!r}: the statement {given['said']!r} needs a number or a named claim as evidence, and "
+                f"holds must be one of {', '.join(VERDICTS)}"
+            )
+        return Statement(given["said"], fill(given["found"]), given["holds"], tuple(entry["claims"][name] for name in names))
 
     return Question(
         id=entry["id"],
@@ -109,6 +139,7 @@ def _read(entry: dict, source: str) -> Question:
         role=tuple(entry["role"]),
         rubric=tuple(map(fill, rubric)),
         case=entry.get("case", ""),
+        statements=tuple(map(state, statements)),
     )
 
 
