@@ -157,6 +157,11 @@ def in_terminal(text: str) -> str:
     return _FORMULA.sub(put, text)
 
 
+def entries(unit: str = "") -> list[dict]:
+    """The questions as they are written, of all units or of one: nothing is filled in or checked."""
+    return [entry for path in sorted(FOLDER.glob(f"{unit}*.yaml")) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
 @functools.cache
 def questions(unit: str | None = None) -> tuple[Question, ...]:
     """All questions, or those of one unit ("02"), in file order; every claim is recomputed.
