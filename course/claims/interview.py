@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from course import interview
 from course.claims.lora import adapter_mb
-from course.claims.memory_budget import beside_weights_gb, weights_gb
+from course.claims.memory_budget import weights_gb
 from course.claims.shared import UNITS, normal
 from reference.lora import LoRALinear, inject_lora
 from reference.memory import SHAPES
@@ -147,6 +147,11 @@ def read_weights_ms(model: str, recipe: str, gb_per_s: float) -> float:
     return 1e3 * weights_gb(model, recipe) / gb_per_s
 
 
+def tokens_per_second_are(count: int, model: str, recipe: str, gb_per_s: float) -> bool:
+    """Reading all weights once for each token allows so many, rounded."""
+    return round(1e3 / read_weights_ms(model, recipe, gb_per_s)) == count
+
+
 def cache_kb(model: str) -> float:
     """Keys and values of a token in all layers, 16 bits."""
     shape = SHAPES[model]
@@ -163,9 +168,9 @@ def copies_gb(model: str, count: int) -> float:
     return count * weights_gb(model, "LoRA")
 
 
-def together_gb(model: str, recipe: str, r: int, adapters: int, requests: int, tokens: int) -> float:
-    """One base, adapters and the cache of all requests."""
-    return weights_gb(model, recipe) + adapters_gb(model, r, adapters) + cache_gb(model, requests, tokens)
+def requests_beside(gigabytes: float, model: str, recipe: str, tokens: int, spare: float, adapters: int = 0, r: int = 16) -> int:
+    """How many requests of so many tokens fit on a card beside base and adapters, ``spare`` GB left for everything else."""
+    return int((gigabytes - spare - weights_gb(model, recipe) - adapters_gb(model, r, adapters)) // cache_gb(model, 1, tokens))
 
 
 # Training on several cards, and beside other things
@@ -176,9 +181,19 @@ def shard_gb(model: str, recipe: str, cards: int) -> float:
     return weights_gb(model, recipe) / cards
 
 
-def gather_ms(model: str, recipe: str, cards: int, gb_per_s: float, times: int = 3) -> float:
+def gather_seconds(model: str, recipe: str, cards: int, gb_per_s: float, times: int = 3) -> float:
     """What each card receives in a step over its link: the others' shards, once for each pass that reads the weights."""
-    return 1e3 * times * weights_gb(model, recipe) * (cards - 1) / cards / gb_per_s
+    return times * weights_gb(model, recipe) * (cards - 1) / cards / gb_per_s
+
+
+def boundary_mb(model: str, tokens: int) -> float:
+    """Activations that pass from one stage of a pipeline to the next, 16 bits."""
+    return 2 * SHAPES[model].hidden * tokens / 1e6
+
+
+def bubble_percent(stages: int, micro_batches: int) -> float:
+    """Of a pipeline's time, what each stage waits."""
+    return 100 * (stages - 1) / (micro_batches + stages - 1)
 
 
 def new_rows_millions(model: str, tokens: int) -> float:
@@ -227,7 +242,7 @@ def mixture(what: str, r: int = 16) -> float:
 
 
 def everything_frozen_does_not_require_grad() -> bool:
-    """Behind a frozen embedding, with no other part trained, re-entrant checkpointing raises; an input that requires a gradient mends it."""
+    """Behind a frozen embedding, with no other part trained, re-entrant checkpointing raises; an input with a gradient mends it."""
     block, x = LoRALinear(nn.Linear(4, 4), 2, 4), torch.randn(3, 4)
     try:
         checkpoint(block, x, use_reentrant=True).sum().backward()
@@ -235,11 +250,6 @@ def everything_frozen_does_not_require_grad() -> bool:
         refused = "does not require grad" in str(error)
     checkpoint(block, x.requires_grad_(), use_reentrant=True).sum().backward()
     return refused and block.lora_B.grad is not None
-
-
-def per_card_gb(model: str, recipe: str, cards: int) -> float:
-    """Weights and, beside them, all that is trained, shared evenly."""
-    return (weights_gb(model, recipe) + beside_weights_gb(model, recipe)) / cards
 
 
 # The bank itself
