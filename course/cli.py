@@ -364,3 +364,18 @@ def case(
 
     if not command(name, check, fix, save, console.print):
         raise typer.Exit(1)
+
+
+@app.command()
+def claims(
+    unit: Annotated[
+        str | None, typer.Option("--unit", metavar="NN", help="The unit; all of them if not given.", show_default=False)
+    ] = None,
+) -> None:
+    """What one commonly hears about fine-tuning, what was computed of it, and whether it holds."""
+    from course.statements import command
+
+    number = find(unit, ROOT).number if unit else None
+    with _progress(transient=True) as progress:
+        progress.add_task("recomputing", total=None)
+        command(number, progress.console.print)
