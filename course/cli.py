@@ -360,7 +360,7 @@ def case(
     save: Annotated[Path | None, typer.Option("--save", help="Write the script to this file, to be mended.", show_default=False)] = None,
 ) -> None:
     """A script with a real bug: what it shows, the script, and a judge for your repair."""
-    from course.cases import command
+    from course.casebook import command
 
     if not command(name, check, fix, save, console.print):
         raise typer.Exit(1)

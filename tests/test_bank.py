@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from course import ROOT, interview
-from course.cases import cases
+from course.casebook import cases
 from course.cli import app
 from course.notebooks import read
 from course.units import find, units
@@ -76,14 +76,10 @@ def test_no_question_comes_from_what_is_not_there():
 
 @pytest.mark.parametrize("words", LOOSE.values(), ids=LOOSE.keys())
 def test_every_loose_statement_is_checked(words):
-    found = [
-        (entry, statement)
-        for entry in BANK
-        for statement in entry.get("statements", [])
-        if words.casefold() in statement["said"].casefold()
-    ]
+    statements = [statement for entry in BANK for statement in entry.get("statements", [])]
+    found = [statement for statement in statements if words.casefold() in statement["said"].casefold()]
     assert len(found) == 1, f"{len(found)} statements of the bank say {words!r}"
-    entry, statement = found[0]
+    (statement,) = found
     assert interview.placeholders(statement["found"]) | set(statement.get("evidence", [])), "it states no number and names no claim"
     assert statement["holds"] in interview.VERDICTS
 

@@ -4,9 +4,8 @@ The base must not move, and does not. The loss stands still. Mend `prepare`.
 """
 
 import torch
-from torch import Tensor, nn
-
 from reference.lora import inject_lora
+from torch import Tensor, nn
 
 
 def prepare(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -16,7 +15,9 @@ def prepare(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
+) -> list[float]:
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -35,4 +36,4 @@ def main(prepare=prepare) -> None:
     print(f"loss {losses[0]:.4f} → {losses[-1]:.4f}")
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            print(f"{name}: size {p.norm():.4f}, size of its last gradient {p.grad.norm():.4f}")
+            print(f"{name}: size {p.norm():.4f}, its last gradient {p.grad.norm():.4f}")

@@ -1,7 +1,6 @@
 """Elastic weight consolidation forgets the old task, as if it were not there.
 
-A colleague's code with the same λ keeps the old task and learns the new one. Here λ would have to be
-much larger, and another one for every size of the batch. Mend `fisher`.
+A colleague's code with the same λ keeps the old task and learns the new one. Mend `fisher`.
 """
 
 import copy
@@ -12,9 +11,8 @@ from torch.nn import functional as F
 
 
 def fisher(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """For each parameter, the mean over the rows of the squared gradient of log p(y|x) (the labels are given: "empirical")."""
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+    """For each parameter, the mean over the rows of the squared gradient of log p(y|x)."""
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     return [gradient.square() for gradient in gradients]
 
 
@@ -28,7 +26,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, penalty=lambda: 0.0) -> None:
 
 def main(fisher=fisher, lam: float = 30_000.0) -> None:
     torch.manual_seed(0)
-    x = torch.cat([torch.randn(2, 300, 8), 3 * torch.eye(2)[:, None].expand(2, 300, 2)], 2)  # the task is told, too
+    x = torch.cat([torch.randn(2, 300, 8), 3 * torch.eye(2)[:, None].expand(2, 300, 2)], 2)
     old, new = [(x[task], (x[task, :, :8] @ torch.randn(8, 2)).argmax(1)) for task in (0, 1)]
     model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 2))
     train(model, *old)

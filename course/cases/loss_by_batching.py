@@ -12,9 +12,9 @@ PAD = 0
 
 
 def loss_of(logits: Tensor, ids: Tensor, lengths: list[int]) -> Tensor:
-    """Mean cross-entropy of the next token: logits (rows, places, words), ids (rows, places), padded on the right.
+    """Mean cross-entropy of the next token: logits (rows, places, words), ids (rows, places).
 
-    A row's first ``lengths[row]`` ids are text, which may end with the id PAD: it is the end of text, too.
+    A row's first ``lengths[row]`` ids are text, which ends with PAD: it is the end of text, too.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
@@ -30,7 +30,9 @@ def main(loss_of=loss_of) -> None:
     table[PAD, PAD] = 12.0
     for name, order in (("sorted", range(8)), ("shuffled", (0, 4, 1, 5, 2, 6, 3, 7))):
         batches = [[texts[i] for i in order][k : k + 2] for k in (0, 2, 4, 6)]
-        losses = [loss_of(table[padded(batch)], padded(batch), list(map(len, batch))) for batch in batches]
+        losses = [
+            loss_of(table[padded(batch)], padded(batch), list(map(len, batch))) for batch in batches
+        ]
         counts = [sum(map(len, batch)) - len(batch) for batch in batches]
         mean = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
         print(f"{name:9} loss per token {mean:.3f}")

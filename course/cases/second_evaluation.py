@@ -29,7 +29,8 @@ class Adapted(nn.Module):
 
 def main(Adapted=Adapted) -> None:
     torch.manual_seed(0)
-    layer, x = Adapted(nn.Linear(32, 32), torch.randn(4, 32) / 6, torch.randn(32, 4) / 6, scale=2.0), torch.randn(256, 32)
+    A, B, x = torch.randn(4, 32) / 6, torch.randn(32, 4) / 6, torch.randn(256, 32)
+    layer = Adapted(nn.Linear(32, 32), A, B, scale=2.0)
     y = layer(x).detach() + 0.1 * torch.randn(256, 32)
     print(f"in training       error {(layer(x) - y).square().mean():.4f}")
     for occasion in ("first evaluation", "saving", "second evaluation"):

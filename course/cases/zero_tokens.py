@@ -19,5 +19,5 @@ def main(rms_norm=rms_norm) -> None:
     x[0, 7], x[2, 7] = 250.0, 260.0
     exact, half = rms_norm(x, weight), rms_norm(x.half(), weight.half())
     for row, largest in enumerate(x.abs().amax(1)):
-        print(f"token {row}: largest activation {largest:6.1f}, norm of the output {exact[row].norm():.3f} in float32, "
-              f"{half[row].float().norm():.3f} in float16")  # fmt: skip
+        norms = f"{exact[row].norm():.3f} in float32, {half[row].float().norm():.3f} in float16"
+        print(f"token {row}: largest activation {largest:6.1f}, norm of the output {norms}")

@@ -255,25 +255,30 @@ def everything_frozen_does_not_require_grad() -> bool:
 # The bank itself
 
 
+@cache
+def _bank() -> list[dict]:
+    return interview.entries()
+
+
 def questions(**of: str) -> int:
     """In the bank, or those of a ``kind``, a ``frequency``, a ``role``."""
-    found = interview.entries()
+    found = _bank()
     return sum(all(value in (entry[field] if field == "role" else [entry[field]]) for field, value in of.items()) for entry in found)
 
 
 def statements(*holds: str) -> int:
     """That are checked, or those of them with this verdict: "yes", "partly", "no"."""
-    found = [statement for entry in interview.entries() for statement in entry.get("statements", [])]
+    found = [statement for entry in _bank() for statement in entry.get("statements", [])]
     return sum(not holds or statement["holds"] in holds for statement in found)
 
 
 def evidence() -> int:
     """Different claims behind the answers."""
-    return len({claim for entry in interview.entries() for claim in entry["claims"].values()})
+    return len({claim for entry in _bank() for claim in entry["claims"].values()})
 
 
 def debugging_cases() -> int:
     """Scripts with a bug."""
-    from course.cases import cases
+    from course.casebook import cases
 
     return len(cases())

@@ -1,14 +1,15 @@
 """All ids are labels, so most of the loss is the instruction that every conversation repeats.
 
-Predicting it is easy, and sixty tokens of it drown the two of the answer: the mean is low while every answer is wrong. Targets are the
+Predicting it is easy, and forty tokens of it drown the two of the answer: the mean is low while every answer is wrong. Targets are the
 answer's tokens, and the model still reads the prompt.
 """
 
 import random
 
 from course.cases import good_loss_wrong_answers as script
-from course.cases.good_loss_wrong_answers import IGNORED
 from course.checking import Check, NotYet, Seen
+
+IGNORED = -100
 
 
 def example(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
