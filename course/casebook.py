@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "cases"
 
 
+def _paragraphs(text: str) -> str:
+    """A docstring with each paragraph in one line, for a terminal of any width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 @dataclass(frozen=True)
 class Case:
     """One case; ``name`` is that of its script and of its check."""
@@ -45,7 +50,7 @@ class Case:
     @property
     def symptoms(self) -> str:
         """What was seen, and what is to be mended: the script's docstring. Its first paragraph is one line."""
-        return ast.get_docstring(ast.parse(self.text))
+        return _paragraphs(ast.get_docstring(ast.parse(self.text)))
 
     @property
     def check(self) -> "Check":
@@ -59,7 +64,7 @@ class Case:
     @property
     def cause(self) -> str:
         """Why the script fails: the docstring of the judge's module."""
-        return inspect.getdoc(sys.modules[self.check.reference.__module__])
+        return _paragraphs(inspect.getdoc(sys.modules[self.check.reference.__module__]))
 
     @property
     def fix(self) -> str:

@@ -3,8 +3,6 @@
 A colleague's code with the same λ keeps the old task and learns the new one. Mend `fisher`.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,8 +28,12 @@ def main(fisher=fisher, lam: float = 30_000.0) -> None:
     old, new = [(x[task], (x[task, :, :8] @ torch.randn(8, 2)).argmax(1)) for task in (0, 1)]
     model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 2))
     train(model, *old)
-    before, F_old = copy.deepcopy(model), fisher(model, *old)
-    moved = lambda: zip(F_old, model.parameters(), before.parameters(), strict=True)  # noqa: E731
-    train(model, *new, lambda: lam / 2 * sum((f * (p - q).square()).sum() for f, p, q in moved()))
+    before, F_old = [p.detach().clone() for p in model.parameters()], fisher(model, *old)
+
+    def penalty() -> Tensor:
+        moved = zip(F_old, model.parameters(), before, strict=True)
+        return lam / 2 * sum((f * (p - q).square()).sum() for f, p, q in moved)
+
+    train(model, *new, penalty)
     for name, (x, y) in (("old task", old), ("new task", new)):
         print(f"{name}: {100 * (model(x).argmax(1) == y).float().mean():.0f} % right")
