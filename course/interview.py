@@ -159,7 +159,11 @@ def in_terminal(text: str) -> str:
 
 def entries(unit: str = "") -> list[dict]:
     """The questions as they are written, of all units or of one: nothing is filled in or checked."""
-    return [entry for path in sorted(FOLDER.glob(f"{unit}*.yaml")) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    return [
+        entry
+        for path in sorted(FOLDER.glob(f"{unit or '[0-9][0-9]'}_*.yaml"))
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
 
 
 @functools.cache
