@@ -1,5 +1,6 @@
 """Numbers in prose are held by code: every claim runs, every page is fresh, every question loads."""
 
+import functools
 import importlib
 import math
 import pkgutil
@@ -36,6 +37,7 @@ def written_claims() -> list[str]:
     return found
 
 
+@functools.cache  # reading the bank takes a second, and there is a test for each function
 def claims_in_use() -> set[str]:
     used = {name for path in PAGES for name in claimed.in_page(path.read_text(encoding="utf-8"))}
     return used | {
