@@ -11,11 +11,33 @@ import yaml
 from course import ROOT, claimed
 
 FOLDER = ROOT / "lessons" / "interview"
-FIELDS = {"id", "question", "difficulty", "minutes", "unit", "sources", "short", "deep", "follow_ups", "wrong", "claims"}
-SORTING = {"kind", "frequency", "role"}  # what a question can be chosen by, besides unit and difficulty
+FIELDS = {
+    *("id", "question", "kind", "frequency", "role", "difficulty", "minutes", "unit"),
+    *("sources", "short", "deep", "follow_ups", "wrong", "claims"),
+}
+OPTIONAL = {"rubric", "case", "statements"}
+NEEDED = {"design": "rubric", "coding": "case"}  # kind -> the field that it can't do without
 KINDS = ("concept", "derivation", "estimate", "debugging", "coding", "design")
 FREQUENCIES = ("often", "sometimes", "rare")
 ROLES = ("research", "applied", "infrastructure")
+VERDICTS = ("yes", "partly", "no")  # whether a statement holds
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is commonly said, and what was computed of it.
+
+    Attributes:
+        said: the statement, as one hears it.
+        found: what was computed; numbers filled in.
+        holds: one of VERDICTS.
+        evidence: the claims behind ``found``, each module:function.
+    """
+
+    said: str
+    found: str
+    holds: str
+    evidence: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class Question:
         role: some of ROLES: in interviews for which work.
         rubric: for a design, what a good answer contains, a line each; the first is what must not be missing.
         case: for debugging, the name of the script under ``course/cases``; for coding, the exercise, such as "02.1"; else "".
+        statements: of those that one hears, the ones that the answer confirms or corrects.
     """
 
     id: str
@@ -51,11 +74,12 @@ class Question:
     wrong_answer: str
     wrong_why: str
     claims: dict[str, str]
-    kind: str = "concept"
-    frequency: str = "sometimes"
-    role: tuple[str, ...] = ("applied",)
+    kind: str
+    frequency: str
+    role: tuple[str, ...]
     rubric: tuple[str, ...] = ()
     case: str = ""
+    statements: tuple[Statement, ...] = ()
 
 
 def placeholders(text: str) -> set[str]:
@@ -66,14 +90,18 @@ def placeholders(text: str) -> set[str]:
 def _read(entry: dict, source: str) -> Question:
     if missing := FIELDS - set(entry):
         raise ValueError(f"{source}: question {entry.get('id', '?')!r} lacks {', '.join(sorted(missing))}")
-    if extra := set(entry) - FIELDS - SORTING - {"rubric", "case"}:
+    if extra := set(entry) - FIELDS - OPTIONAL:
         raise ValueError(f"{source}: question {entry['id']!r} has unknown fields {', '.join(sorted(extra))}")
     for field, known in (("kind", KINDS), ("frequency", FREQUENCIES), ("role", ROLES)):
-        given = entry.get(field, known[0])
-        if unknown := set(given if isinstance(given, list) else [given]) - set(known):
-            raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    wrong, rubric = entry["wrong"], entry.get("rubric", [])
+        given = set(entry[field] if field == "role" else [entry[field]])
+        if not given or not given <= set(known):
+            got = ", ".join(sorted(map(str, given))) or "none"
+            raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {got}")
+    if (needed := NEEDED.get(entry["kind"])) and not entry.get(needed):
+        raise ValueError(f"{source}: question {entry['id']!r} is of kind {entry['kind']} and lacks {needed}")
+    wrong, rubric, statements = entry["wrong"], entry.get("rubric", []), entry.get("statements", [])
     texts = [entry["question"], entry["short"], entry["deep"], *entry["follow_ups"], wrong["answer"], wrong["why"], *rubric]
+    texts += [statement["found"] for statement in statements]
     used = set().union(*map(placeholders, texts))
     if unknown := used - set(entry["claims"]):
         raise ValueError(f"{source}: question {entry['id']!r} uses {', '.join(sorted(unknown))} without a claim")
@@ -83,6 +111,15 @@ def _read(entry: dict, source: str) -> Question:
 
     def fill(text: str) -> str:
         return text.format(**values).strip()
+
+    def state(given: dict) -> Statement:
+        names = sorted(placeholders(given["found"])) + given.get("evidence", [])
+        if given["holds"] not in VERDICTS or not names or not set(names) <= set(entry["claims"]):
+            raise ValueError(
+                f"{source}: question {entry['id']!r}: the statement {given['said']!r} needs a number or a named claim as evidence, and "
+                f"holds must be one of {', '.join(VERDICTS)}"
+            )
+        return Statement(given["said"], fill(given["found"]), given["holds"], tuple(entry["claims"][name] for name in names))
 
     return Question(
         id=entry["id"],
@@ -97,9 +134,12 @@ def _read(entry: dict, source: str) -> Question:
         wrong_answer=fill(entry["wrong"]["answer"]),
         wrong_why=fill(entry["wrong"]["why"]),
         claims=dict(entry["claims"]),
+        kind=entry["kind"],
+        frequency=entry["frequency"],
+        role=tuple(entry["role"]),
         rubric=tuple(map(fill, rubric)),
-        role=tuple(entry.get("role", Question.role)),
-        **{field: entry[field] for field in ("kind", "frequency", "case") if field in entry},
+        case=entry.get("case", ""),
+        statements=tuple(map(state, statements)),
     )
 
 
@@ -115,6 +155,15 @@ def in_terminal(text: str) -> str:
         return unicodeit.replace(formula.replace(r"^\top", "ᵀ"))
 
     return _FORMULA.sub(put, text)
+
+
+def entries(unit: str = "") -> list[dict]:
+    """The questions as they are written, of all units or of one: nothing is filled in or checked."""
+    return [
+        entry
+        for path in sorted(FOLDER.glob(f"{unit or '[0-9][0-9]'}_*.yaml"))
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
 
 
 @functools.cache

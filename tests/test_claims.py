@@ -1,5 +1,6 @@
 """Numbers in prose are held by code: every claim runs, every page is fresh, every question loads."""
 
+import functools
 import importlib
 import math
 import pkgutil
@@ -37,6 +38,7 @@ def written_claims() -> list[str]:
     return found
 
 
+@functools.cache  # reading the bank takes a second, and there is a test for each function
 def claims_in_use() -> set[str]:
     used = {name for path in PAGES for name in claimed.in_page(path.read_text(encoding="utf-8"))}
     for path in CHOICES:
@@ -187,6 +189,9 @@ def test_pages_take_their_numbers_from_claims(claims, before, after):
 ENTRY = """
 - id: small-question
   question: What is half of {many:,}?
+  kind: concept
+  frequency: often
+  role: [applied]
   difficulty: 2
   minutes: 1
   unit: "00"
@@ -229,6 +234,14 @@ def test_a_question_has_its_numbers_filled_in(bank):
         ("Deeper.", "Deeper {unknown}.", "uses unknown without a claim"),
         ("What is half of {many:,}?", "What?", "never states many"),
         ("made_up:sure", "made_up:absent", "absent"),
+        ("  kind: concept\n", "", "lacks kind"),
+        ("  role: [applied]\n", "", "lacks role"),
+        ("kind: concept", "kind: chat", "kind must be of concept, .*got chat"),
+        ("role: [applied]", "role: [applied, sales]", "role must be of research, .*got applied, sales"),
+        ("role: [applied]", "role: []", "role must be of research, .*got none"),
+        ("frequency: often", "frequency: 3", "frequency must be of often"),
+        ("kind: concept", "kind: design", "kind design and lacks rubric"),
+        ("kind: concept", "kind: coding", "kind coding and lacks case"),
     ],
 )
 def test_a_question_with_a_gap_is_refused(bank, old, new, words):

@@ -1,0 +1,1 @@
+"""The debugging cases' scripts, a file each: see ``course/casebook.py``."""
