@@ -2,7 +2,7 @@
 
 A module may import those of its own unit and of earlier ones. A folder's first file is the idea.
 
-    any  arguments
+    any  arguments, capability
     00   memory (budget, breakdown, recipes, activations), model_shapes
     01   lowrank (svd, subspace)
     02   lora (layer, base, weights, conv_embedding, called, targets, replace, inject, mixed)
