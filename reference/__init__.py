@@ -22,7 +22,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     10   adapter_format (variants, layers, prompts, family)
     11   multi_lora (layer, combine, serving)
     12   instruct (conversation, masks, rows, packing), self_instruct (tasks, novelty, loop)
-    13   kernels (launch, first, low_rank, nf4, adamw, dora, multi_lora)
+    13   kernels (launch, first, low_rank, nf4, adamw, dora)
     14   sharded
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the
