@@ -20,15 +20,13 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from benchmarks.cli import message, options, rounded
-from benchmarks.gemma_lora import InBfloat16, stand_in
-from course.lab import models, probes, recorded, seed_everything, text
+from benchmarks.gemma_lora import InBfloat16, asked_for
+from course.lab import probes, recorded, seed_everything, text
 from course.lab.training import next_token_loss, warmup_cosine
 from course.lab.world import World
 from reference.ewc import EWC, fisher_diagonal
@@ -243,19 +241,12 @@ def main() -> None:
         __doc__,
         gpu=False,
         model={"help": "what course.lab.models.load takes: gemma-3-270m, a .gguf file, a folder (default with --smoke: tiny, random)"},
-        minutes={"type": float, "default": 4.0, "help": "from the start of the process; no run starts that would end later"},
+        minutes={"type": float, "default": 4.0, "help": "from when the model is loaded; no run starts that would end later"},
     )
     settings = QUICK if given.smoke else Settings()
     began = time.monotonic()
-    if given.smoke and given.model is None:
-        name, (model, tokenizer) = "tiny, random", stand_in()
-        model = model.to(given.device)
-    else:
-        name = given.model or "gemma-3-270m"
-        model, tokenizer = models.load(name)
-        name = Path(name).stem
-    print(f"loaded {name} in {time.monotonic() - began:.0f} s", flush=True)
-    benchmark = Benchmark(model, tokenizer, settings, psutil.Process().create_time() + 60 * given.minutes)
+    name, model, tokenizer = asked_for(given)
+    benchmark = Benchmark(model, tokenizer, settings, time.time() + 60 * given.minutes)
     result = {"model": name, "settings": dataclasses.asdict(settings), "floor_nats_per_word": benchmark.floor / benchmark.words}
     new, old = benchmark.losses(benchmark.base)
     result["base"] = {"new": new, "old": old} | benchmark.probe(benchmark.base)

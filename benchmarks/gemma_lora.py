@@ -23,6 +23,7 @@ How it is made fair:
 The base is decoded from four-bit weights where it comes from a .gguf file: part of what any training on text repairs may be that rounding.
 """
 
+import argparse
 import copy
 import dataclasses
 import gc
@@ -524,6 +525,20 @@ def merge_files(paths: list[Path]) -> None:
     print(table(entries[0]["result"]["summary"]))
 
 
+def asked_for(given: argparse.Namespace) -> tuple[str, nn.Module, object]:
+    """Name, model and tokenizer that the options ask for; with --smoke and no --model a tiny, random stand-in."""
+    started = time.monotonic()
+    if given.smoke and given.model is None:
+        name, (model, tokenizer) = "tiny, random", stand_in()
+        model = model.to(given.device)
+    else:
+        name = given.model or "gemma-3-270m"
+        model, tokenizer = models.load(name)
+        name = Path(name).stem
+    print(f"loaded {name} in {time.monotonic() - started:.0f} s", flush=True)
+    return name, model, tokenizer
+
+
 def main() -> None:
     given = options(
         "gemma_lora",
@@ -546,15 +561,7 @@ def main() -> None:
         settings = Settings(**{name: value for name, value in resumed["settings"].items() if name != "train_rows_available"})
     if given.steps:
         settings = dataclasses.replace(settings, steps=given.steps)
-    started = time.monotonic()
-    if given.smoke and given.model is None:
-        name, (model, tokenizer) = "tiny, random", stand_in()
-        model = model.to(given.device)
-    else:
-        name = given.model or "gemma-3-270m"
-        model, tokenizer = models.load(name)
-        name = Path(name).stem
-    print(f"loaded {name} in {time.monotonic() - started:.0f} s", flush=True)
+    name, model, tokenizer = asked_for(given)
 
     started = time.monotonic()
     benchmark = Benchmark(model, tokenizer, settings, given.minutes, resumed)

@@ -74,7 +74,7 @@ def raised(function: Callable, *args, **kwargs) -> Raised | None:
     return None
 
 
-def unpacked(result: Any, what: str, *kinds: type) -> Any:
+def unpacked(result: Any, what: str, *kinds: type | tuple[type, ...]) -> Any:
     """``result``, if it is a tuple of these kinds; a list will do.
 
     Raises:
@@ -85,6 +85,9 @@ def unpacked(result: Any, what: str, *kinds: type) -> Any:
     if result is None:
         raise NotYet(f"your function returned nothing: is the `return` missing? It has to return {what}")
     got = f"{len(result)} value{'s' * (len(result) != 1)}" if isinstance(result, (tuple, list)) else type(result).__name__
+    if isinstance(result, (tuple, list)) and len(result) == len(kinds):
+        place = next(i for i, (value, kind) in enumerate(zip(result, kinds, strict=True)) if not isinstance(value, kind))
+        got += f", and number {place + 1} of them is of type {type(result[place]).__name__}"
     raise NotYet(f"your function returned {got}: return {what}")
 
 

@@ -310,7 +310,7 @@ def test_a_mistake_is_the_worked_answer_with_parts_replaced(answer, run):
         (None, "your function returned nothing: is the `return` missing. It has to return a pair"),
         (torch.ones(2), "your function returned Tensor: return a pair"),  # not unpacked along its first axis
         ((torch.ones(2),), "your function returned 1 value: return a pair"),
-        ((2.0, torch.ones(2)), "your function returned 2 values: return a pair"),
+        ((2.0, torch.ones(2)), "your function returned 2 values, and number 1 of them is of type float: return a pair"),
     ],
 )
 def test_an_answer_that_is_no_such_tuple_is_told_what_to_return(result, words):

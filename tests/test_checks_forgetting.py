@@ -3,6 +3,7 @@
 import heapq
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from course.checks.forgetting.ewc import OnlineEWC
 from course.checks.forgetting.fisher import a_model, fisher_diagonal
 from course.checks.forgetting.paper_lambda import paper_lambda
 from course.checks.forgetting.project import project
-from course.checks.forgetting.reservoir import TRIALS, Reservoir
+from course.checks.forgetting.reservoir import TRIALS, ByPriorities, Reservoir
 from course.lab.forgetting import at_equal_learning
 from reference import ewc as module
 from reference.rehearsal import ReplayBuffer, project_gradient
@@ -132,7 +133,7 @@ def test_an_ewc_that_is_nearly_right():
                 self.fisher, self.second = fisher, True
 
     refused(check.ewc, SumOfTasks, "the penalty right after the second task")
-    refused(check.ewc, Borrowed, "after the second task, and a move")
+    refused(check.ewc, Borrowed, "the caller's own tensor")
     refused(check.ewc, mistaken(OnlineEWC, penalty=lambda self: OnlineEWC.penalty(self).item()), "")
 
 
@@ -221,8 +222,16 @@ def test_a_reservoir_that_is_nearly_right():
             if place < self.capacity:
                 self.rows[self.seen % self.capacity] = self.kept(row)
 
+    class ByTheSharedGenerator(ByPriorities):
+        """Draws from the generator that everybody draws from."""
+
+        def __init__(self, capacity, seed):
+            super().__init__(capacity, seed)
+            self.generator = None
+
     refused(check.reservoir, OneTooMany, "how many rows are kept after each of twelve")
     refused(check.reservoir, mistaken(Reservoir, place=lambda self: 0), "")
+    refused(check.reservoir, ByTheSharedGenerator, "torch's own generator")
 
 
 # A-GEM
@@ -290,6 +299,9 @@ def test_a_comparison_that_is_nearly_right():
         )
 
     refused(check.compare, by_log, "")
+    refused(check.compare, mistaken(compare, quantile=lambda n: stats.norm.ppf(0.975)), "normal distribution")
+    refused(check.compare, mistaken(compare, quantile=lambda n: stats.t.ppf(0.95, n - 1)), "one-sided")
+    refused(check.compare, mistaken(compare, spread=lambda a, b, d: statistics.stdev(d) / len(d)), "by n")
     refused(check.compare, mistaken(compare, decide=lambda low, high, mean: "not shown"), "less")
     refused(check.compare, lambda *a: tuple(compare(*a).values()), "expected a dictionary")
 

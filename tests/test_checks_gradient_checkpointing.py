@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import gradient_checkpointing as check
 from course.checks.gradient_checkpointing.function import checkpoint as worked
 from course.checks.gradient_checkpointing.runs import least_runs
@@ -115,6 +115,13 @@ def rounding_with_numpy(x, noise):
     return torch.from_numpy(rounded).bfloat16()
 
 
+def rounding_in_int64(x, noise):
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    up = (noise < bits % 65_536) & x.isfinite()
+    upper = torch.where(x.isnan(), 0x7FC0, bits // 65_536 + up)
+    return upper.int().short().view(torch.bfloat16)
+
+
 def silent_with_zero_grad(model, compute_loss):
     saved = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -141,6 +148,7 @@ def silent_with_zero_grad(model, compute_loss):
         (check.runs, runs_bottom_up),
         (check.scaling, scaling_with_sums),
         (check.stochastic, rounding_with_numpy),
+        (check.stochastic, rounding_in_int64),
     ],
 )
 def test_right_answers_in_other_dress_pass_every_time(judge, answer):
@@ -176,6 +184,11 @@ def in_evaluation_mode(block, x):
     return y
 
 
+def silent_without_care(model, compute_loss):
+    compute_loss().backward()
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def thaws(block, x):
     block.requires_grad_()
     return worked(block, x)
@@ -196,17 +209,20 @@ def thaws(block, x):
         (check.silent, lambda model, loss: [], "without a gradient"),
         (check.silent, lambda model, loss: [n for n, p in model.named_parameters() if "blocks" in n], "without a gradient|frozen"),
         (check.silent, lambda model, loss: set(silent_parameters(model, loss)), "expected"),
+        (check.silent, silent_without_care, "every .grad afterwards: expected 'as before', got 'what your code left there'"),
         (check.runs, lambda n, j: least_runs(n, j) + (n > 30), "runs of"),
-        (check.runs, lambda n, j: 2 * n, "runs of"),
+        (check.runs, lambda n, j: 2 * n, "runs of 1 layer with 1 place: expected 1, got 2"),
         (check.runs, lambda n, j: str(least_runs(n, j)), "expected a number"),
         (check.scaling, lambda g, s, n, i: (None, s / 2, 0), "gradients after a good step"),
         (check.scaling, lambda g, s, n, i: scaled_step(g, s, n, i)[:2], "return the unscaled gradients"),
+        (check.scaling, mistaken(scaled_step, good=lambda grads: not any(x.isnan().any() for x in grads)), "an infinity went through"),
         (check.scaling, lambda g, s, n, i: scaled_step(g, max(s, 1.0), n, i), "a scale below one"),
         (check.scaling, lambda g, s, n, i: ([x.div_(s) for x in g], *scaled_step(g, s, n, i)[1:]), "changed in place"),
         (check.stochastic, lambda x, noise: x.bfloat16(), "rounding to nearest|positive"),
         (check.stochastic, lambda x, noise: stochastic_round(x, noise.flip(0)), "positive"),
         (check.stochastic, lambda x, noise: stochastic_round(x.abs(), noise), "negative"),
         (check.stochastic, lambda x, noise: stochastic_round(x.nan_to_num(), noise), "infinities"),
+        (check.stochastic, mistaken(stochastic_round, rounds=lambda x: ~x.isinf()), "a NaN whose low bits are set"),
     ],
 )
 def test_sly_answers_are_refused(judge, answer, words):

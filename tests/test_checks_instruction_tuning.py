@@ -1,10 +1,12 @@
 """Answers that nobody listed: right ones in other dress pass, sly wrong ones are refused. And the judges' answers are the reference's."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import instruction_tuning as check
 from course.checks.instruction_tuning.borders import pack_rows
 from course.checks.instruction_tuning.collate import collate
@@ -143,6 +145,34 @@ def without_doubled_bos(tokenizer, messages):
 )
 def test_sly_answers_are_refused(judge, answer):
     assert refused(judge, answer)
+
+
+def shifted(rows):
+    batch = pack_rows(rows)
+    return {**batch, "labels": torch.cat([batch["input_ids"][1:], torch.tensor([-100])])}
+
+
+def first_and_last(rows):
+    """Masks the last token of each sequence in place of the first."""
+    batch = pack_rows(rows)
+    starts = (batch["position_ids"] == 0).nonzero().flatten()
+    ends = torch.cat([starts[1:], torch.tensor([len(batch["input_ids"])])]) - 1
+    return {**batch, "labels": batch["input_ids"].clone().index_fill_(0, ends, -100)}
+
+
+@pytest.mark.parametrize(
+    "judge, answer, words",
+    [
+        (check.borders, shifted, "over the borders"),
+        (check.borders, first_and_last, "the last token of a sequence"),
+        (check.novel, mistaken(keep, least=4), "exactly three"),
+        (check.novel, mistaken(keep, given=lambda answer, asked: all(word in asked for word in answer)), "one behind the other"),
+        (check.novel, mistaken(keep, score=lambda common, m, n: common / max(m, n)), "the longer text"),
+        (check.novel, mistaken(keep, tokens=lambda text: re.findall(r"\w+", text.lower())), "of its own"),
+    ],
+)
+def test_a_mistake_is_named(judge, answer, words):
+    assert words in refused(judge, answer)
 
 
 def test_changing_what_was_given_is_said_first():

@@ -68,6 +68,11 @@ def by_heap(accesses, frames, policy):
     return hits, evicted
 
 
+def evicted_as_a_tuple(accesses, frames, policy):
+    hits, evicted = replace(accesses, frames, policy)
+    return [np.int64(hits), tuple(evicted)]
+
+
 def with_the_pool(accesses, frames, policy):
     """The module's own table."""
     pages = [Page(1024, torch.float32, pinned=False) for _ in range(max(accesses) + 1)]
@@ -127,6 +132,7 @@ def in_torch(weights, bits, tokens, operations, bandwidth):
         (check.pages, one_number_at_a_time),
         (check.pages, tuples_of_numpy),
         (check.evict, by_heap),
+        (check.evict, evicted_as_a_tuple),
         (check.evict, with_the_pool),
         (check.update, with_the_module),
         (check.update, in_numpy),
@@ -156,14 +162,30 @@ def test_the_layout_of_the_module_is_that_of_the_exercise():
     [
         (check.pages, lambda sizes, capacity: [piece for page in lay_out(sizes, capacity) for piece in page], "pieces without pages"),
         (check.pages, lambda sizes, capacity: lay_out(sizes, capacity - 1), "expected"),
-        (check.pages, lambda sizes, capacity: [*lay_out(sizes, capacity), []], "expected"),
+        (check.pages, lambda sizes, capacity: [*lay_out(sizes, capacity), []], "too many: page 1"),
+        (check.pages, lambda sizes, capacity: [[*page, page[-1]] for page in lay_out(sizes, capacity)], "page 0: too many: piece 3"),
+        (
+            check.pages,
+            lambda sizes, capacity: [[(i, s, o + (i == 1), n) for i, s, o, n in page] for page in lay_out(sizes, capacity)],
+            "page 0: piece 1: offset: expected 2, got 3",
+        ),
+        (check.pages, lambda sizes, capacity: [[piece[:3] for piece in page] for page in lay_out(sizes, capacity)], "it is four integers"),
+        (check.pages, lambda sizes, capacity: [len(page) for page in lay_out(sizes, capacity)], "a page is of type int"),
+        (check.pages, lambda sizes, capacity: None, "return a list of pages"),
+        (
+            check.pages,
+            mistaken(lay_out, piece=lambda number, start, offset, length, before: (number, start, 0, length)),
+            "0 in every piece",
+        ),
         (check.pages, lambda sizes, capacity: lay_out(sizes[::-1], capacity), "expected"),
         (check.evict, lambda *given: replace(*given)[0], "return a pair"),
         (check.evict, lambda *given: None, "is the `return` missing"),
+        (check.evict, lambda *given: replace(*given)[::-1], "number 2 of them is of type int: return a pair"),
         (check.evict, lambda accesses, frames, policy: replace(accesses, frames, "lru"), "both policies evict"),
         (check.evict, lambda *given: (replace(*given)[0], sorted(replace(*given)[1])), "evicted pages"),
         (check.update, mistaken(update_page, decay=lambda p, lr, wd: p * (1 + lr * wd)), "parameter"),
         (check.update, mistaken(update_page, step_of=lambda steps, number: 1), "parameter"),
+        (check.update, mistaken(update_page, step_of=lambda steps, number: steps[number] + 1), "t is one too large"),
         (check.overlap, lambda *given: 1.01 * step_time(*given), "expected"),
         (check.overlap, lambda pages, frames, *times: step_time(pages, max(2, frames), *times), "one frame"),
         (check.overlap, lambda pages, frames, load, update, store: step_time(pages, frames, load, update, load), "expected"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course.checking import NotYet
+from course.checking import NotYet, mistaken
 from course.checks import peft_family as check
 from course.checks.peft_family.dora import dora
 from course.checks.peft_family.encoder import p_tuning_numbers
@@ -169,6 +169,19 @@ def fuse_hard(h, u, Q, K, V):
 )
 def test_wrong_answers_are_refused(judge, answer):
     refused(judge, answer)
+
+
+@pytest.mark.parametrize(
+    "judge, answer, words",
+    [
+        (check.dora, lambda x, weight, bias, A, B, s, m: dora(x, weight, 0 * bias, A, B, s, m), "the bias is missing"),
+        (check.fusion, lambda h, u, Q, K, V: fuse(h, u, Q.T, K.T, V.T), "Q, K and V were multiplied from the other side"),
+        (check.prefix, mistaken(attend, place_query=lambda q, positions: q), "the queries are not rotated"),
+    ],
+)
+def test_a_mistake_is_named(judge, answer, words):
+    with pytest.raises(NotYet, match=words):
+        judge(answer)
 
 
 # ---- the choice

@@ -9,7 +9,7 @@ import torch
 from course.lab import instructions, models, recorded, training
 from course.lab.chat import chat_tokenizer
 from reference.instruct import IGNORED, Example, best_fit, leak, pack, pad_batch, render, render_ids
-from reference.self_instruct import latin_words, rouge_l, signature, similarity, words
+from reference.self_instruct import latin_words, rouge_l, signature, similarity
 
 ASKED = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
 SENTENCES = {  # pairs that a novelty filter has to judge
@@ -113,9 +113,9 @@ def wasted_percent(packed: bool = False, batch: int = 16) -> float:
 # Novelty
 
 
-def rouge(pair: str, scorer: str = "rouge-score") -> float:
-    """ROUGE-L of one of ``SENTENCES``, 0 to 1; scorer "rouge-score" reads a–z and 0–9, "any script" all letters."""
-    return rouge_l(*SENTENCES[pair], latin_words if scorer == "rouge-score" else words)
+def rouge(pair: str) -> float:
+    """ROUGE-L of one of ``SENTENCES``, 0 to 1, by the usual scorer, which reads a–z and 0–9."""
+    return rouge_l(*SENTENCES[pair], latin_words)
 
 
 def minhash_error(size: int = 128) -> float:

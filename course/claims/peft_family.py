@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import statistics
 from functools import cache
 
@@ -205,7 +206,7 @@ def untouched_accuracy() -> float:
 
 
 def few(method: str, size: int, losses: str = "lm") -> float:
-    """Accuracy after so many notes, percent, mean of three seeds."""
+    """Accuracy after so many notes, percent, mean of three seeds; losses "lm" or "t-few"."""
     return 100 * statistics.fmean(_row(method)["few"][losses][str(size)])
 
 
@@ -274,6 +275,14 @@ def prefix_beats_prompt() -> bool:
 def accuracy(method: str, size: int) -> float:
     """Percent of 240 lines, seed 0, with T-Few's losses."""
     return 100 * recorded.row("gemma_few_shot", method=method, size=size, losses="t-few", seed=0)["accuracy"]
+
+
+def accuracy_margin(method: str, size: int) -> float:
+    """Half the width of the 95 % interval of ``accuracy``, in points: from the number of test lines alone, not from the seed."""
+    result = recorded.load("gemma_few_shot")["result"]
+    lines = result["settings"]["test"] * len(result["packages"])
+    right = accuracy(method, size) / 100
+    return 100 * 1.96 * math.sqrt(right * (1 - right) / lines)
 
 
 def zero_shot(what: str = "accuracy") -> float:

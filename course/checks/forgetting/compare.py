@@ -4,7 +4,7 @@ import math
 import statistics
 
 import torch
-from scipy.stats import t
+from scipy.stats import norm, t
 
 from course.checking import Check, Seen, but
 from course.checks.qlora.shared import entries
@@ -36,7 +36,7 @@ def compare(
     start=lambda old: old[0],
     unreached=lambda new, old: None,
     spread=lambda a, b, differences: statistics.stdev(differences) / math.sqrt(len(differences)),
-    degrees=lambda n: n - 1,
+    quantile=lambda n: t.ppf(0.975, n - 1),
     decide=lambda low, high, mean: "a" if high < 0 else "b" if low > 0 else "not shown",
 ) -> dict[str, float | str | None]:
     """The worked answer: forgetting where the level is first reached, seed by seed, and a paired interval."""
@@ -51,7 +51,7 @@ def compare(
         return {"a": None, "b": None, "low": None, "high": None, "less": "not reached"}
     differences = [one - other for one, other in zip(a, b, strict=True)]
     mean = statistics.fmean(differences)
-    half = t.ppf(0.975, degrees(len(a))) * spread(a, b, differences)
+    half = quantile(len(a)) * spread(a, b, differences)
     low, high = mean - half, mean + half
     return {"a": statistics.fmean(a), "b": statistics.fmean(b), "low": low, "high": high, "less": decide(low, high, mean)}
 
@@ -128,7 +128,14 @@ check = Check(
         "the deviation is taken with n: use n − 1, since the mean was taken from the same numbers": but(
             spread=lambda a, b, differences: statistics.pstdev(differences) / math.sqrt(len(differences))
         ),
-        "Student's t has n − 1 degrees of freedom, not n": but(degrees=lambda n: n),
+        "the spread is divided by n: the standard error of a mean is stdev/√n": but(
+            spread=lambda a, b, differences: statistics.stdev(differences) / len(differences)
+        ),
+        "Student's t has n − 1 degrees of freedom, not n": but(quantile=lambda n: t.ppf(0.975, n)),
+        "1.96 is the normal distribution's. With a few seeds take Student's t": but(quantile=lambda n: norm.ppf(0.975)),
+        "the interval is one-sided: with 2.5 % left out at each end the quantile is that of 0.975": but(
+            quantile=lambda n: t.ppf(0.95, n - 1)
+        ),
         "you decide by the mean alone. Where the interval holds zero nothing is shown": but(
             decide=lambda low, high, mean: "a" if mean < 0 else "b"
         ),

@@ -25,12 +25,15 @@ class OnlineEWC:
     def centre(self) -> dict[str, Tensor]:
         return self.now()
 
+    def kept(self, F: Tensor) -> Tensor:
+        return F.clone()
+
     def add(self, old: Tensor, new: Tensor) -> Tensor:
         return self.gamma * old + new
 
     def consolidate(self, fisher: dict[str, Tensor]) -> None:
         first = self.fisher is None
-        self.fisher = {n: F.clone() if first else self.add(self.fisher[n], F) for n, F in fisher.items()}
+        self.fisher = {n: self.kept(F) if first else self.add(self.fisher[n], F) for n, F in fisher.items()}
         self.start = self.centre()
 
     def strength(self) -> float:
@@ -121,6 +124,7 @@ check = Check(
         "θ* moves with the model, so that the penalty stays zero: keep copies, detach().clone()": but(
             now=lambda self: dict(self.model.named_parameters())
         ),
+        "F is the caller's own tensor, who may change it later: keep copies, F.clone()": but(kept=lambda self, F: F),
         "the penalty has no gradient: θ must not be detached, only θ*": but(returned=lambda self, penalty: penalty.detach()),
         "θ* is still that of the first task: after each task the centre is where the model is then": but(centre=keep_first),
         "only the last task's F is left: F ← γ·F + F_new": but(add=lambda self, old, new: new),

@@ -78,6 +78,15 @@ def observe(answer, seed: int) -> Seen:
     values = [float(row) for row in buffer.rows]
     yield "whether what is kept is unchanged when the caller's tensor changes", -1.0 not in values
     yield "whether no row is kept twice", len(set(values)) == len(values)
+    kept = []
+    for state in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(state)
+            buffer = answer(CAPACITY, seed)
+            for i in range(200):
+                buffer.add(torch.tensor([float(i)]))
+        kept.append([float(row) for row in buffer.rows])
+    yield "whether the same seed keeps the same rows of two hundred", kept[0] == kept[1]
     for count in (4, 12):
         kept = torch.zeros(count)
         for trial in range(TRIALS):
@@ -105,6 +114,9 @@ check = Check(
         ),
         "the place is drawn from one number too many: rows that come after the buffer is full are kept too rarely": but(
             place=lambda self: torch.randint(self.seen + 2, (), generator=self.generator).item()
+        ),
+        "the places come from torch's own generator, which everybody draws from: use one of your own, with the seed": but(
+            place=lambda self: torch.randint(self.seen + 1, ()).item()
         ),
         "what is kept is the caller's own tensor, which may be changed later: keep a copy, row.clone()": but(kept=lambda self, row: row),
     },

@@ -38,7 +38,7 @@ def observe(answer, seed: int) -> Seen:
     draw = random.Random(seed)
     cases = [(1, 1), (1, 3), (2, 1), (5, 1), (10, 3), (32, 5), (6, 9), (draw.randrange(20, 40), 2), (draw.randrange(30, 60), 4)]
     for layers, slots in cases:
-        yield f"runs of {layers} layers with {slots} places", answer(layers, slots)
+        yield f"runs of {layers} layer{'s' * (layers > 1)} with {slots} place{'s' * (slots > 1)}", answer(layers, slots)
 
 
 check = Check(

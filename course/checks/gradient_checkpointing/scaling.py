@@ -87,6 +87,9 @@ check = Check(
         "a NaN went through: it compares false with everything; use torch.isfinite": but(
             good=lambda grads: not any(bool(grad.isinf().any()) for grad in grads)
         ),
+        "an infinity went through: isnan() does not find it; use torch.isfinite": but(
+            good=lambda grads: not any(bool(grad.isnan().any()) for grad in grads)
+        ),
         "only the first gradient is looked at: one infinity anywhere spoils the step": but(good=lambda grads: all_finite(grads[:1])),
         "the gradients are multiplied by the scale: the loss was, so divide": but(unscale=lambda grad, scale: grad * scale),
         "the step is skipped and the scale stays: halve it, or the next step overflows as well": but(backed_off=lambda scale: scale),

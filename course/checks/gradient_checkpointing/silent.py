@@ -131,8 +131,7 @@ def observe(answer, seed: int) -> Seen:
         except RuntimeError as error:
             names = f"a RuntimeError: {str(error).splitlines()[0]}"
         yield f"{label}: without a gradient", names
-        after = copied(model)
-        yield f"{label}: .grad afterwards", "as it was" if same(before, after) else "not as it was"
+        yield f"{label}: every .grad afterwards", "as before" if same(before, copied(model)) else "what your code left there"
 
 
 def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:

@@ -21,12 +21,13 @@ def as_float(bits: Tensor) -> Tensor:
 def stochastic_round(
     x: Tensor, noise: Tensor, *,
     seen=to_int, low=lambda bits: bits & LOW, up=lambda noise, low, bits: noise < low, finish=lambda rounded, x: rounded.bfloat16(),
+    rounds=torch.isfinite,
 ) -> Tensor:  # fmt: skip
     """The worked answer."""
     bits = seen(x)
     rest = low(bits)
     rounded = as_float(bits - (bits & LOW) + up(noise, rest, bits).int() * (LOW + 1))
-    return finish(torch.where(x.isfinite(), rounded, x), x)
+    return finish(torch.where(rounds(x), rounded, x), x)
 
 
 def by_spacing(x: Tensor, noise: Tensor) -> Tensor:
@@ -58,6 +59,8 @@ def observe(answer, seed: int) -> Seen:
     yield "numbers of all sizes", answer(sizes, noise(100))
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 3.0e38])
     yield "infinities, NaN, zero and a very large number", answer(special, torch.full((5,), LOW, dtype=torch.int32))
+    nans = as_float(torch.tensor([0x7F800001, 0x7FFFFFFF], dtype=torch.int32))  # cut off, one is an infinity; a step up, the other is −0
+    yield "NaNs whose low bits are set", answer(nans, torch.tensor([LOW, 0], dtype=torch.int32))
 
 
 def toward_plus(noise: Tensor, low: Tensor, bits: Tensor) -> Tensor:
@@ -88,6 +91,9 @@ check = Check(
         "the number was converted to an integer: look at its bits instead, x.view(torch.int32)": but(seen=lambda x: x.to(torch.int32)),
         "bfloat16 lacks the low 16 bits of a float32: another number of bits is compared with the noise": but(
             low=lambda bits: bits & ((1 << 13) - 1)
+        ),
+        "a NaN whose low bits are set became a number or an infinity: what is not finite has to stay": but(
+            rounds=lambda x: torch.ones_like(x, dtype=torch.bool)
         ),
         "the result is float32: convert it to bfloat16, which loses nothing more": but(finish=lambda rounded, x: rounded),
         "half of the numbers go up, whatever is cut off: the probability is what is cut off over 2^16": but(

@@ -17,6 +17,7 @@ def pack_rows(
     seen=lambda n: torch.ones(n, n, dtype=torch.bool).tril(),
     first=lambda ids: [-100, *ids[1:]],
     put=lambda ids: ids,
+    placed=lambda labels: labels,
 ) -> dict[str, Tensor]:
     """The worked answer: positions restart, a token sees those before it in its own sequence, and no first token is a target."""
     rows = [put(ids) for ids in rows]
@@ -25,7 +26,7 @@ def pack_rows(
     return {
         "input_ids": torch.tensor([token for ids in rows for token in ids]),
         "position_ids": torch.tensor(positions(lengths)),
-        "labels": torch.tensor([label for ids in rows for label in first(ids)]),
+        "labels": torch.tensor(placed([label for ids in rows for label in first(ids)])),
         "mask": same(owner) & seen(sum(lengths)),
     }
 
@@ -72,6 +73,11 @@ check = Check(
         "the first token of a sequence is a target: it would be predicted from the last token of another conversation; give it −100": but(
             first=lambda ids: ids
         ),
+        "the last token of a sequence is no target, and the first one is: labels are not shifted, so it is the first that nothing in its "
+        "sequence predicts": but(first=lambda ids: [*ids[:-1], -100]),
+        "the labels are shifted: the loss does that; a token's label stands at its own place": but(first=lambda ids: [*ids[1:], -100]),
+        "the labels are shifted, over the borders too: the loss shifts; a token's label stands at its own place, and a first token has "
+        "none": but(first=lambda ids: ids, placed=lambda labels: [*labels[1:], -100]),
         "a token does not see itself: the diagonal belongs to the mask": but(seen=lambda n: torch.ones(n, n, dtype=torch.bool).tril(-1)),
         "a separator is put between the sequences: attention reads across it as across any token; give the mask borders": but(
             put=lambda ids: [0, *ids], same=lambda owner: torch.ones(len(owner), len(owner), dtype=torch.bool)

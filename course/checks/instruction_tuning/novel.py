@@ -94,6 +94,9 @@ def observe(answer, seed: int) -> Seen:
         (f"Count {a} words three in a line then stop the short Describe", "done at last"),
         (f"describe THE {a}, in three; short words", "as it is"),
         (f"Is the lively {d} alive and let down by a liver?", "live and let"),
+        (f"Did somebody say {a} {b} {c} before, and to whom?", f"{a}, {b}, {c}"),  # three in a row
+        (f"Was this {c} older than that {a} when the {b} broke?", f"{a} {b} {c}"),  # all of them, in another place
+        (f"Describe the {a} in three short words, then sing of it", "La la."),  # 14 of 18
         ("In three words", f"{a} {b} {c}"),
         (f"Describe the {a} in three short words, then sing of harvests, of winters, of long roads home", "Why not."),
     ]
@@ -129,6 +132,14 @@ check = Check(
         "the order of words is not looked at: ROUGE-L takes the longest common subsequence, not the common words": but(common=of_sets),
         "the words in common must follow one another: a subsequence may leave words out": but(common=longest_run),
         "the score is the recall: F is 2·l/(m + n)": but(score=lambda common, m, n: common / n if n else 0.0),
+        "the score is the share of the longer text: F is 2·l/(m + n)": but(
+            score=lambda common, m, n: common / max(m, n) if m and n else 0.0
+        ),
+        "each Chinese character is a token of its own, not a run of them": but(tokens=lambda text: re.findall(r"\w+", text.casefold())),
+        "answers of exactly three tokens are kept: three or more that stand in the instruction are dropped": but(least=4),
+        "an answer counts as given wherever its tokens are: they must stand one behind the other": but(
+            given=lambda answer, asked: set(answer) <= set(asked)
+        ),
         "answers that stand in the instruction are kept: a model learns to copy from them; drop them": but(
             given=lambda answer, asked: False
         ),

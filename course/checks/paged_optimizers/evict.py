@@ -74,7 +74,9 @@ def observe(answer, seed: int):
     for name, accesses in orders.items():
         count = 4 if name.startswith("the same") else frames
         for policy in VICTIM:
-            found = unpacked(answer(list(accesses), count, policy), "a pair: the number of hits, and the list of evicted pages", int, list)
+            found = unpacked(
+                answer(list(accesses), count, policy), "a pair: the number of hits, and the list of evicted pages", object, (list, tuple)
+            )
             label = f"{policy} with {count} frames, {name}"
             yield f"{label}: hits", found[0]
             yield f"{label}: evicted pages", found[1]

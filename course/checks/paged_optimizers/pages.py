@@ -6,6 +6,7 @@ import random
 from course.checking import Check, NotYet, but
 
 Piece = tuple[int, int, int, int]
+PIECE = ("parameter", "start", "offset", "length")
 
 
 def cut(size: int, room: int, capacity: int) -> bool:
@@ -52,6 +53,27 @@ def from_borders(sizes, capacity):
     return pages
 
 
+def by_name(found):
+    """Pages and pieces by number, and a piece's integers by name: a difference can then be told in words.
+
+    Raises:
+        NotYet: these are no pages of pieces of four.
+    """
+    if not isinstance(found, (list, tuple)):
+        raise NotYet(f"your function returned {type(found).__name__}: return a list of pages, each a list of pieces")
+    if found and isinstance(found[0], (list, tuple)) and found[0] and isinstance(found[0][0], int):
+        raise NotYet("these are pieces without pages: return a list of pages, each a list of pieces")
+    for page in found:
+        if not isinstance(page, (list, tuple)):
+            raise NotYet(f"a page is of type {type(page).__name__}: it is a list of pieces")
+        for piece in page:
+            if not isinstance(piece, (list, tuple)) or len(piece) != len(PIECE):
+                raise NotYet(f"a piece is {piece!r}: it is four integers, ({', '.join(PIECE)})")
+    return {
+        f"page {i}": {f"piece {j}": dict(zip(PIECE, piece, strict=True)) for j, piece in enumerate(page)} for i, page in enumerate(found)
+    }
+
+
 def observe(answer, seed: int):
     draw = random.Random(seed)
     capacity = draw.choice((8, 16, 32))
@@ -64,10 +86,7 @@ def observe(answer, seed: int):
         "a parameter without numbers": [3, 0, draw.randrange(capacity, 3 * capacity), 0, 5],
     }
     for name, sizes in cases.items():
-        found = answer(list(sizes), capacity)
-        if isinstance(found, (list, tuple)) and found and isinstance(found[0], (list, tuple)) and found[0] and isinstance(found[0][0], int):
-            raise NotYet("these are pieces without pages: return a list of pages, each a list of pieces")
-        yield f"{name}: sizes {sizes}, pages of {capacity}", found
+        yield f"{name}: sizes {sizes}, pages of {capacity}", by_name(answer(list(sizes), capacity))
 
 
 check = Check(
@@ -91,6 +110,9 @@ check = Check(
         ),
         "offset is the place in the parameter once more: it is where the piece begins in its page": but(
             piece=lambda number, start, offset, length, before: (number, start, start, length)
+        ),
+        "offset is 0 in every piece: a page may hold several, and a piece begins where the one before it ends": but(
+            piece=lambda number, start, offset, length, before: (number, start, 0, length)
         ),
         "of a parameter that is cut only the first piece is there: go on until all its numbers have a place": but(
             rest=lambda size, start, length: size

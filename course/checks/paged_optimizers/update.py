@@ -118,6 +118,7 @@ check = Check(
             step_of=lambda steps, number: steps[0]
         ),
         "t is one too small: steps counts this step already": but(step_of=lambda steps, number: steps[number] - 1),
+        "t is one too large: steps counts this step already": but(step_of=lambda steps, number: steps[number] + 1),
         "the gradient's piece is taken at the place in the page: it begins at start, like the parameter's": but(
             place_in_gradient=lambda start, offset: offset
         ),

@@ -86,6 +86,7 @@ check = Check(
         "the bias was multiplied by the magnitude: only the weight is rescaled; add the bias as it is": but(
             add=lambda y, bias, m: y + bias * m
         ),
+        "the bias is missing: add the frozen layer's": but(add=lambda y, bias, m: y),
         "D is detached as a whole: then A and B never learn; detach the norm alone": but(
             changed=lambda weight, A, B, s: direction(weight, A, B, s).detach()
         ),

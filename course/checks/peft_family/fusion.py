@@ -15,6 +15,7 @@ def fuse(
     K: Tensor,
     V: Tensor,
     *,
+    times=lambda x, W: x @ W.T,
     queried=lambda h, u: h,
     keyed=lambda h, u: u,
     valued=lambda u, V: u @ V.T,
@@ -23,7 +24,7 @@ def fuse(
     finish=lambda mixed, h: mixed,
 ) -> Tensor:
     """The worked answer: every token weighs the adapters' outputs."""
-    q, k, v = queried(h, u) @ Q.T, keyed(h, u) @ K.T, valued(u, V)  # (t, d), (t, n, d), (t, n, d)
+    q, k, v = times(queried(h, u), Q), times(keyed(h, u), K), valued(u, V)  # (t, d), (t, n, d), (t, n, d)
     weights = soft(scores(q, k))  # (t, n)
     return finish(torch.einsum("tn,tnd->td", weights, v), h)
 
@@ -62,6 +63,8 @@ check = Check(
             soft=lambda s: torch.full_like(s, 1 / s.shape[1])
         ),
         "the weights are the scores themselves: take their softmax": but(soft=lambda s: s),
+        "Q, K and V were multiplied from the other side: like a linear layer's weight they are (out, in), so multiply by Q.T from the "
+        "right": but(times=lambda x, W: x @ W, valued=lambda u, V: u @ V),
         "V was multiplied from the other side: like a linear layer's weight it is (out, in), so multiply by V.T from the right": but(
             valued=lambda u, V: u @ V
         ),

@@ -30,6 +30,7 @@ def attend(
     *,
     first=len,
     place_prefix=lambda prefix_k: prefix_k,
+    place_query=rotate,
     sees=after_prefix,
     scale=lambda width: 1 / math.sqrt(width),
     soft=lambda scores: scores.softmax(-1),
@@ -38,7 +39,7 @@ def attend(
     """The worked answer: the text's positions begin at P; the prefix's keys are taken as they are."""
     length, prefix = len(q), len(prefix_k)
     positions = torch.arange(length) + first(prefix_k)
-    q, k = rotate(q, positions), rotate(k, positions)
+    q, k = place_query(q, positions), rotate(k, positions)
     scores = q @ torch.cat([place_prefix(prefix_k), k]).T * scale(q.shape[1])  # (length, P + length)
     scores = scores.masked_fill(~sees(length, prefix), -math.inf)
     return soft(scores) @ values(prefix_v, v)
@@ -82,6 +83,7 @@ check = Check(
         "tokens see what comes after them: the mask must hide later tokens of the text": but(
             sees=lambda length, prefix: torch.ones(length, prefix + length, dtype=torch.bool)
         ),
+        "the queries are not rotated: they need the positions as the text's keys do": but(place_query=lambda q, positions: q),
         "the scores are not divided by √width": but(scale=lambda width: 1.0),
         "the softmax runs over the queries: each token's weights over the keys must add up to one, dim=-1": but(
             soft=lambda scores: scores.softmax(0).nan_to_num()
