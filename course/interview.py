@@ -12,6 +12,10 @@ from course import ROOT, claimed
 
 FOLDER = ROOT / "lessons" / "interview"
 FIELDS = {"id", "question", "difficulty", "minutes", "unit", "sources", "short", "deep", "follow_ups", "wrong", "claims"}
+SORTING = {"kind", "frequency", "role"}  # what a question can be chosen by, besides unit and difficulty
+KINDS = ("concept", "derivation", "estimate", "debugging", "coding", "design")
+FREQUENCIES = ("often", "sometimes", "rare")
+ROLES = ("research", "applied", "infrastructure")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Question:
         follow_ups: each a question with its answer in parentheses.
         wrong_answer, wrong_why: what is commonly said, and why it is wrong.
         claims: name in the text -> module:function.
+        kind: one of KINDS: what the candidate has to do.
+        frequency: one of FREQUENCIES: how often it is asked.
+        role: some of ROLES: in interviews for which work.
+        rubric: for a design, what a good answer contains, a line each; the first is what must not be missing.
+        case: for debugging, the name of the script under ``course/cases``; for coding, the exercise, such as "02.1"; else "".
     """
 
     id: str
@@ -42,6 +51,11 @@ class Question:
     wrong_answer: str
     wrong_why: str
     claims: dict[str, str]
+    kind: str = "concept"
+    frequency: str = "sometimes"
+    role: tuple[str, ...] = ("applied",)
+    rubric: tuple[str, ...] = ()
+    case: str = ""
 
 
 def placeholders(text: str) -> set[str]:
@@ -52,9 +66,14 @@ def placeholders(text: str) -> set[str]:
 def _read(entry: dict, source: str) -> Question:
     if missing := FIELDS - set(entry):
         raise ValueError(f"{source}: question {entry.get('id', '?')!r} lacks {', '.join(sorted(missing))}")
-    if extra := set(entry) - FIELDS:
+    if extra := set(entry) - FIELDS - SORTING - {"rubric", "case"}:
         raise ValueError(f"{source}: question {entry['id']!r} has unknown fields {', '.join(sorted(extra))}")
-    texts = [entry["question"], entry["short"], entry["deep"], *entry["follow_ups"], entry["wrong"]["answer"], entry["wrong"]["why"]]
+    for field, known in (("kind", KINDS), ("frequency", FREQUENCIES), ("role", ROLES)):
+        given = entry.get(field, known[0])
+        if unknown := set(given if isinstance(given, list) else [given]) - set(known):
+            raise ValueError(f"{source}: question {entry['id']!r}: {field} must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    wrong, rubric = entry["wrong"], entry.get("rubric", [])
+    texts = [entry["question"], entry["short"], entry["deep"], *entry["follow_ups"], wrong["answer"], wrong["why"], *rubric]
     used = set().union(*map(placeholders, texts))
     if unknown := used - set(entry["claims"]):
         raise ValueError(f"{source}: question {entry['id']!r} uses {', '.join(sorted(unknown))} without a claim")
@@ -78,6 +97,9 @@ def _read(entry: dict, source: str) -> Question:
         wrong_answer=fill(entry["wrong"]["answer"]),
         wrong_why=fill(entry["wrong"]["why"]),
         claims=dict(entry["claims"]),
+        rubric=tuple(map(fill, rubric)),
+        role=tuple(entry.get("role", Question.role)),
+        **{field: entry[field] for field in ("kind", "frequency", "case") if field in entry},
     )
 
 
