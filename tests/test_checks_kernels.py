@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from interpreted import COMPILES
 
-if torch.cuda.is_available():
-    pytest.skip("the judges have Triton interpret kernels, and other tests here have it compile them", allow_module_level=True)
+if COMPILES:
+    pytest.skip("see tests/interpreted.py", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 import triton
@@ -98,8 +99,8 @@ def test_nothing_written_is_said():
     refused(check.shrink, lambda x, A, out: _add_kernel[(1,)](x, torch.zeros(1), 1, 16, True), "change it in place")
 
 
-def test_a_copy_made_contiguous_still_gives_the_right_rows():
-    """It is allowed: values and places are right, if slower."""
+def test_a_copy_made_contiguous_is_named():
+    """Values and places are right; the exercise asks to read x where it lies."""
 
     @triton.jit
     def rows(x_ptr, out_ptr, columns, TILE: tl.constexpr):
@@ -107,7 +108,9 @@ def test_a_copy_made_contiguous_still_gives_the_right_rows():
         x = tl.load(x_ptr + tl.program_id(0) * columns + column, column < columns, other=0.0)
         tl.store(out_ptr + tl.program_id(0), tl.max(tl.abs(x), 0))
 
-    check.row_absmax(lambda x, out: rows[(len(x),)](x.float().contiguous(), out, x.shape[1], 512))
+    refused(
+        check.row_absmax, lambda x, out: rows[(len(x),)](x.float().contiguous(), out, x.shape[1], 512), "x is read where it lies|copied"
+    )
 
 
 def test_one_size_only_is_refused():

@@ -32,7 +32,7 @@ def interpret() -> None:
         from triton.runtime.jit import JITFunction
 
         if isinstance(tl.sum, JITFunction):
-            raise RuntimeError("Triton was loaded to compile kernels: restart the kernel and import the checks before it")
+            raise RuntimeError("Triton was loaded to compile kernels: restart (Jupyter: its kernel), and import the checks before Triton")
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -63,7 +63,12 @@ class Trace:
         self.conflicts: list[str] = []
         self.written: dict[str, set[int]] = defaultdict(set)
         self._touched: dict[str, dict[int, set[tuple]]] = {}
+        self._read: set[int] = set()  # addresses, of all launches
         self._valid = np.empty(0, dtype=np.int64)
+
+    def reads_all(self, tensor: Tensor) -> bool:
+        """Whether every number of a tensor on the CPU was read in its own place, not in a copy."""
+        return self._read.issuperset(_addresses(tensor).tolist())
 
     # ---- a launch
 
@@ -81,6 +86,7 @@ class Trace:
             places = "a place" if count == 1 else f"{count} places"
             self.outside.append(f"program {_number(program)} {kind}s {places} outside of the tensors that the kernel was given")
         reads, writes, atomics = (self._touched[kind] for kind in ("read", "write", "atomic"))
+        self._read.update(reads)
         for address in sorted({*writes, *atomics}):
             name, place = self._named[address]
             self.written[name].add(place)
