@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from course.claims import qlora
-from course.claims.kernels import LINE, WARP, floor_percent, product_rate
+from course.claims.kernels import SECTOR, WARP, floor_percent, product_rate
 from course.figures import Figure
 from course.lab import plotting, recorded
 from course.lab.traffic import MovedBytes
@@ -21,7 +21,7 @@ WHO = {
 WORKS = {
     "quantize": ("quantize", None),
     "dequantize": ("dequantize", None),
-    "dequantize,\ndouble quantization": ("dequantize, double quantization", None),
+    "dequantize,\ndouble\nquantization": ("dequantize, double quantization", None),
     "layer,\n1 row": ("linear", 1),
     "layer,\n16 rows": ("linear", 16),
 }
@@ -59,23 +59,22 @@ def traffic(data: dict[str, dict[str, float]]) -> plt.Figure:
     return figure
 
 
-def lines_data() -> dict[str, list[int]]:
-    """What a warp reads -> which of 32 lines of memory it touches, and how many of its threads each."""
+def sectors_data() -> dict[str, list[int]]:
+    """What a warp reads -> how many of its threads read in the first, second, … 32nd sector that it touches."""
     counts = {}
-    for name, stride in {"neighbours": 1, "every second number": 2, "every eighth": 8, "a column, 32 wide": 32}.items():
-        touched = [thread * stride * 4 // LINE for thread in range(WARP)]
-        counts[name] = [touched.count(line) for line in range(32)]
+    for name, stride in {"neighbours": 1, "every second number": 2, "every fourth": 4, "a column": 32}.items():
+        touched = [thread * stride * 4 // SECTOR for thread in range(WARP)]
+        counts[name] = [touched.count(sector) for sector in dict.fromkeys(touched)]
     return counts
 
 
-def lines(data: dict[str, list[int]]) -> plt.Figure:
+def sectors(data: dict[str, list[int]]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8.4, 1.9))
-    axes.imshow([[min(count, 1) for count in row] for row in data.values()], cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    axes.imshow([[1] * len(row) + [0] * (32 - len(row)) for row in data.values()], cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     for y, row in enumerate(data.values()):
         for x, count in enumerate(row):
-            if count:
-                axes.text(x, y, count, ha="center", va="center", fontsize=8, color="white")
-    labels = [f"{name}: {sum(map(bool, row))} line{'s' * (sum(map(bool, row)) > 1)}" for name, row in data.items()]
+            axes.text(x, y, count, ha="center", va="center", fontsize=8, color="white")
+    labels = [f"{name}: {len(row)} sectors" for name, row in data.items()]
     axes.set_yticks(range(len(data)), labels)
     axes.set_xticks([x - 0.5 for x in range(33)], minor=True)
     axes.set_yticks([y - 0.5 for y in range(len(data) + 1)], minor=True)
@@ -83,7 +82,7 @@ def lines(data: dict[str, list[int]]) -> plt.Figure:
     axes.grid(which="minor", color="white", lw=2)
     axes.tick_params(which="both", length=0)
     axes.set_xticks([0, 7, 15, 23, 31], ["1st", "8th", "16th", "24th", "32nd"])
-    axes.set_xlabel("line of 128 bytes; the number says how many of the 32 threads read in it")
+    axes.set_xlabel("sectors of 32 bytes that are fetched; the number says how many of the 32 threads read in it")
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
@@ -119,7 +118,7 @@ def roofline(data: dict[str, dict]) -> plt.Figure:
             ("ours", "NF4, here", plotting.BLUE, "o"),
         ):
             each.plot(*limits[who], marker, color=colour, markersize=5, label=label)
-        for count in (1, 64, 2048):
+        for count in (1, 16, 2048):
             i = limits["rows"].index(count)
             name = f"{count:,} row{'s' * (count > 1)}"
             each.annotate(name, (limits["ours"][0][i], limits["ours"][1][i]), (6, -11), textcoords="offset points", fontsize=8)
@@ -214,7 +213,7 @@ def rows(data: dict[str, dict]) -> plt.Figure:
 
 FIGURES = [
     Figure("kernels_traffic", PAGE, traffic_data, traffic),
-    Figure("kernels_lines", PAGE, lines_data, lines),
+    Figure("kernels_sectors", PAGE, sectors_data, sectors),
     Figure("kernels_roofline", PAGE, roofline_data, roofline),
     Figure("nf4_cells", PAGE, cells_data, cells),
     Figure("kernels_busy", PAGE, busy_data, busy),

@@ -62,59 +62,83 @@ class Trace:
         self.outside: list[str] = []
         self.conflicts: list[str] = []
         self.written: dict[str, set[int]] = defaultdict(set)
-        self._touched: dict[str, dict[int, set[tuple]]] = {}
         self._read: set[int] = set()  # addresses, of all launches
-        self._valid = np.empty(0, dtype=np.int64)
+        self._changed: set[int] = set()
 
-    def reads_all(self, tensor: Tensor) -> bool:
-        """Whether every number of a tensor on the CPU was read in its own place, not in a copy."""
-        return self._read.issuperset(_addresses(tensor).tolist())
+    def unread(self, tensor: Tensor) -> int:
+        """How many numbers of a tensor on the CPU no kernel read in their own place, rather than in a copy."""
+        return len(set(_addresses(tensor).tolist()) - self._read)
+
+    def unwritten(self, tensor: Tensor) -> int:
+        """How many numbers of a tensor on the CPU no kernel wrote."""
+        return len(set(_addresses(tensor).tolist()) - self._changed)
 
     # ---- a launch
 
     def _begin(self, tensors: dict[str, Tensor]) -> None:
         self.launches += 1
-        self._named = {}
-        for name, tensor in tensors.items():
-            self._named |= {int(address): (name, i) for i, address in enumerate(_addresses(tensor))}
-        self._valid = np.array(sorted(self._named), dtype=np.int64)
-        self._touched = {kind: defaultdict(set) for kind in ("read", "write", "atomic")}
+        self._names, places = list(tensors), [_addresses(tensor) for tensor in tensors.values()]
+        nothing = np.empty(0, dtype=np.int64)
+        known = np.concatenate([nothing, *places])
+        order = np.argsort(known, kind="stable")
+        self._known = known[order]  # addresses; what is touched is noted by its index in here
+        self._owner = np.repeat(np.arange(len(places)), [len(own) for own in places])[order]
+        self._place = np.concatenate([nothing, *(np.arange(len(own)) for own in places)])[order]
+        self._touched: dict[str, list[tuple]] = {kind: [] for kind in ("read", "write", "atomic")}  # program, indices
         self._lost: dict[tuple, int] = defaultdict(int)
+
+    def _note(self, kind: str, pointers: Any, mask: Any) -> np.ndarray:
+        """The mask of those places that exist."""
+        from triton.runtime.interpreter import interpreter_builder
+
+        allowed = np.ones((), bool) if mask is None else np.asarray(mask.data, bool)  # a block pointer's mask is a plain array
+        addresses, live = np.broadcast_arrays(pointers.data.astype(np.int64), allowed)
+        program, index = interpreter_builder.grid_idx, np.searchsorted(self._known, addresses)
+        there = index < len(self._known)
+        there[there] = self._known[index[there]] == addresses[there]
+        self.largest = max(self.largest, addresses.size)
+        if kind == "read":
+            self.loads += int(live.sum())
+        if lost := int((live & ~there).sum()):
+            self._lost[program, "read" if kind == "read" else "write"] += lost
+        self._touched[kind].append((program, index[live & there]))
+        return live & there
 
     def _end(self) -> None:
         for (program, kind), count in self._lost.items():
             places = "a place" if count == 1 else f"{count} places"
             self.outside.append(f"program {_number(program)} {kind}s {places} outside of the tensors that the kernel was given")
-        reads, writes, atomics = (self._touched[kind] for kind in ("read", "write", "atomic"))
-        self._read.update(reads)
-        for address in sorted({*writes, *atomics}):
-            name, place = self._named[address]
-            self.written[name].add(place)
+        programs = sorted({program for notes in self._touched.values() for program, _ in notes})
+        if not programs:
+            return
+        number = {program: i for i, program in enumerate(programs)}
+        found = {}  # kind -> (index, program) without repetitions, in order
+        for kind, notes in self._touched.items():
+            joined = [index * len(programs) + number[program] for program, index in notes]
+            found[kind] = np.divmod(np.unique(np.concatenate(joined)) if joined else np.empty(0, dtype=np.int64), len(programs))
+        self._read.update(self._known[found["read"][0]].tolist())
+        changed = np.unique(np.concatenate([found["write"][0], found["atomic"][0]]))
+        self._changed.update(self._known[changed].tolist())
+        for i, name in enumerate(self._names):
+            if len(own := changed[self._owner[changed] == i]):
+                self.written[name].update(self._place[own].tolist())
+        self._find_conflicts(changed, found, programs)
+
+    def _find_conflicts(self, changed: np.ndarray, found: dict[str, tuple], programs: list[tuple]) -> None:
+        every = np.unique(np.concatenate([index * len(programs) + program for index, program in found.values()])) // len(programs)
+        index, count = np.unique(every, return_counts=True)  # by how many programs
+        for here in np.intersect1d(changed, index[count > 1]):
+            reads, writes, atomics = ({programs[i] for i in found[kind][1][found[kind][0] == here]} for kind in ("read", "write", "atomic"))
             for one, others, verb in (
                 (writes, writes, "both write"),
                 (writes, reads, "write and read"),
                 (writes, atomics, "write, one of them atomically,"),
                 (atomics, reads, "change atomically and read plainly"),
             ):
-                pair = _two(one.get(address, set()), others.get(address, set()))
-                if pair:
-                    self.conflicts.append(f"programs {_number(pair[0])} and {_number(pair[1])} {verb} {name}[{place}]")
+                if pair := _two(one, others):
+                    place = f"{self._names[self._owner[here]]}[{self._place[here]}]"
+                    self.conflicts.append(f"programs {_number(pair[0])} and {_number(pair[1])} {verb} {place}")
                     break
-
-    def _note(self, kind: str, pointers: Any, mask: Any) -> np.ndarray:
-        """The mask of those places that exist."""
-        from triton.runtime.interpreter import interpreter_builder
-
-        addresses, live = np.broadcast_arrays(pointers.data.astype(np.int64), np.ones((), bool) if mask is None else mask.data.astype(bool))
-        program, there = interpreter_builder.grid_idx, np.isin(addresses, self._valid)
-        self.largest = max(self.largest, addresses.size)
-        if kind == "read":
-            self.loads += int(live.sum())
-        if lost := int((live & ~there).sum()):
-            self._lost[program, "read" if kind == "read" else "write"] += lost
-        for address in addresses[live & there].tolist():
-            self._touched[kind][address].add(program)
-        return live & there
 
     # ---- the interpreter, watched
 

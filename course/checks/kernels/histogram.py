@@ -54,6 +54,7 @@ def observe(answer, seed: int) -> Seen:
         codes, counts = amid(torch.randint(16, (n,), generator=g, dtype=torch.uint8)), amid(torch.zeros(16, dtype=torch.int32))
         trace = traced(answer, codes, counts)
         yield f"touched outside of the tensors, {n} codes", outside(trace)
+        yield f"codes counted in all, of {n}", int(counts.sum())
         yield f"counts of {n} codes", counts.clone()
         yield f"a race between programs, {n} codes", conflicts(trace)
         if n > 500:

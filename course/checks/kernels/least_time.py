@@ -57,6 +57,7 @@ check = Check(
     misconceptions={
         "the weights are counted in bits: eight bits are a byte": but(per_byte=1),
         "x and y move as well: two bytes for each number of the input and of the output": but(activations=lambda *sizes: 0),
+        "x and the result are bfloat16: two bytes each, not four": but(activations=lambda rows, n_in, n_out: 4 * rows * (n_in + n_out)),
         "the output moves as well as the input": but(activations=lambda rows, n_in, n_out: 2 * rows * n_in),
         "a weight takes two operations per row: a product and an addition": but(per_product=1),
         "moving and computing go on at the same time: the longer one counts, not the sum": but(join=lambda *both: sum(both)),

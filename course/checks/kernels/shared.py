@@ -47,9 +47,9 @@ def conflicts(trace: Trace) -> str:
     return "yes" if trace.conflicts else "no"
 
 
-def seen(trace: Trace, label: str, out: Tensor, written: int) -> Seen:
+def seen(trace: Trace, label: str, out: Tensor) -> Seen:
     """What all exercises are held to: no place outside, no race, every value, all of it by a kernel."""
     yield f"touched outside of the tensors, {label}", outside(trace)
+    yield f"places of the result that no kernel wrote, {label}", trace.unwritten(out)
     yield f"{label}", out.clone()
     yield f"a race between programs, {label}", conflicts(trace)
-    yield f"places that a kernel wrote, {label}", max(map(len, trace.written.values()), default=0) >= written

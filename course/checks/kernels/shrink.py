@@ -70,14 +70,14 @@ def by_dot(x: Tensor, A: Tensor, out: Tensor) -> None:
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     rows, features = int(torch.randint(17, 40, (1,), generator=g)), int(torch.randint(130, 250, (1,), generator=g))
-    for T, K, R in ((32, 128, 16), (rows, features, 3), (1, 300, 17)):
+    for T, K, R in ((130, 32, 16), (rows, features, 3), (1, 300, 17)):
         x, A = (amid(torch.randn(size, K, generator=g).half()) for size in (T, R))
         out = poisoned(T, R)
         trace = traced(answer, x, A, out)
         label = f"{T} rows of {K} features, r = {R}"
-        yield from seen(trace, label, out, T * R)
+        yield from seen(trace, label, out)
         yield f"at most {MOST} numbers in a load, {label}", trace.largest <= MOST
-        if T == 32:
+        if T > 128:  # more rows than tl.dot takes in a load of so many numbers
             yield f"more than one program, {label}", trace.programs > 1
 
 
