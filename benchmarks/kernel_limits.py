@@ -9,7 +9,7 @@ is longer, its products at the rate of bf16 weights with many rows), and every c
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 
@@ -56,12 +56,11 @@ def measure(
     double = [bnb.quantize_4bit(w, blocksize=BLOCK, quant_type="nf4", compress_statistics=True) for w in weights]
     packed_bytes, double_bytes = n / 2 + 4 * n / BLOCK, n / 2 + n / BLOCK + 4 * n / BLOCK / 256
     compiled = partial(torch.compile, backend="inductor" if where.type == "cuda" else "aot_eager")
-    decoded = compiled(partial(decode, side=side))
+    decoded = compiled(lambda packed, absmax: decode(packed, absmax, side))
     tensors = [q.packed for q in ours], [q.absmax for q in ours]
 
-    def tried(ways: dict[str, Callable], *columns: list, same: Callable) -> dict[str, float | str]:
-        """Milliseconds of each, or what is wrong with it."""
-        return dict(_tried(dict(islice(ways.items(), first)), columns, same, time))
+    def tried(ways: dict[str, Callable], *columns: list, same: Callable) -> list[dict]:
+        return list(_tried(dict(islice(ways.items(), first)), columns, same, time))
 
     rows = [
         {
@@ -113,19 +112,20 @@ def measure(
         )
     for row in rows:
         against = "bf16 weights" if row.get("rows", 1) > 1 else "floor"
-        fast = {name: ms for name, ms in row["candidates"].items() if isinstance(ms, float)}
-        row["fastest"] = min(fast, key=fast.get) if fast else "none"
         row["reached"] = row[against] / row["ours"]
-        row["reached by the fastest"] = row[against] / min([row["ours"], *fast.values()])
+        row["reached by the fastest"] = row[against] / min(row["ours"], *(found.get("ms", row["ours"]) for found in row["candidates"]))
     return {"side": side, "block_size": BLOCK, "copy_gigabytes_per_second": rate / 1e6, "rows": rows}
 
 
-def _tried(ways: dict[str, Callable], columns: tuple, same: Callable, time: Callable) -> Iterable[tuple[str, float | str]]:
+def _tried(ways: dict[str, Callable], columns: tuple, same: Callable, time: Callable) -> Iterator[dict]:
+    """Of each way its milliseconds, or its problem."""
     for name, way in ways.items():
         try:
-            yield name, time(way, *columns) if same(way(*(column[0] for column in columns))) else "gives other numbers"
+            right = same(way(*(column[0] for column in columns)))
+            found = {"ms": time(way, *columns)} if right else {"problem": "gives other numbers"}
         except Exception as error:  # one that does not compile for this card leaves the others
-            yield name, message(error)
+            found = {"problem": message(error)}
+        yield {"way": name} | found
 
 
 def _of(way: Callable, x: Tensor, q: NF4Tensor) -> Tensor:
@@ -155,9 +155,9 @@ def table(result: dict) -> str:
         lines.append(f"{name:34}{row['ours']:8.4f}  reached {row['reached']:.2f}, bar {row['bar']:.2f}: {verdict}")
         peers = ("bitsandbytes", "torch.compile", "bf16 weights", "floor")
         lines.append("    " + "  ".join(f"{key} {row[key]:.4f} ({row[key] / row['ours']:.2f}×)" for key in peers if key in row))
-        for way, found in sorted(row["candidates"].items(), key=lambda pair: (isinstance(pair[1], str), pair[1])):
-            told = found if isinstance(found, str) else f"{found:.4f} ({row['ours'] / found:.3f} times as fast as ours)"
-            lines.append(f"    {way:24}{told}")
+        for found in sorted(row["candidates"], key=lambda found: found.get("ms", float("inf"))):
+            told = f"{found['ms']:.4f} ({row['ours'] / found['ms']:.3f} times as fast as ours)" if "ms" in found else found["problem"]
+            lines.append(f"    {found['way']:24}{told}")
         lines.append(f"    with the fastest: {row['reached by the fastest']:.2f} of {row['bar']:.2f}")
     return "\n".join(lines)
 

@@ -152,7 +152,12 @@ def sixteen_bits() -> Finding:
     if not has_bfloat16(torch.device("cuda", torch.cuda.current_device())):
         major, minor = torch.cuda.get_device_capability()
         found = f"float16: capability {major}.{minor} is below 8.0 and has no bfloat16 of its own"
-        return Finding("16 bits", found, NOTE, "ask for float16: everything works through plain torch, without the course's kernels")
+        return Finding(
+            "16 bits",
+            found,
+            NOTE,
+            "load models in float16: QLoRA layers follow by themselves, and all goes through plain torch, without the course's kernels",
+        )
     if importlib.util.find_spec("triton") is None:
         return Finding("16 bits", "bfloat16; no Triton", NOTE, "everything works through plain torch, without the course's kernels")
     return Finding("16 bits", "bfloat16, and the course's kernels")

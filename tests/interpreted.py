@@ -1,6 +1,6 @@
 """Tests in whose process Triton must interpret kernels: the judges of unit 13 do, and a process interprets all or compiles all.
 
-With a GPU the other tests have them compiled. Then these are skipped, and tests/test_interpreted.py runs them in a process that sees no GPU.
+With a GPU the other tests have them compiled. Then these are skipped, and tests/test_interpreted.py runs them in a process without one.
 """
 
 import pytest

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
 
 from benchmarks import candidates_nf4 as candidates
 from benchmarks import kernel_limits as benchmark
+from course import beside
 from reference.blockwise import midpoints
 from reference.double_quant import double_quantize
 from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
@@ -72,8 +73,10 @@ def test_the_courses_kernels_keep_their_sizes():
 
 def test_a_candidate_that_is_wrong_or_fails_is_told_and_not_timed():
     ways = {"right": lambda x: x, "wrong": lambda x: x + 1, "fails": lambda x: x.nothing}
-    found = dict(benchmark._tried(ways, ([torch.ones(2)],), lambda y: torch.equal(y, torch.ones(2)), lambda *given: 1.5))
-    assert found == {"right": 1.5, "wrong": "gives other numbers", "fails": "AttributeError: 'Tensor' object has no attribute 'nothing'"}
+    found = list(benchmark._tried(ways, ([torch.ones(2)],), lambda y: torch.equal(y, torch.ones(2)), lambda *given: 1.5))
+    problem = "AttributeError: 'Tensor' object has no attribute 'nothing'"
+    wrong, fails = ({"way": way, "problem": words} for way, words in (("wrong", "gives other numbers"), ("fails", problem)))
+    assert found == [{"way": "right", "ms": 1.5}, wrong, fails]
 
 
 def test_what_torch_compile_quantizes_with_is_nf4():
@@ -89,8 +92,10 @@ def test_a_dry_run_has_every_bar():
     rows = {(row["work"], row.get("rows")): row for row in result["rows"]}
     assert [row["bar"] for row in rows.values()] == [0.85, 0.93, 0.90, 0.70, 1.0]
     for row in rows.values():
-        (time,) = row["candidates"].values()
-        assert isinstance(time, float) or not CUDA  # in the interpreter bfloat16 is cut off: not equal
+        (candidate,) = row["candidates"]
+        assert "ms" in candidate or not CUDA  # the interpreter cuts bfloat16 off: not equal
         against = row["bf16 weights"] if row.get("rows", 1) > 1 else row["floor"]
         assert row["reached"] == against / row["ours"] and {"ours", "bitsandbytes"} <= set(row)
     assert "missed, at" in benchmark.table(result)
+    labels = beside.rows({"result": result})
+    assert labels["quantize"].limit and labels["linear, 16 rows"].peer and "quantize, pairs 1024 × 1" in labels
