@@ -82,7 +82,7 @@ def sectors(data: dict[str, list[int]]) -> plt.Figure:
     axes.grid(which="minor", color="white", lw=2)
     axes.tick_params(which="both", length=0)
     axes.set_xticks([0, 7, 15, 23, 31], ["1st", "8th", "16th", "24th", "32nd"])
-    axes.set_xlabel("sectors of 32 bytes that are fetched; the number says how many of the 32 threads read in it")
+    axes.set_xlabel("32-byte sectors fetched, and how many of the 32 threads read in each")
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
