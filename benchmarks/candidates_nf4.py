@@ -235,6 +235,6 @@ QUANTIZE = named(quantize, "pairs", (1024, 1), (2048, 1), (2048, 2), (4096, 2), 
 QUANTIZE |= named(quantize_in, "ours", (1024, 1), (4096, 2), (4096, 4))
 DEQUANTIZE = named(dequantize, "loop", (2048, 2, 16), (4096, 2, 8), (4096, 4, 8), (4096, 4, 4), (8192, 4, 4), (8192, 8, 2))
 DEQUANTIZE |= named(dequantize_in, "ours", (2048, 1), (2048, 2), (4096, 4), (8192, 4))
-ONE_ROW = named(one_row, "ours", (4, 2), (4, 3), (2, 8), (8, 2), (8, 1))
+ONE_ROW = named(one_row, "ours", (4, 2), (4, 3), (2, 6), (8, 2), (8, 1), (16, 1))
 FEW_ROWS = named(few_rows, "ours", (64, 4, 3), (64, 4, 8), (128, 4, 2), (128, 4, 4), (128, 8, 2), (128, 8, 3), (256, 8, 1))
 MORE_ROWS = named(few_rows, "ours", (64, 4, 2), (64, 4, 4), (128, 8, 1), (128, 8, 2))  # 65 to 128: others have too few registers
