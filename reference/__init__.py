@@ -3,7 +3,8 @@
 A module may import those of its own unit and of earlier ones. A folder's first file is the idea.
 
     any  arguments, capability
-    00   memory (budget, breakdown, recipes, activations), model_shapes
+    00   memory (budget, breakdown, recipes, activations, sharding)
+    00   model_shapes
     01   lowrank (svd, subspace)
     02   lora (layer, base, weights, conv_embedding, called, targets, replace, inject, mixed)
     02   lora (trained, parameters), adapter_format (files, whole, keys, config)
@@ -23,7 +24,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     11   multi_lora (layer, combine, serving)
     12   instruct (conversation, masks, rows, packing), self_instruct (tasks, novelty, loop)
     13   kernels (launch, first, low_rank, nf4, adamw, dora)
-    14   sharded
+    14   sharded (shard, layer, group, files)
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the
 call and not before.

@@ -21,6 +21,7 @@ FORWARDS = {
     "torch.nn.modules.sparse.Embedding",
     "bitsandbytes.nn.modules.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt",
+    "reference.sharded.layer.RowwiseNF4Linear",
     "transformers.pytorch_utils.Conv1D",
     "transformers.models.falcon.modeling_falcon.FalconLinear",  # in two operations
 }
