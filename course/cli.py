@@ -287,17 +287,59 @@ def train_tiny() -> None:
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None,
+    only_recorded: Annotated[bool, typer.Option("--recorded", help="Measure nothing: show the recorded cards side by side.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Say whether this card's figures are as expected.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="Also draw the ratios, and save them here.", show_default=False)] = None,
 ) -> None:
-    """Measure something side by side with other libraries, and record the result. What follows the name is passed on to it."""
+    """Measure something side by side with other libraries, record it, and show it beside the recorded cards.
+
+    What follows the name and is no option of this command is passed on to the measurement.
+    """
+    from course import beside
     from course.bench import abouts, load
+    from course.lab import recorded
 
     if name is None:
         for known, about in abouts(ROOT).items():
             console.print(f"[bold]{known}[/bold]  {escape(about)}")
         return
+    if check and only_recorded:
+        raise CourseError("--check holds a new measurement to the recorded ones: leave --recorded out")
     module = load(name, ROOT)
-    sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
-    module.main()
+    before = beside.cards(name)  # read first: the record of this card may be replaced
+    shown = dict(before)
+    if not only_recorded:
+        sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
+        recorded.SAVED.clear()
+        module.main()
+        found = [entry for entry in map(recorded.read, recorded.SAVED) if entry["name"] == name]
+        if not found or "--smoke" in context.args:
+            return  # a dry run's times mean nothing
+        shown |= {f"{found[-1]['device']}, now": found[-1]}
+    if not shown:
+        raise CourseError(f"nothing is recorded of {name} yet: run it without --recorded")
+    _beside(shown, figure)
+    if check:
+        console.print(escape(beside.verdict(found[-1], before)))
+
+
+def _beside(entries: dict, figure: Path | None) -> None:
+    """A table of the cards, and the figure if a path is given."""
+    from rich.table import Table
+
+    from course import beside
+
+    heads, lines = beside.table(entries)
+    shown = Table(*map(escape, heads), box=None, header_style="bold")
+    for line in lines:
+        shown.add_row(*map(escape, line))
+    console.print(shown)
+    if figure is not None:
+        drawn = beside.figure(entries)
+        if drawn is None:
+            raise CourseError("this measurement has no ratio to draw: leave --figure out")
+        drawn.savefig(figure, bbox_inches="tight")
+        console.print(f"drew {figure}")
 
 
 def _progress(transient: bool = False):

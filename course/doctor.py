@@ -141,6 +141,28 @@ def gpu() -> Finding:
     return Finding("GPU", "none", NOTE, "not needed: notebooks show what was recorded on one")
 
 
+def sixteen_bits() -> Finding:
+    """Which 16-bit dtype this machine's GPU computes in, and so whether the course's kernels run on it."""
+    import torch
+
+    from reference.capability import has_bfloat16
+
+    if not torch.cuda.is_available():
+        return Finding("16 bits", "bfloat16 on the CPU; kernels in Triton's interpreter")
+    if not has_bfloat16(torch.device("cuda", torch.cuda.current_device())):
+        major, minor = torch.cuda.get_device_capability()
+        found = f"float16: capability {major}.{minor} is below 8.0 and has no bfloat16 of its own"
+        return Finding(
+            "16 bits",
+            found,
+            NOTE,
+            "load models in float16: QLoRA layers follow by themselves, and all goes through plain torch, without the course's kernels",
+        )
+    if importlib.util.find_spec("triton") is None:
+        return Finding("16 bits", "bfloat16; no Triton", NOTE, "everything works through plain torch, without the course's kernels")
+    return Finding("16 bits", "bfloat16, and the course's kernels")
+
+
 def step(where: str) -> Finding:
     """A real forward and backward of a small layer, held to the gradients worked out by hand."""
     import torch
@@ -248,6 +270,7 @@ def examine(ask_hub: bool = False, before_probe: Callable[[str], None] = lambda 
         )
     ]
     devices = ["cpu"] + ["cuda"] * (findings[-1].state == OK)
+    findings.append(probe("16 bits", sixteen_bits))
     for where in devices:
         for name, call in (("Training step", step), ("Tiny model", tiny_model), ("bitsandbytes", four_bits)):
             findings.append(probe(f"{name}, {where}", lambda call=call, where=where: call(where)))

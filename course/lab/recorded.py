@@ -18,6 +18,7 @@ from course import ROOT
 from course.lab.devices import device, device_name
 
 FOLDER = ROOT / "benchmarks" / "recorded"
+SAVED: list[Path] = []  # by this process, in order
 
 
 def slug(name: str) -> str:
@@ -41,7 +42,13 @@ def save(name: str, result: Any, folder: Path = FOLDER, where: torch.device | No
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(entry, indent=1, allow_nan=False) + "\n")
     temporary.replace(path)  # never half a file
+    SAVED.append(path)
     return path
+
+
+def read(path: Path) -> dict:
+    """The entry in a file that :func:`save` wrote."""
+    return json.loads(Path(path).read_text())
 
 
 def load(name: str, device: str | None = None, folder: Path = FOLDER) -> dict:

@@ -28,15 +28,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether tensor cores have the instructions that fused products are laid out for.
-
-    They do since compute capability 8.0.
-    """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache
 def _counters(tiles: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 

@@ -9,8 +9,8 @@ even where several layers (query, key and value) read the same x. This module co
 numbers, but keeps x itself and widens it again in the backward; and the sum goes to bfloat16 in one
 pass, without a float32 sum on the way.
 
-On CUDA, where Triton is installed, :mod:`reference.kernels.low_rank` computes the same on the
-tensor cores and widens nothing; ``use_tensor_cores(False)`` goes back to plain torch.
+On a GPU with bfloat16, where Triton is installed, :mod:`reference.kernels.low_rank` computes the
+same on the tensor cores and widens nothing; ``use_tensor_cores(False)`` goes back to plain torch.
 """
 
 import importlib.util
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from reference.capability import has_bfloat16
 
 MAX_RANK = 64  # whose factors' tiles fit every GPU's shared memory
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -58,9 +60,7 @@ def takes_kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
         return True
     if x.numel() // x.shape[-1] < FEW_ROWS and not torch.cuda.is_current_stream_capturing():
         return False
-    from reference.kernels.launch import multiplies_bfloat16
-
-    return multiplies_bfloat16(x.device)
+    return has_bfloat16(x.device)
 
 
 def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -142,12 +142,16 @@ def _back_with_torch(
 
 
 def _kernels_forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    if not has_bfloat16(y.device):  # while compiling nobody asks before
+        return _with_torch(y, x, A, B, s)
     return _low_rank().forward(y, x, A, B, s)
 
 
 def _kernels_backward(
     grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_bfloat16(grad.device):
+        return _back_with_torch(grad, x, h, A, B, s, (True, True, True))
     return _low_rank().backward(grad, x, h, A, B, s)
 
 

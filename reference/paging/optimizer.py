@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from reference.arguments import check_integer
+from reference.capability import has_bfloat16
 from reference.paging.layout import Layout
 from reference.paging.pool import POLICIES, PageEvent, Pool
 from reference.paging.state import (
@@ -151,12 +152,14 @@ class PagedAdamW(AdamW):
     def _updater(self, gradients: dict[int, Tensor], numbers: dict[int, Numbers]) -> Callable:
         """``update(page, moments)``: by the kernel where there is one, else as torch's loop."""
         pages, parameters = self.layout.pages, self._parameters
-        if self.kernels and self.pool.device.type == "cuda" and find_spec("triton"):
+        device = self.pool.device
+        on_gpu = device.type == "cuda" and find_spec("triton") and has_bfloat16(device)
+        if self.kernels and on_gpu:
             from reference.kernels import adamw
 
             if pages and all(page.host.dtype in adamw.DTYPES for page in pages):
                 if self._tables is None:
-                    self._tables = adamw.Tables.of(pages, self.pool.device)
+                    self._tables = adamw.Tables.of(pages, device)
                 return adamw.PageUpdates(self._tables, pages, parameters, gradients, numbers)
 
         def update(page: int, moments: Tensor) -> None:

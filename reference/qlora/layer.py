@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from reference.capability import half_dtype
 from reference.nf4 import NF4Tensor, check_packable
 from reference.qlora.format import check_bias, read_state, split, write_state
 from reference.qlora.ops import nf4_product
@@ -31,7 +32,7 @@ class NF4Linear(nn.Module):
             flattened weight.
         double_quant: keep the scales in 8 bits.
         compute_dtype: of the product. The input is cast to it and the output back to the input's
-            dtype, under autocast too.
+            dtype, under autocast too. Default: bfloat16, or float16 on a GPU that has none.
         dtype: what ``dequantize()`` returns: of the weight before it was quantized.
 
     Attributes:
@@ -48,12 +49,13 @@ class NF4Linear(nn.Module):
         bias: bool = True,
         block_size: int = 64,
         double_quant: bool = True,
-        compute_dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         check_packable(block_size)
+        compute_dtype = compute_dtype or half_dtype(torch.device(device or "cpu"))
         if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
             wanted = "a floating dtype such as torch.bfloat16"
             raise TypeError(f"compute_dtype must be {wanted}, got {compute_dtype!r}")
@@ -75,7 +77,7 @@ class NF4Linear(nn.Module):
         linear: nn.Linear,
         block_size: int = 64,
         double_quant: bool = True,
-        compute_dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype | None = None,
     ) -> NF4Linear:
         """Quantize a layer, on its device.
 
@@ -101,11 +103,12 @@ class NF4Linear(nn.Module):
         bias: nn.Parameter | None = None,
         block_size: int = 64,
         double_quant: bool = True,
-        compute_dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype | None = None,
     ) -> NF4Linear:
         """The layer with this weight (out, in) and bias."""
         q = pack(weight, block_size, double_quant)
-        options = block_size, double_quant, compute_dtype, weight.dtype
+        compute = compute_dtype or half_dtype(weight.device)
+        options = block_size, double_quant, compute, weight.dtype
         layer = cls(weight.shape[1], weight.shape[0], False, *options, device="meta")
         layer._hold(q)
         layer.bias = bias

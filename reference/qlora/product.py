@@ -8,8 +8,8 @@ packed weight, which the layer holds anyway: no byte is added for the backward, 
 layer's graph refers to 2 bytes a weight and a graph over a dequantized copy would keep 2 *more*.
 Dettmers et al. 2023, "QLoRA", section 3.
 
-On CUDA the work is done by :mod:`reference.kernels.nf4` where Triton is installed;
-``use_kernels(False)`` goes back to plain torch.
+On CUDA the work is done by :mod:`reference.kernels.nf4` where Triton is installed and the GPU has
+bfloat16; ``use_kernels(False)`` goes back to plain torch.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reference.capability import has_bfloat16
 from reference.double_quant import QuantizedScales, double_quantize
 from reference.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -49,7 +50,9 @@ def _kernels() -> ModuleType:
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels, where they are wanted and can run."""
-    return _kernels() if _kernels_wanted and _TRITON and tensor.is_cuda else None
+    if not (_kernels_wanted and _TRITON and tensor.is_cuda and has_bfloat16(tensor.device)):
+        return None
+    return _kernels()
 
 
 # ---- the weight

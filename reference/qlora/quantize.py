@@ -36,7 +36,7 @@ def quantize_linears(
     skip: str | Iterable[str] = ("lm_head",),
     block_size: int = 64,
     double_quant: bool = True,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     device: Device = None,
     weights: Weights | None = None,
 ) -> list[str]:

@@ -50,7 +50,7 @@ def inject_loftq(
     r: int,
     target_modules: str | Iterable[str] = "all-linear",
     rounds: int = 1,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Quantize the chosen ``nn.Linear`` layers to NF4 under LoRA factors that LoftQ starts.
 

@@ -1,0 +1,181 @@
+"""A benchmark's result beside the recorded cards: times, ratios to the peer and to the limit, and whether they are as expected.
+
+A row of a result is told by its words and its sizes (what was done, with how many rows); its other numbers are what was measured.
+Where it has the time of "ours", the others are read against it: a peer's time over ours, and the limit's time over ours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from course.lab import recorded
+
+PEERS = ("bitsandbytes", "peft", "torch")  # the first that a row has
+LIMITS = ("floor", "limit")
+SIZES = ("rows", "batch", "sequence", "tokens", "rank", "r", "seed", "size", "width", "layers", "segments", "positions", "block", "budget")
+SIZES += ("threads", "streams")
+SLOWER = 1.10  # than the record of the same card: still as expected
+SHARE = 0.85  # of the lowest ratio on recorded cards: still as expected on another card
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row on one card.
+
+    Attributes:
+        numbers: what was measured, by name.
+    """
+
+    numbers: dict[str, float]
+
+    @property
+    def ours(self) -> float | None:
+        return self.numbers.get("ours")
+
+    @property
+    def peer(self) -> float | None:
+        """How many times as long the peer takes."""
+        return self._over(PEERS)
+
+    @property
+    def limit(self) -> float | None:
+        """The limit's time over ours: 1 is as fast as can be."""
+        return self._over(LIMITS)
+
+    def _over(self, names: tuple[str, ...]) -> float | None:
+        found = next((self.numbers[name] for name in names if name in self.numbers), None)
+        return found / self.ours if found is not None and self.ours else None
+
+
+def cards(name: str, folder: Path = recorded.FOLDER) -> dict[str, dict]:
+    """Device -> the recorded entry of the benchmark."""
+    entries = [recorded.read(path) for path in sorted(Path(folder).glob(f"*/{name}.json"))]
+    return {entry["device"]: entry for entry in entries}
+
+
+def rows(entry: dict) -> dict[str, Row]:
+    """Label -> row, of every table in the entry, and of dictionaries that hold numbers; what holds none is left out."""
+    result = entry["result"]
+    parts = result.items() if isinstance(result, dict) else [("", result)]  # what the run as a whole says of itself is no row
+    return dict(pair for key, part in parts for pair in _found(part, () if isinstance(part, list) else (key,)))
+
+
+def _found(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
+    if isinstance(value, list):
+        for each in value:
+            if isinstance(each, dict):
+                yield from _found(each, path)
+    elif isinstance(value, dict):
+        numbers = {key: float(each) for key, each in value.items() if _is_number(each) and key not in SIZES}
+        path = path + tuple(_words(value))
+        if numbers and path:
+            yield ", ".join(path), Row(numbers)
+        for key, each in value.items():
+            yield from _found(each, path if isinstance(each, list) else (*path, str(key)))
+
+
+def _words(row: dict[str, Any]) -> list[str]:
+    """What tells a row from the others: "linear", "16 rows"."""
+    sizes = [f"{value:,} {key}" for key, value in row.items() if key in SIZES and _is_number(value)]
+    return [value for value in row.values() if isinstance(value, str)] + sizes
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def table(entries: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: for each row and card our time, the peer's over it, the share of the limit; else every number."""
+    by_card = {card: rows(entry) for card, entry in entries.items()}
+    labels = list(dict.fromkeys(label for found in by_card.values() for label in found))
+    lines = []
+    for label in labels:
+        there = {card: found[label] for card, found in by_card.items() if label in found}
+        if all(row.ours is not None for row in there.values()):
+            cells = [_cell(there.get(card)) for card in entries]
+            lines.append([label, *cells])
+            continue
+        for name in dict.fromkeys(name for row in there.values() for name in row.numbers):
+            values = [there[card].numbers.get(name) if card in there else None for card in entries]
+            lines.append([f"{label}: {name}", *("" if value is None else f"{value:.4g}" for value in values)])
+    return ["", *entries], lines
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    parts = [f"{row.ours:.4g}"]
+    parts += [f"peer {row.peer:.2f}×"] if row.peer is not None else []
+    parts += [f"limit {row.limit:.0%}"] if row.limit is not None else []
+    return ", ".join(parts)
+
+
+def check(entry: dict, known: dict[str, dict]) -> list[str]:
+    """What is not as expected, in sentences; empty if all is. ``known``: the recorded cards, as :func:`cards` gives them.
+
+    On a card that is recorded our times are held to its record. On another one times can't be: there the ratios to the peer and to the
+    limit are held to the lowest on a recorded card.
+    """
+    card, found, said = entry["device"], rows(entry), []
+    if card in known:
+        before = rows(known[card])
+        for label, row in found.items():
+            then = before[label].ours if label in before else None
+            if row.ours and then and row.ours > SLOWER * then:
+                said.append(
+                    f"{label}: {row.ours:.4g} here, {then:.4g} when it was recorded on this card, {row.ours / then - 1:.0%} longer."
+                )
+        return said
+    for label, row in found.items():
+        for what, name in (("peer", "the peer's time over ours"), ("limit", "the share of the limit")):
+            here = getattr(row, what)
+            there = [value for each in known.values() if (other := rows(each).get(label)) and (value := getattr(other, what)) is not None]
+            if here is not None and there and here < SHARE * min(there):
+                said.append(f"{label}: {name} is {here:.2f}, on recorded cards {min(there):.2f} or more.")
+    return said
+
+
+def comparable(entry: dict, known: dict[str, dict]) -> int:
+    """How many rows :func:`check` can hold to something."""
+    others = [known[entry["device"]]] if entry["device"] in known else list(known.values())
+    labels = {label for other in others for label, row in rows(other).items() if row.ours}
+    return sum(label in labels for label, row in rows(entry).items() if row.ours)
+
+
+def verdict(entry: dict, known: dict[str, dict]) -> str:
+    """The check in words."""
+    card, count = entry["device"], comparable(entry, known)
+    if not count:
+        return f"Nothing recorded has the same rows as this result on {card}: there is nothing to hold it to."
+    held = "its own record" if card in known else f"{', '.join(known)}, by ratios"
+    said = check(entry, known)
+    if not said:
+        return f"As expected: {count} rows on {card}, held to {held}."
+    return "\n".join([f"Not as expected: {len(said)} figures of {count} rows on {card}, held to {held}.", *said])
+
+
+def figure(entries: dict[str, dict]):
+    """Our rows' share of the limit and the peer's time over ours, a bar a card; None if no row has either."""
+    import matplotlib.pyplot as plt
+
+    from course.lab import plotting
+
+    plotting.use_style()
+    by_card = {card: rows(entry) for card, entry in entries.items()}
+    labels = list(dict.fromkeys(label for found in by_card.values() for label, row in found.items() if row.limit or row.peer))
+    if not labels:
+        return None
+    drawn, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.32 * len(labels)), sharey=True)
+    for each, what, title in zip(axes, ("limit", "peer"), ("limit / our time", "peer's time / ours"), strict=True):
+        for i, (card, found) in enumerate(by_card.items()):
+            values = [(getattr(found[label], what) or 0) if label in found else 0 for label in labels]
+            height = 0.8 / len(by_card)
+            each.barh([y + i * height for y in range(len(labels))], values, height, label=card)
+        each.axvline(1, color=plotting.BLACK, lw=1.2, ls=":")
+        each.set(xlabel=title)
+        each.grid(axis="y", visible=False)
+    axes[0].set_yticks([y + 0.4 - 0.4 / len(by_card) for y in range(len(labels))], labels, fontsize=8)
+    axes[0].invert_yaxis()
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    return drawn

@@ -1,0 +1,101 @@
+"""Candidates for faster NF4 kernels give what the course's give: on CUDA, or without it in Triton's interpreter, on small shapes."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
+
+from benchmarks import candidates_nf4 as candidates
+from benchmarks import kernel_limits as benchmark
+from course import beside
+from reference.blockwise import midpoints
+from reference.double_quant import double_quantize
+from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
+
+CUDA = torch.cuda.is_available()
+DEVICE, HALF = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter can't multiply bfloat16
+
+
+def weights(blocks: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    w = (torch.randn(blocks, 64, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+    w[1], w[2] = 0, torch.linspace(-1, 1, 64) * scale
+    return w.to(DEVICE)
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-37, 0.02, 1.0, 1e37])
+def test_quantize_gives_the_same_codes(scale):
+    w = weights(37, scale)
+    q, right = candidates.quantize(w, tile=1024), quantize_nf4(w)
+    assert torch.equal(q.packed, right.packed) and torch.equal(q.absmax, right.absmax)
+
+
+def test_moved_midpoints_part_all_scaled_bfloat16_as_the_midpoints_do():
+    """Every value in every cell, of both signs, by the table alone: sign of the difference and the four last bits."""
+    values = candidates.scaled_bfloat16()
+    values = torch.cat([values[values <= 1], -values[values <= 1]])
+    table = candidates.cell_table(torch.device("cpu"))
+    entry = table[((values * 15).round().int() & 31).long()]
+    codes = (entry & 15) + (entry.view(torch.float32) < values).int()
+    assert len(values) > 200_000 and torch.equal(codes, torch.searchsorted(midpoints(NF4_CODEBOOK), values).int())
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_dequantize_goes_from_tile_to_tile(double, programs):
+    q = quantize_nf4(weights(37))
+    q = double_quantize(q) if double else q
+    found = candidates.dequantize(q, 256, 1, programs).float()
+    error = (found - dequantize_nf4(q).float()).abs()
+    assert not found.isnan().any() and (error <= (0 if CUDA else 2**-7) * found.abs()).all()  # the interpreter cuts bfloat16 off
+
+
+@pytest.mark.parametrize("count, rows, warps", [(5, 128, 4), (33, 128, 8), (64, 256, 8), (100, 64, 4), (128, 128, 8)])
+def test_few_rows(count, rows, warps):
+    q, x = quantize_nf4(weights(72 * 2).view(72, 128)), torch.randn(count, 128, device=DEVICE, dtype=HALF)
+    right = x.double() @ dequantize_nf4(q, HALF).double().T
+    y = candidates.few_rows(x, q, rows, warps, 2)
+    assert (y.double() - right).norm() <= 2 * torch.finfo(HALF).eps * right.norm()
+
+
+@pytest.mark.parametrize("warps, programs", [(2, 8), (8, 1)])
+def test_one_row(warps, programs):
+    q, x = quantize_nf4(weights(24 * 8).view(24, 512)), torch.randn(1, 512, device=DEVICE, dtype=HALF)
+    right = x.double() @ dequantize_nf4(q, HALF).double().T
+    assert (candidates.one_row(x, q, warps, programs).double() - right).norm() <= 2 * torch.finfo(HALF).eps * right.norm()
+
+
+def test_the_courses_kernels_keep_their_sizes():
+    before = dict(candidates.nf4_codes.QUANTIZE)
+    w = weights(8)
+    assert torch.equal(candidates.quantize_in(w, tile=128, warps=1).packed, quantize_nf4(w).packed)
+    assert before == candidates.nf4_codes.QUANTIZE
+
+
+def test_a_candidate_that_is_wrong_or_fails_is_told_and_not_timed():
+    ways = {"right": lambda x: x, "wrong": lambda x: x + 1, "fails": lambda x: x.nothing}
+    found = list(benchmark._tried(ways, ([torch.ones(2)],), lambda y: torch.equal(y, torch.ones(2)), lambda *given: 1.5))
+    problem = "AttributeError: 'Tensor' object has no attribute 'nothing'"
+    wrong, fails = ({"way": way, "problem": words} for way, words in (("wrong", "gives other numbers"), ("fails", problem)))
+    assert found == [{"way": "right", "ms": 1.5}, wrong, fails]
+
+
+def test_what_torch_compile_quantizes_with_is_nf4():
+    w = weights(8, 0.02)[3:]  # a block of zeros has no scaled values
+    codes, absmax = benchmark.encode(w)
+    right = quantize_nf4(w)
+    assert torch.equal(absmax, right.absmax) and (codes == right.packed.view(-1)).float().mean() > 0.99
+
+
+def test_a_dry_run_has_every_bar():
+    small = {"side": 128, "counts": (1, 16), "copies": 1, "repeats": 1, "many": 16, "first": 1}
+    result = benchmark.measure(**small)
+    rows = {(row["work"], row.get("rows")): row for row in result["rows"]}
+    assert [row["bar"] for row in rows.values()] == [0.85, 0.93, 0.90, 0.70, 1.0]
+    for row in rows.values():
+        (candidate,) = row["candidates"]
+        assert "ms" in candidate or not CUDA  # the interpreter cuts bfloat16 off: not equal
+        against = row["bf16 weights"] if row.get("rows", 1) > 1 else row["floor"]
+        assert row["reached"] == against / row["ours"] and {"ours", "bitsandbytes"} <= set(row)
+    assert "missed, at" in benchmark.table(result)
+    labels = beside.rows({"result": result})
+    assert labels["quantize"].limit and labels["linear, 16 rows"].peer and "quantize, pairs 1024 × 1" in labels

@@ -1,0 +1,44 @@
+"""Unit 13's judges in processes of their own: with a GPU, and after whatever else a grader has loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from course import ROOT
+
+JUDGED = ["tests/test_checks.py", "tests/test_checks_kernels.py", "tests/test_solutions.py"]
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.gpu
+def test_with_a_gpu_its_judges_are_tested_where_none_is_seen():
+    done = python("-m", "pytest", "-q", "-k", "kernels", *JUDGED, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+AFTER_ALL_OTHERS = """
+import importlib, pkgutil, course.checks
+names = sorted(info.name for info in pkgutil.iter_modules(course.checks.__path__))
+names.remove("kernels")
+checks = [importlib.import_module(f"course.checks.{name}") for name in [*names, "kernels"]][-1]
+checks.histogram(checks.histogram.reference)
+"""
+
+
+def test_one_process_can_grade_every_unit():
+    """As nbgrader does: no judge loaded before has Triton compile kernels."""
+    pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
+    done = python("-c", AFTER_ALL_OTHERS)
+    assert done.returncode == 0 and done.stdout.startswith("✓"), done.stderr[-2000:]
+
+
+def test_a_process_that_compiles_kernels_is_told_what_to_do():
+    pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
+    done = python("-c", "import triton.language\nfrom course.lab.kernel_trace import interpret\ninterpret()")
+    assert "RuntimeError: Triton was loaded to compile kernels" in done.stderr and "restart" in done.stderr
