@@ -347,3 +347,9 @@ def _progress(transient: bool = False):
         transient=transient,
         disable=not console.is_terminal or os.environ.get("TERM") == "dumb",
     )
+
+
+# The capstone (unit 14)
+from course.capstone import commands as capstone  # noqa: E402
+
+app.command()(capstone.capstone)
