@@ -353,3 +353,5 @@ def _progress(transient: bool = False):
 from course.capstone import commands as capstone  # noqa: E402
 
 app.command()(capstone.capstone)
+app.command()(capstone.audit)
+app.command()(capstone.rule)

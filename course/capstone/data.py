@@ -91,7 +91,7 @@ def load(plan: Plan, base: Base) -> Rows:
         raise CourseError(f"{len(train)} rows are left to train on, fewer than one batch of {plan.batch}: {'; '.join(words)}")
     if len(asked) < 8:
         raise CourseError(f"{len(asked)} rows are left to ask, and below 8 there is no interval: give --held-out, or more data")
-    replay, old = _old(plan, base)
+    replay, old = old_text(plan, base)
     words.append(f"{len(train)} rows to train on, {len(asked)} to ask, {len(old)} of old text")
     return Rows(train, asked, replay, old, words)
 
@@ -178,7 +178,7 @@ def _questions(rows: list[Conversation], plan: Plan, base: Base, words: list[str
     return found
 
 
-def _old(plan: Plan, base: Base) -> tuple[Tensor, Tensor]:
+def old_text(plan: Plan, base: Base) -> tuple[Tensor, Tensor]:
     """Rows of old text to mix in, and others to measure."""
     if plan.old:
         file = plan.path("old")

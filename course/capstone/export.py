@@ -7,6 +7,8 @@ and the loss on the held-out rows, paired, against the model that was trained.
 import dataclasses
 import gc
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +127,17 @@ def check_in_peft(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -
         from peft import PeftModel
     except ImportError:
         return Export("adapter in peft", str(folder), words="peft is not installed")
-    model = load_base(base.name, "lora", plan.dtype)
     if plan.method == "qlora":
         return Export("adapter in peft", str(folder), words="over NF4 peft needs bitsandbytes: load the base in 4 bits there")
-    return compare("adapter in peft", folder, PeftModel.from_pretrained(model, folder).eval(), base, rows, plan.new_tokens, wanted)
+    model = load_base(base.name, plan.method, plan.dtype)
+    with warnings.catch_warnings():  # it tries every quantization library on the way, and says which are missing
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            model = PeftModel.from_pretrained(model, folder).eval()
+        finally:
+            logging.disable(logging.NOTSET)
+    return compare("adapter in peft", folder, model, base, rows, plan.new_tokens, wanted)
 
 
 # The whole model

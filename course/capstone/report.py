@@ -158,3 +158,18 @@ def curve(losses: list[float], width: int = 640, height: int = 180) -> str:
 def toml(plan: dict) -> str:
     """A plan as it can be given again."""
     return "\n".join(f"{key} = {json.dumps(value)}" for key, value in plan.items() if value is not None)
+
+
+def audit_page(found: dict) -> str:
+    """The findings of an audit as one HTML file."""
+    e = html.escape
+    lines = [
+        (e(each["name"]), f'<span class="{CLASSES.get(each["state"], "open")}">{each["state"]}</span>', e(each["found"]), e(each["remedy"]))
+        for each in found["findings"]
+    ]
+    failed = found["counts"]["failed"]
+    told = ", ".join(f"{count} {state}" for state, count in found["counts"].items() if count)
+    verdict = f'<div class="verdict {"bad" if failed else "good"}"><strong>{told}</strong></div>'
+    where = f"<p>Adapter <code>{e(found['adapter'])}</code> on base <code>{e(found['base'])}</code>.</p>"
+    body = f"<h1>Audit of an adapter</h1>{where}{verdict}{rows(('check', '', 'found', 'what to do'), lines)}"
+    return document("Audit of an adapter", body)
