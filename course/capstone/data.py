@@ -19,7 +19,7 @@ from course.lab import instructions, text
 from course.units import CourseError
 from reference.instruct import Conversation, Example, encode, fit, prepare, read_conversations
 
-SHARE = 0.1  # of the prompts is held out, where no file is
+SHARE, FEWEST = 0.1, 8  # of the prompts is held out, where no file is; below 8 items there is no interval
 COURSE_ROWS, OLD_ROWS, OLD_LENGTH = 240, 64, 48
 
 
@@ -89,8 +89,8 @@ def load(plan: Plan, base: Base) -> Rows:
     asked = _questions(held, plan, base, words)
     if len(train) < plan.batch:
         raise CourseError(f"{len(train)} rows are left to train on, fewer than one batch of {plan.batch}: {'; '.join(words)}")
-    if len(asked) < 8:
-        raise CourseError(f"{len(asked)} rows are left to ask, and below 8 there is no interval: give --held-out, or more data")
+    if len(asked) < FEWEST:
+        raise CourseError(f"{len(asked)} rows are left to ask, and below {FEWEST} there is no interval: give --held-out, or more data")
     replay, old = old_text(plan, base)
     words.append(f"{len(train)} rows to train on, {len(asked)} to ask, {len(old)} of old text")
     return Rows(train, asked, replay, old, words)
@@ -102,12 +102,10 @@ def prompt(row: Conversation) -> str:
 
 
 def split(rows: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """A tenth of the *prompts* apart, by their hash: the same rows whatever their order, all rows of one prompt on one side."""
-
-    def place(row: Conversation) -> float:
-        return int(hashlib.sha256(f"{seed} {prompt(row)}".encode()).hexdigest()[:12], 16) / 16**12
-
-    return [row for row in rows if place(row) >= SHARE], [row for row in rows if place(row) < SHARE]
+    """A tenth of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
+    prompts = sorted({prompt(row) for row in rows}, key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
+    held = set(prompts[: max(FEWEST, round(SHARE * len(prompts)))])
+    return [row for row in rows if prompt(row) not in held], [row for row in rows if prompt(row) in held]
 
 
 def _of_the_course(seed: int, held_out: int, count: int = COURSE_ROWS) -> list[Conversation]:
