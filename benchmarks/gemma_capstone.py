@@ -47,7 +47,9 @@ def data_files(folder: Path) -> dict[str, str]:
     files = {}
     for field, modules, count, seed, test in (("data", made.TRAIN, 150, 0, False), ("held_out", made.TEST, 24, 1, True)):
         pairs, _ = made.generated(modules, count, seed, test)
-        lines = [json.dumps({"messages": list(task.messages)}) for kind, task in pairs if kind != "summary"]  # which has no one right answer
+        lines = [
+            json.dumps({"messages": list(task.messages)}) for kind, task in pairs if kind != "summary"
+        ]  # which has no one right answer
         files[field] = str(folder / f"{field}.jsonl")
         Path(files[field]).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files

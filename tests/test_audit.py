@@ -47,7 +47,9 @@ def sign(folder):
     """As if it had been exported so: what is wrong must then be found by its own check."""
     record = folder / export.RECORD
     if record.is_file():
-        change_json(record, lambda told: told.update(files={name: sha256(folder / name) for name in told["files"] if (folder / name).is_file()}))
+        change_json(
+            record, lambda told: told.update(files={name: sha256(folder / name) for name in told["files"] if (folder / name).is_file()})
+        )
 
 
 def failed(folder, base, **server) -> dict[str, str]:
@@ -101,7 +103,10 @@ def test_a_layer_without_gradient(adapter, sound):
 def test_another_alpha(adapter, sound):
     change_json(adapter / audit.CONFIG, lambda config: config.update(lora_alpha=16))
     found = failed(adapter, sound / "base")
-    assert set(found) == {"rank and alpha"} and "trained with r = 16, alpha = 32, the config says r = 16, alpha = 16" in found["rank and alpha"]
+    assert (
+        set(found) == {"rank and alpha"}
+        and "trained with r = 16, alpha = 32, the config says r = 16, alpha = 16" in found["rank and alpha"]
+    )
 
 
 def test_another_rank(adapter, sound):

@@ -93,7 +93,9 @@ def test_auto_takes_the_first_way_that_fits():
 
 
 def test_what_will_not_fit_is_refused_with_the_nearest_plan_that_does():
-    with pytest.raises(CourseError, match=r"needs .* GB at its fullest moment .* Most of it is .* With batch = 1 and checkpointing it would fit"):
+    with pytest.raises(
+        CourseError, match=r"needs .* GB at its fullest moment .* Most of it is .* With batch = 1 and checkpointing it would fit"
+    ):
         plan.choose(Plan(batch=16, max_length=4096, method="qlora", dtype="bfloat16", memory_gb=10), LLAMA_2_7B)
     with pytest.raises(CourseError, match="take a smaller base or more memory"):
         plan.choose(Plan(max_length=4096, dtype="bfloat16", memory_gb=2), LLAMA_2_7B)
@@ -177,7 +179,7 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path):
 
 
 def test_a_prompt_is_on_one_side_whatever_the_order():
-    rows = data._of_the_course(0, 0, 300)
+    rows = data.of_the_course(0, 0, 300)
     train_rows, held = data.split(rows, 3)
     assert {data.prompt(row) for row in train_rows}.isdisjoint(data.prompt(row) for row in held) and held
     again = data.split(rows[::-1], 3)[1]
@@ -388,7 +390,9 @@ def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path):
 
 
 def test_a_change_is_named_by_its_interval():
-    before = evaluate.Measured(torch.rand(20, dtype=torch.float64) + 2, torch.full((20,), 3), [("a", True)] * 20, torch.zeros(20).bool(), torch.ones(9))
+    before = evaluate.Measured(
+        torch.rand(20, dtype=torch.float64) + 2, torch.full((20,), 3), [("a", True)] * 20, torch.zeros(20).bool(), torch.ones(9)
+    )
     better = dataclasses.replace(before, losses=before.losses - 1, right=torch.ones(20).bool())
     found = {change.name: change.verdict for change in evaluate.learned(before, better)}
     assert found == {"held-out loss": "better", "right answers": "better", "answers that end": "no difference shown"}

@@ -212,7 +212,9 @@ def rank(subject: Subject) -> str:
     if not isinstance(r, int) or not isinstance(alpha, (int, float)) or not alpha > 0:
         raise Broken(f"the config has r = {r!r} and lora_alpha = {alpha!r}", "both are positive numbers of the training run")
     if ranks - {r} - set(patterned.values()):
-        raise Broken(f"the config says r = {r}, the factors have rank {', '.join(map(str, sorted(ranks)))}", "put the config of the run back")
+        raise Broken(
+            f"the config says r = {r}, the factors have rank {', '.join(map(str, sorted(ranks)))}", "put the config of the run back"
+        )
     if subject.record and (told := subject.recorded("adapter")) and (told["r"], told["lora_alpha"]) != (r, alpha):
         given = f"trained with r = {told['r']}, alpha = {told['lora_alpha']:g}, the config says r = {r}, alpha = {alpha:g}"
         raise Broken(f"{given}: every update is scaled wrongly", "put the config of the run back")
@@ -230,7 +232,9 @@ def targets(subject: Subject) -> str:
         return any(name == each or name.endswith(f".{each}") for each in wanted or ())
 
     if outside := sorted(name for name in names if not chosen(name)):
-        raise Broken(f"{len(outside)} layers have factors and are no targets, such as {outside[0]}: they would not be loaded", "mend target_modules")
+        raise Broken(
+            f"{len(outside)} layers have factors and are no targets, such as {outside[0]}: they would not be loaded", "mend target_modules"
+        )
     if isinstance(wanted, list) and (idle := [each for each in wanted if not any(n == each or n.endswith(f".{each}") for n in names)]):
         raise Broken(f"{', '.join(idle[:3])} are targets without factors: they would start at random or fail", "mend target_modules")
     return f"{len(names)} layers, each a target"
@@ -281,7 +285,9 @@ def tokenizer(subject: Subject) -> str:
     if len(own) > rows or max(own.values()) >= rows:
         raise Broken(f"the tokenizer has {len(own)} tokens, the base {rows} rows", "save the extended base, or the tokenizer of this base")
     if moved := [token for token, number in others.items() if own.get(token) != number]:
-        raise Broken(f"{len(moved)} tokens have another id than in the base's tokenizer, such as {moved[0]!r}", "put the run's tokenizer back")
+        raise Broken(
+            f"{len(moved)} tokens have another id than in the base's tokenizer, such as {moved[0]!r}", "put the run's tokenizer back"
+        )
     if subject.record and bases.vocabulary_hash(subject.tokenizer) != subject.recorded("tokenizer")["sha256"]:
         raise Broken("the vocabulary is not the one of the training run", "put the run's tokenizer back")
     return f"{len(own)} tokens, ids as in the base"
@@ -294,7 +300,9 @@ def template(subject: Subject) -> str:
     for each in wanted:
         ids = render_ids(subject.tokenizer, each["messages"], True)
         if ids != each["ids"]:
-            place = next((i for i, pair in enumerate(zip(ids, each["ids"], strict=False)) if pair[0] != pair[1]), min(len(ids), len(each["ids"])))
+            place = next(
+                (i for i, pair in enumerate(zip(ids, each["ids"], strict=False)) if pair[0] != pair[1]), min(len(ids), len(each["ids"]))
+            )
             got = subject.tokenizer.convert_ids_to_tokens(ids[place : place + 1]) or ["nothing"]
             words = f"a conversation of the run renders otherwise now: token {place + 1} is {got[0]!r}"
             raise Broken(f"{words}, and the prompt has {len(ids)} tokens for {len(each['ids'])}", "put the template of the run back")
@@ -335,7 +343,9 @@ def reload(subject: Subject) -> str:
     wanted = torch.tensor([each["loss"] for each in subject.recorded("rows")], dtype=torch.float64)
     far = (losses - wanted).abs().max().item()
     if far > SAME_LOSS:
-        raise Broken(f"losses of the run's rows are off by up to {far:.3f} nats", "this is not what was evaluated: base, config or weights differ")
+        raise Broken(
+            f"losses of the run's rows are off by up to {far:.3f} nats", "this is not what was evaluated: base, config or weights differ"
+        )
     return f"losses of {len(wanted)} rows within {far:.1e} nats of the run's"
 
 
@@ -397,7 +407,9 @@ def merged(subject: Subject) -> str:
     now, _ = evaluate.row_losses(subject.model, examples, pad)
     lost = ((now - wanted) * counts).sum().item() / counts.sum().item()
     if abs(lost) > subject.tolerance:
-        raise Broken(f"merging changes the loss by {lost:+.3f} nats per target", "merge into the weights that it was trained on, in a wider dtype")
+        raise Broken(
+            f"merging changes the loss by {lost:+.3f} nats per target", "merge into the weights that it was trained on, in a wider dtype"
+        )
     told = (subject.record or {}).get("merge")
     if told and told["error"] > SAME_MERGE:
         raise Broken(f"the run's own merge was off by {told['error']:.1e} of the trained weights", "merge again, in a wider dtype")

@@ -83,7 +83,9 @@ def load(name: str, dtype: str, out: Path | None = None, seed: int = 0) -> Base:
         else:
             new = extend(model, tokenizer, seed)
             name = str(save_base(model, tokenizer, out / "base"))
-            words.append(f"the base had no chat template: {', '.join(MARKS)} were added, and their rows are trained; the extended base is {name}")
+            words.append(
+                f"the base had no chat template: {', '.join(MARKS)} were added, and their rows are trained; the extended base is {name}"
+            )
     tokenizer = copy.deepcopy(tokenizer)
     end = end_of_turn(tokenizer)
     if end != tokenizer.eos_token_id:

@@ -7,7 +7,9 @@ import typer
 
 
 def capstone(
-    run_file: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="The plan; options go before it.", show_default=False)] = None,
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.toml]", help="The plan; options go before it.", show_default=False)
+    ] = None,
     base: Annotated[str | None, typer.Option(help="tiny, gemma-3-270m, a hub name, a folder or a .gguf file.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="JSONL of conversations; 'course' for the tiny model's.", show_default=False)] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run.", show_default=False)] = None,
@@ -55,7 +57,9 @@ def audit(
     max_rank: Annotated[int, typer.Option(help="The largest rank that the server takes.")] = 64,
     adapters: Annotated[int, typer.Option(help="Adapters that are resident at once.")] = 8,
     rows: Annotated[int, typer.Option(help="Rows of a batch, for the latency.")] = 8,
-    factors_only: Annotated[bool, typer.Option("--factors-only", help="The server loads no rows of embeddings and no whole modules.")] = False,
+    factors_only: Annotated[
+        bool, typer.Option("--factors-only", help="The server loads no rows of embeddings and no whole modules.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings there.", show_default=False)] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Also write a page there.", show_default=False)] = None,
 ) -> None:

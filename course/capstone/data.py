@@ -71,7 +71,7 @@ def load(plan: Plan, base: Base) -> Rows:
     if plan.data == "course":
         if not base.in_the_world:
             raise CourseError('data = "course" is for the tiny model, whose world it is about: give a JSONL file')
-        rows, held = _of_the_course(plan.seed, 0), _of_the_course(10_000, 1, 2 * plan.ask)
+        rows, held = of_the_course(plan.seed, 0), of_the_course(10_000, 1, 2 * plan.ask)
     else:
         rows, held = _read(plan.path("data")), None
     if plan.held_out:
@@ -108,14 +108,14 @@ def split(rows: list[Conversation], seed: int) -> tuple[list[Conversation], list
     return [row for row in rows if prompt(row) not in held], [row for row in rows if prompt(row) in held]
 
 
-def _of_the_course(seed: int, held_out: int, count: int = COURSE_ROWS) -> list[Conversation]:
+def of_the_course(seed: int, held_out: int, count: int = COURSE_ROWS) -> list[Conversation]:
     made = instructions.tasks(count, seed, held_out=bool(held_out))
     return [Conversation(line, tuple(each.messages)) for line, each in enumerate(made, 1)]
 
 
 def write_course(file: Path, seed: int = 0, count: int = COURSE_ROWS) -> Path:
     """The course's instructions as a JSONL file, to be looked at and changed."""
-    lines = [json.dumps({"messages": list(row.messages)}) for row in _of_the_course(seed, 0, count)]
+    lines = [json.dumps({"messages": list(row.messages)}) for row in of_the_course(seed, 0, count)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
@@ -193,4 +193,3 @@ def old_text(plan: Plan, base: Base) -> tuple[Tensor, Tensor]:
         world = instructions.world()
         return world.sample("general", 128, OLD_LENGTH, plan.seed + 77), world.sample("general", OLD_ROWS, OLD_LENGTH, 1_000_003)
     return tuple(text.prose_corpus(base.tokenizer, plan.max_length, which, OLD_ROWS) for which in ("manual", "passages"))
-

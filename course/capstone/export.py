@@ -6,6 +6,7 @@ and the loss on the held-out rows, paired, against the model that was trained.
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import logging
 import warnings
@@ -123,9 +124,7 @@ def check_adapter(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -
 
 
 def check_in_peft(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -> Export:
-    try:
-        from peft import PeftModel
-    except ImportError:
+    if importlib.util.find_spec("peft") is None:
         return Export("adapter in peft", str(folder), words="peft is not installed")
     if plan.method == "qlora":
         return Export("adapter in peft", str(folder), words="over NF4 peft needs bitsandbytes: load the base in 4 bits there")
@@ -134,6 +133,8 @@ def check_in_peft(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
+            from peft import PeftModel
+
             model = PeftModel.from_pretrained(model, folder).eval()
         finally:
             logging.disable(logging.NOTSET)
@@ -184,5 +185,3 @@ def attempt(kind: str, make: Callable[[], Export]) -> Export:
         return Export(kind, words=str(error))
     finally:
         gc.collect()
-
-

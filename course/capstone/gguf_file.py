@@ -51,7 +51,9 @@ def write(model: nn.Module, base: Base, file: Path) -> str:
         raise CannotWrite("a GGUF is written by the package gguf: pip install -e '.[real-llm]'")
     config = model.config
     if (family := FAMILIES.get(config.model_type)) is None:
-        raise CannotWrite(f"this writer knows {', '.join(FAMILIES)}, not {config.model_type}: use llama.cpp's converter on the merged model")
+        raise CannotWrite(
+            f"this writer knows {', '.join(FAMILIES)}, not {config.model_type}: use llama.cpp's converter on the merged model"
+        )
     import gguf
 
     writer = gguf.GGUFWriter(file, family)

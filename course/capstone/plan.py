@@ -79,14 +79,24 @@ class Plan:
         for name, known in (("method", METHODS), ("dtype", DTYPES), ("overflow", ("drop", "keep_start", "keep_end", "raise"))):
             if getattr(self, name) not in known:
                 raise CourseError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name, least in (("r", 1), ("steps", 1), ("batch", 1), ("max_length", 2), ("checkpoint_every", 1), ("new_tokens", 1), ("ask", 8)):
+        for name, least in (
+            ("r", 1),
+            ("steps", 1),
+            ("batch", 1),
+            ("max_length", 2),
+            ("checkpoint_every", 1),
+            ("new_tokens", 1),
+            ("ask", 8),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise CourseError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, low, high in (("lr", 0, 1), ("lora_alpha", 0, math.inf), ("tolerance", 0, 1), ("memory_gb", 0, math.inf)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and low < value < high):
-                raise CourseError(f"{name} must be a number above {low:g}" + f" and below {high:g}" * (high < math.inf) + f", got {value!r}")
+                raise CourseError(
+                    f"{name} must be a number above {low:g}" + f" and below {high:g}" * (high < math.inf) + f", got {value!r}"
+                )
         if not 0 <= self.replay <= 0.9 or not 0 <= self.lora_dropout < 1:
             raise CourseError(f"replay must be from 0 to 0.9 and lora_dropout below 1, got {self.replay} and {self.lora_dropout}")
         if unknown := set(self.exports) - set(EXPORTS):
@@ -98,7 +108,9 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """As JSON and TOML hold it."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items() if key != "folder"}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items() if key != "folder"
+        }
 
 
 def read(file: Path | None = None, **options: Any) -> Plan:

@@ -46,7 +46,9 @@ def export_sentence(each: dict) -> str:
     if each["logits"] is None:
         return f"{each['kind']}: not there. {each['words']}"
     lost = each["lost"]
-    told = f"{each['kind']}: {show_bytes(each['bytes'])}, logits within {each['logits']:.1e}, {100 * each['changed']:.1f} % of answers changed"
+    told = (
+        f"{each['kind']}: {show_bytes(each['bytes'])}, logits within {each['logits']:.1e}, {100 * each['changed']:.1f} % of answers changed"
+    )
     told += f", {lost['estimate']:+.1e} nats ({lost['low']:+.1e} to {lost['high']:+.1e})"
     return told + (f"; {each['words']}" if each["words"] else "")
 
@@ -135,7 +137,10 @@ def document(title: str, body: str) -> str:
 def rows(heads: tuple[str, ...], lines: list[tuple]) -> str:
     """A table; its cells are HTML already."""
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
-    body = "".join("<tr>" + "".join(f'<td class="n">{cell}</td>' if i else f"<td>{cell}</td>" for i, cell in enumerate(line)) + "</tr>" for line in lines)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="n">{cell}</td>' if i else f"<td>{cell}</td>" for i, cell in enumerate(line)) + "</tr>"
+        for line in lines
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -87,7 +87,12 @@ def samples(rows: data.Rows, before: evaluate.Measured, after: evaluate.Measured
     """A few questions with what both models said: numbers alone convince nobody."""
     some = range(0, len(rows.asked), max(1, len(rows.asked) // SAMPLES))
     return [
-        {"asked": rows.asked[i].messages[-1]["content"], "right": rows.asked[i].answer, "before": before.said[i][0], "after": after.said[i][0]}
+        {
+            "asked": rows.asked[i].messages[-1]["content"],
+            "right": rows.asked[i].answer,
+            "before": before.said[i][0],
+            "after": after.said[i][0],
+        }
         for i in some
     ]
 
@@ -154,5 +159,3 @@ def verdict(result: dict, exports: list[export.Export], plan: Plan) -> dict:
     if not plan.licence:
         against.append("the plan names no licence: an adapter inherits its base's terms, and those of its data")
     return {"ready": not against, "against": against}
-
-

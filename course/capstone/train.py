@@ -27,7 +27,19 @@ from course.units import CourseError
 from reference.instruct import Example, pad_batch, target_loss
 
 WARMUP, CLIP = 10, 1.0
-FREE = ("out", "held_out", "memory_gb", "checkpoint_every", "new_tokens", "ask", "tolerance", "licence", "exports", "method", "checkpointing")
+FREE = (
+    "out",
+    "held_out",
+    "memory_gb",
+    "checkpoint_every",
+    "new_tokens",
+    "ask",
+    "tolerance",
+    "licence",
+    "exports",
+    "method",
+    "checkpointing",
+)
 
 
 def train(

@@ -21,6 +21,11 @@ def adapter_mb(model: str = "8B", r: int = 16, bytes_each: int = 2) -> float:
     return {"8B": LLAMA_3_8B, "70B": LLAMA_2_70B}[model].adapter_parameters(r) * bytes_each / 1e6
 
 
+def fifty_gb() -> float:
+    """Of fifty adapters, r = 16 on all linears of an 8B model, in 16 bits."""
+    return 50 * adapter_mb("8B") / 1e3
+
+
 def r16_is_too_large_for(megabytes: float) -> bool:
     """An adapter of r = 16 on all linears of a 70B model takes more than that in 16 bits."""
     return adapter_mb("70B") > megabytes

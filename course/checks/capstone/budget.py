@@ -74,14 +74,18 @@ check = Check(
     reference=budget,
     second=by_filter,
     misconceptions={
-        "you compared the weights with the card: activations and the loss are there at the same time, ask for .peak": but(size=weights_alone),
+        "you compared the weights with the card: activations and the loss are there at the same time, ask for .peak": but(
+            size=weights_alone
+        ),
         "you added all kinds of tensors up: they do not meet, the peak is the fullest moment": but(size=all_lines),
         "you planned for the whole card: libraries and the allocator's remainders need some of it, a tenth here": but(room=1.0),
         "you quantized where 16 bits fit: checkpointing costs time, four bits cost quality and a careful merge": but(
             ladder=((LORA, False), (QLORA, True))
         ),
         "you began with four bits: take QLoRA where LoRA does not fit": but(ladder=((QLORA, True),)),
-        "you always recompute: where all activations fit, that costs a third more compute for nothing": but(ladder=((LORA, True), (QLORA, True))),
+        "you always recompute: where all activations fit, that costs a third more compute for nothing": but(
+            ladder=((LORA, True), (QLORA, True))
+        ),
         "you never try checkpointing before you give up: it is most of what saves memory here": but(ladder=((LORA, False), (QLORA, False))),
         "nothing fits in the last brief, and you planned all the same: refuse before anything runs": but(
             ladder=(*LADDER[:2], (QLORA, True)), room=0.9, last={"method": QLORA.name, "checkpointing": True, "peak_gb": 0.0}

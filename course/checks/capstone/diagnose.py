@@ -109,9 +109,7 @@ def observe(answer, seed: int) -> dict:
         "a loss just above the tolerance, of rows that hardly differ": case(rng, {"merge": 0.024}),
         "a few rows that differ much": case(rng, {"merge": 0.015, "serving": 0.0}, rows=10, spread=0.04),
     }
-    return {
-        label: answer({name: losses.clone() for name, losses in measured.items()}, 0.02) for label, measured in cases.items()
-    }
+    return {label: answer({name: losses.clone() for name, losses in measured.items()}, 0.02) for label, measured in cases.items()}
 
 
 check = Check(

@@ -141,7 +141,9 @@ check = Check(
     reference=triage,
     second=by_passes,
     misconceptions={
-        "rows are compared letter by letter: the same question with other spaces or capitals is the same question": but(same=lambda text: text),
+        "rows are compared letter by letter: the same question with other spaces or capitals is the same question": but(
+            same=lambda text: text
+        ),
         "a row of the test with another answer is a row of the test: compare questions, not pairs": but(tested=pair_in_test),
         "nothing is compared with the test: what is trained on can't be asked": but(tested=lambda row, held_out, same: False),
         "two answers to one question are no repetition: one of them is wrong, and somebody has to look": but(judge=by_prompt),
