@@ -366,7 +366,7 @@ def test_without_gguf_the_run_says_so(finished, monkeypatch):
 def test_interleaving_is_what_transformers_takes_back():
     weight = torch.arange(8.0)[:, None]
     assert gguf_file.interleaved(weight, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    with pytest.raises(gguf_file.CannotWrite, match="no place for model.layers.0.mlp.experts"):
+    with pytest.raises(gguf_file.CannotWrite, match=r"no place for model\.layers\.0\.mlp\.experts"):
         gguf_file.gguf_name("model.layers.0.mlp.experts", "llama")
 
 

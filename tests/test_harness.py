@@ -36,7 +36,7 @@ def test_a_length_is_in_characters_and_without_the_space():
     [([(1.0,)], ITEMS[:1]), (VALUES[:3], ITEMS), ([(1.0, 2.0, 3.0)] * 2, ITEMS[:2]), ([(1.0, 2.0)] * 2, [Item("q", ("", "b"), 0)] * 2)],
 )
 def test_what_can_not_be_scored(values, items):
-    with pytest.raises(ValueError, match="need log-probabilities|one each, none empty"):
+    with pytest.raises(ValueError, match=r"need log-probabilities|one each, none empty"):
         score(values, items)
 
 

@@ -1,8 +1,8 @@
 """The production checklist as code: does this adapter fit this base, this tokenizer, this server, and is it what was evaluated?
 
-Each check answers one question whose "no" has taken a deployment down, and says what to do. A check that needs what earlier ones found broken
-is skipped and says so. ``course capstone`` writes a record beside the adapter (``course_adapter.json``): the base's hash, how conversations
-were rendered, and losses of a few rows. For an adapter without it, those checks are "unknown", not "passed".
+Each check answers one question whose "no" has taken a deployment down, and says what to do. A check that needs what earlier ones found
+broken is skipped and says so. ``course capstone`` writes a record beside the adapter (``course_adapter.json``): the base's hash, how
+conversations were rendered, and losses of a few rows. For an adapter without it, those checks are "unknown", not "passed".
 """
 
 import json
@@ -381,8 +381,8 @@ def cost(subject: Subject) -> str:
     alone = _milliseconds(plain, ids)
     size = (subject.folder / WEIGHTS).stat().st_size
     return (
-        f"{server.adapters} adapters take {show_bytes(server.adapters * size)} beside the base; a batch of {server.rows} × {len(row)} tokens takes "
-        f"{beside:.1f} ms with the adapter and {alone:.1f} ms without, here"
+        f"{server.adapters} adapters take {show_bytes(server.adapters * size)} beside the base; "
+        f"a batch of {server.rows} × {len(row)} tokens takes {beside:.1f} ms with the adapter and {alone:.1f} ms without, here"
     )
 
 

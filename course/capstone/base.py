@@ -1,7 +1,8 @@
 """The base model of a run: loaded, able to hold a conversation, and known by a hash.
 
-A base without a chat template gets one. Where its vocabulary has the marks of a known form (Gemma's, ChatML's), that form's. Else three marks
-are added, and their rows of the embedding and of the head are trained beside the adapter: an end of turn that nobody trained is never said.
+A base without a chat template gets one. Where its vocabulary has the marks of a known form (Gemma's, ChatML's), that form's. Else three
+marks are added, and their rows of the embedding and of the head are trained beside the adapter: an end of turn that nobody trained is never
+said.
 """
 
 import copy

@@ -1,8 +1,8 @@
 """A run's state on the disk: whole, or not there.
 
-A checkpoint is a folder ``step-000050`` with tensors (safetensors: nothing is unpickled) and a JSON of the rest. It is written under another
-name and renamed when all of it is on the disk, so a kill or a full disk leaves the one before. The JSON holds the hash of the tensors' file:
-what was damaged later is seen, named and passed over.
+A checkpoint is a folder ``step-000050`` with tensors (safetensors: nothing is unpickled) and a JSON of the rest. It is written under
+another name and renamed when all of it is on the disk, so a kill or a full disk leaves the one before. The JSON holds the hash of the
+tensors' file: what was damaged later is seen, named and passed over.
 """
 
 import errno

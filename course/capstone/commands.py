@@ -19,7 +19,7 @@ def capstone(
     licence: Annotated[str | None, typer.Option(help="Of the adapter, for its card.", show_default=False)] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Predict the memory and stop.")] = False,
 ) -> None:
-    """Adapt a model from data to deployment: memory first, then training, evaluation, merge and exports. Run it again after a kill: it goes on."""
+    """Adapt a model from data to deployment, memory first. Given again after a kill, it goes on where it was."""
     from rich.console import Console
     from rich.markup import escape
 

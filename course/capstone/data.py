@@ -1,7 +1,7 @@
 """Rows in: read, checked, split. Nothing is dropped without a word, and nothing that is asked later is trained on.
 
-The order matters. Repetitions go first, then the split is taken by prompt and not by row, and then rows of the training part whose prompt is
-asked go: the other way round a question that stands twice in the file ends up on both sides.
+The order matters. Repetitions go first, then the split is taken by prompt and not by row, and then rows of the training part whose prompt
+is asked go: the other way round a question that stands twice in the file ends up on both sides.
 """
 
 import hashlib
@@ -61,7 +61,8 @@ def load(plan: Plan, base: Base) -> Rows:
     """All rows of a plan.
 
     Raises:
-        CourseError: a file is missing; a line of it is not JSON, no conversation, or longer than is allowed where that is an error (each with
+        CourseError: a file is missing; a line of it is not JSON, no conversation, or longer than is allowed where that is an error (each
+        with
             file and line); too little is left to train on or to ask.
     """
     longest = getattr(base.model.config, "max_position_embeddings", plan.max_length)

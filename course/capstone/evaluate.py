@@ -1,7 +1,7 @@
 """What a model does with the held-out rows and with old text, and what changed between two models on the *same* items.
 
-Losses are in nats per target token, a row at a time, so that two models are compared row by row. Answers are greedy, and right means equal and
-ended. Forgetting is asked three ways: loss on old text, questions it knew, and grammar, where the base speaks English.
+Losses are in nats per target token, a row at a time, so that two models are compared row by row. Answers are greedy, and right means equal
+and ended. Forgetting is asked three ways: loss on old text, questions it knew, and grammar, where the base speaks English.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Out: the adapter in peft's files, the merged model in transformers', and a GGUF. Each is loaded again and asked the same questions.
 
-An export that was never loaded is a hope. Three numbers say how it went: the largest difference of a logit, the share of answers that changed,
-and the loss on the held-out rows, paired, against the model that was trained.
+An export that was never loaded is a hope. Three numbers say how it went: the largest difference of a logit, the share of answers that
+changed, and the loss on the held-out rows, paired, against the model that was trained.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """A model as a GGUF file, the format of llama.cpp: its tensors under that program's names, and the sizes that it needs to run them.
 
-Two things differ from transformers beside the names. llama.cpp rotates neighbouring pairs of a head's numbers where transformers rotates its
-halves, so the rows of Llama's q and k are put into another order. And Gemma's norms multiply by 1 + w, which is added here. Weights are written
-as they are: float32 as F32, bfloat16 as BF16; quantizing a GGUF is llama.cpp's own work.
+Two things differ from transformers beside the names. llama.cpp rotates neighbouring pairs of a head's numbers where transformers rotates
+its halves, so the rows of Llama's q and k are put into another order. And Gemma's norms multiply by 1 + w, which is added here. Weights are
+written as they are: float32 as F32, bfloat16 as BF16; quantizing a GGUF is llama.cpp's own work.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """The adapter into the weights, by the way that its base calls for, and how far the result is from what was trained.
 
 An adapter was trained beside the weights it saw. Over a plain base those are W; over a four-bit base they are Ŵ, the dequantized ones, and
-W + s·B·A is *another* function than the one that was trained and evaluated (unit 06). So a QLoRA adapter is merged into Ŵ. What else it would
-have cost is stated beside it.
+W + s·B·A is *another* function than the one that was trained and evaluated (unit 06). So a QLoRA adapter is merged into Ŵ. What else it
+would have cost is stated beside it.
 """
 
 import statistics

@@ -24,7 +24,7 @@ def difference(change: dict) -> str:
     sign = 1 if change["unit"] == "nats" else -1
     ends = sorted(sign * change["lost"][key] for key in ("low", "high"))
     scale, digits = (1, 3) if change["unit"] == "nats" else (100, 1)
-    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (sign * change["lost"]["estimate"], *ends))
+    middle, low, high = (f"{round(scale * value, digits) + 0.0:+.{digits}f}" for value in (sign * change["lost"]["estimate"], *ends))
     return f"{middle} ({low} to {high})"
 
 
@@ -65,8 +65,9 @@ base_model: {result["base"]["name"]}
 library_name: peft
 license: {plan["licence"] or "unknown"}
 ---
-{plan["method"]}, r = {plan["r"]}, alpha = {plan["lora_alpha"]:g}, targets {plan["targets"]}; {plan["steps"]} steps of {plan["batch"]} rows at
-{plan["lr"]:g}, {100 * plan["replay"]:g} % replay; {result["data"]["train"]} rows. The base's weights have SHA-256 {result["base"]["sha256"]}.
+{plan["method"]}, r = {plan["r"]}, alpha = {plan["lora_alpha"]:g}, targets {plan["targets"]}; {plan["steps"]} steps of
+{plan["batch"]} rows at {plan["lr"]:g}, {100 * plan["replay"]:g} % replay; {result["data"]["train"]} rows.
+The base's weights have SHA-256 {result["base"]["sha256"]}.
 
 | measure | before | after | difference (95 %) |
 |---|---|---|---|
@@ -87,10 +88,19 @@ def table(result: dict):
     return made
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
-table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #ccc;vertical-align:top}
-td.n{font-variant-numeric:tabular-nums;white-space:nowrap}.good{color:#0a5c2b}.bad{color:#9b1c1c}.open{color:#6b4e00}
-.verdict{padding:.8rem 1rem;border-left:.4rem solid;background:#f5f5f5}h1{line-height:1.2}code{font-size:.9em}svg{max-width:100%;height:auto}"""
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; background: #fff }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ccc; vertical-align: top }
+td { font-variant-numeric: tabular-nums }
+h1 { line-height: 1.2 }
+pre { overflow-x: auto }
+svg { max-width: 100%; height: auto }
+.good { color: #0a5c2b }
+.bad { color: #9b1c1c }
+.open { color: #6b4e00 }
+.verdict { padding: .8rem 1rem; border-left: .4rem solid; background: #f5f5f5 }
+"""
 CLASSES = {"better": "good", "worse": "bad", "passed": "good", "failed": "bad"}
 
 
@@ -120,7 +130,8 @@ def page(result: dict) -> str:
 {result["base"]["parameters"]:,} in the base. {e(result["device"])}.</p>
 <h2>What it says</h2>{rows(("asked", "right", "before", "after"), said)}
 <h2>Merge and exports</h2><p>Merged {e(merge_sentence(result["merge"]))}.</p>{rows(("export", "loaded again"), exports)}
-<h2>Memory, as predicted</h2><p>{result["memory"]["peak"] / 1e9:.3g} GB at the fullest moment of a step, {e(result["memory"]["moment"])}.</p>
+<h2>Memory, as predicted</h2>
+<p>{result["memory"]["peak"] / 1e9:.3g} GB at the fullest moment of a step, {e(result["memory"]["moment"])}.</p>
 {rows(("kind", "bytes"), [(e(kind), show_bytes(size)) for kind, size in there])}
 <h2>Data</h2><ul>{"".join(f"<li>{e(words)}</li>" for words in result["data"]["words"] + result["base"]["words"])}</ul>
 <h2>Plan</h2><pre><code>{e(toml(result["plan"]))}</code></pre>"""
@@ -130,17 +141,15 @@ def page(result: dict) -> str:
 def document(title: str, body: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
 def rows(heads: tuple[str, ...], lines: list[tuple]) -> str:
     """A table; its cells are HTML already."""
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="n">{cell}</td>' if i else f"<td>{cell}</td>" for i, cell in enumerate(line)) + "</tr>"
-        for line in lines
-    )
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -152,12 +161,12 @@ def curve(losses: list[float], width: int = 640, height: int = 180) -> str:
         for i, loss in enumerate(losses)
     ]
     words = f"Loss in nats over the steps, from {losses[0]:.2f} to {losses[-1]:.2f}"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{words}"><polyline fill="none" stroke="#0072b2" stroke-width="1.5" '
-        f'points="{" ".join(places)}"/><text x="0" y="20" font-size="12">{top:.2f}</text><text x="0" y="{height - 25}" font-size="12">0</text>'
-        f'<text x="{left}" y="{height - 5}" font-size="12">step 1</text><text x="{width}" y="{height - 5}" font-size="12" text-anchor="end">'
-        f"step {len(losses)}</text></svg><p>Loss in nats per target.</p>"
-    )
+    line = f'<polyline fill="none" stroke="#0072b2" stroke-width="1.5" points="{" ".join(places)}"/>'
+    marks = [(0, 20, "start", f"{top:.2f}"), (0, height - 25, "start", "0"), (left, height - 5, "start", "step 1")]
+    marks.append((width, height - 5, "end", f"step {len(losses)}"))
+    texts = "".join(f'<text x="{x}" y="{y}" font-size="12" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in marks)
+    drawn = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{words}">{line}{texts}</svg>'
+    return f"{drawn}<p>Loss in nats per target.</p>"
 
 
 def toml(plan: dict) -> str:

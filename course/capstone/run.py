@@ -27,7 +27,8 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
         say: told what happens, a sentence at a time.
 
     Raises:
-        CourseError: whatever the user can mend: a plan that does not fit, data that are wrong, a disk that is full, a loss that is NaN. What
+        CourseError: whatever the user can mend: a plan that does not fit, data that are wrong, a disk that is full, a loss that is NaN.
+        What
             was written before stays, and the same command goes on from there.
     """
     began, out = time.perf_counter(), plan.path("out")

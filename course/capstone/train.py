@@ -6,8 +6,8 @@ bit for bit; on a GPU up to the order in which its kernels add.
 
     loss = (1 − replay) · (mean over the targets of the new rows) + replay · (mean over the tokens of the old rows)
 
-The two means are taken apart: an old row has a target at every token and an instruction two or three, so in one mean over all targets a tenth
-of the rows would be most of the loss.
+The two means are taken apart: an old row has a target at every token and an instruction two or three, so in one mean over all targets a
+tenth of the rows would be most of the loss.
 """
 
 import dataclasses

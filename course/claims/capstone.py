@@ -1,4 +1,4 @@
-"""What unit 14 states: memory by formula, recorded runs of the capstone, and the records of earlier units that decide about full fine-tuning."""
+"""What unit 14 states: memory by formula, recorded runs, and what earlier units recorded about full fine-tuning."""
 
 import math
 import statistics

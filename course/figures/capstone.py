@@ -1,4 +1,4 @@
-"""Figures of unit 14: the memory of four plans against three cards, when full fine-tuning is right, and what measured plans learned and forgot."""
+"""Figures of unit 14: memory of four plans, when full fine-tuning is right, what measured plans learned and forgot."""
 
 import functools
 import statistics
@@ -134,8 +134,9 @@ def full(data: dict[str, dict]) -> plt.Figure:
         middle.errorbar(row["trained"], mean, [[mean - low], [high - mean]], fmt="o", color=colour, capsize=3, ms=6)
         label = method.replace("full fine-tuning", "full").replace(" + embeddings and head", ",\nembeddings and head").replace("LoRA ", "")
         above = "+" not in method and method != "full fine-tuning"
-        middle.annotate(label, (row["trained"], high if above else mean), (0, 3) if above else (-10, -4), textcoords="offset points", color=colour,
-                        ha="center" if above else "right", fontsize=8.5, va="bottom" if above else "center")  # fmt: skip
+        place = {"xytext": (0, 3), "ha": "center", "va": "bottom"} if above else {"xytext": (-10, -4), "ha": "right", "va": "center"}
+        at = (row["trained"], high if above else mean)
+        middle.annotate(label, at, textcoords="offset points", color=colour, fontsize=8.5, **place)
     middle.set(xscale="log", yscale="log", xlim=(6e3, 2.2e6), ylim=(0.15, 3.2), xlabel="numbers trained", title="far: a foreign language")
     middle.set_ylabel("left to learn, nats per token")
     middle.set_yticks((0.2, 0.5, 1, 2), ("0.2", "0.5", "1", "2"))

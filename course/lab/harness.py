@@ -1,11 +1,11 @@
-"""lm-evaluation-harness's measures of multiple choice, from their definitions, so that a number here and one from there are the same number.
+"""lm-evaluation-harness's measures of multiple choice, from their definitions: a number here is the number there.
 
     acc         the choice with the largest log-probability is the right one
     acc_norm    the same after dividing by the choice's length in *characters*, not tokens: a score that no tokenizer changes
     stderr      √(s² / n) with the sample variance, s² = Σ (x − mean)² / (n − 1)
 
-A tie goes to the first choice, as numpy's argmax has it; ``course.lab.probes`` counts it as wrong. A choice follows its context after one space,
-which is no part of its length. EleutherAI's lm-evaluation-harness 0.4.13, ``multiple_choice``.
+A tie goes to the first choice, as numpy's argmax has it; ``course.lab.probes`` counts it as wrong. A choice follows its context after one
+space, which is no part of its length. EleutherAI's lm-evaluation-harness 0.4.13, ``multiple_choice``.
 """
 
 import json
@@ -47,7 +47,8 @@ def score(log_probs: Sequence[Sequence[float]], items: Sequence[Item]) -> Score:
     """From the log-probability of each choice of each item.
 
     Raises:
-        ValueError: the two differ in length, an item has no choice or an empty one, its right one does not exist, or there are fewer than two
+        ValueError: the two differ in length, an item has no choice or an empty one, its right one does not exist, or there are fewer than
+        two
             items.
     """
     if len(log_probs) != len(items) or len(items) < 2:
