@@ -2,6 +2,7 @@
 
     python -m benchmarks.gemma_capstone --model gemma-3-270m     # one GPU, about six minutes: "capstone_gemma-3-270m"
     python -m benchmarks.gemma_capstone --model tiny             # a CPU, about ten minutes: "capstone_tiny"
+    python -m benchmarks.gemma_capstone --resume a.json          # what a result still lacks
     python -m benchmarks.gemma_capstone --smoke                  # the tiny model, a few steps: every path, no meaning
 
 It is ``course capstone`` itself, called once for each plan and seed. The tiny model answers instructions about its small world; a real
@@ -81,16 +82,22 @@ def checked(model: str, folder: Path, rows: int) -> dict:
 
 
 def main() -> None:
-    given = options("gemma_capstone", __doc__, gpu=False, model={"default": "tiny"}, minutes={"type": float, "default": 12.0})
+    given = options(
+        "gemma_capstone", __doc__, gpu=False, model={"default": "tiny"}, minutes={"type": float, "default": 12.0}, resume={"type": Path}
+    )
     deadline = time.monotonic() + 60 * given.minutes
     scale = TINY if given.model == "tiny" else REAL
     result: dict = {"model": given.model, "rows": [], "seeds": 1 if given.smoke else len(SEEDS)}
+    if given.resume:
+        result = json.loads(given.resume.read_text())["result"]
+    done = {(row["plan"], row["seed"]) for row in result["rows"] if "error" not in row}
+    result["rows"] = [row for row in result["rows"] if "error" not in row]
     folder = Path(tempfile.mkdtemp())
     try:
         settings = scale["settings"] | ({} if given.model == "tiny" else data_files(folder)) | (QUICK if given.smoke else {})
         for seed in SEEDS[: result["seeds"]]:
             for name in PLANS:
-                if result["rows"] and time.monotonic() > deadline:
+                if (name, seed) in done or (result["rows"] and time.monotonic() > deadline):
                     continue
                 print(f"{name}, seed {seed}", flush=True)
                 try:

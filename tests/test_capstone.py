@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from typer.testing import CliRunner
 
 from course import ROOT
@@ -361,6 +362,32 @@ def test_without_gguf_the_run_says_so(finished, monkeypatch):
     model, tokenizer = models.load(settings.path("out") / "merged")
     done = export.gguf(model, bases.Base("merged", model, tokenizer, (), ()), settings.path("out") / "no", settings, None, None)
     assert "pip install -e '.[real-llm]'" in done.words and not (settings.path("out") / "no").exists()
+
+
+def small_gemma(**changes):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**(sizes | changes)))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_gguf_of_gemma_gives_the_same_logits(tmp_path):
+    pytest.importorskip("gguf")
+    model, ids = small_gemma(), torch.arange(1, 13)[None]
+    gguf_file.write(model, bases.Base("random", model, SimpleNamespace(eos_token_id=1), (), ()), tmp_path / "model.gguf")
+    again = gguf_file.read(tmp_path / "model.gguf", torch.float32)
+    assert (again(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"query_pre_attn_scalar": 256}, {"layer_types": ["full_attention"] * 6}])
+def test_what_a_gguf_can_not_tell_is_not_written(changes):
+    with pytest.raises(gguf_file.CannotWrite, match="has no place for this attention's scale or its order of layers"):
+        gguf_file.check_gemma(small_gemma(**changes).config)
 
 
 def test_interleaving_is_what_transformers_takes_back():

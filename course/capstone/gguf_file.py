@@ -54,6 +54,8 @@ def write(model: nn.Module, base: Base, file: Path) -> str:
         raise CannotWrite(
             f"this writer knows {', '.join(FAMILIES)}, not {config.model_type}: use llama.cpp's converter on the merged model"
         )
+    if family == "gemma3":
+        check_gemma(config)
     import gguf
 
     writer = gguf.GGUFWriter(file, family)
@@ -92,6 +94,17 @@ def write(model: nn.Module, base: Base, file: Path) -> str:
     writer.write_tensors_to_file()
     writer.close()
     return note
+
+
+def check_gemma(config) -> None:
+    """Raise unless attention is as the format takes it for granted: scores over √head_dim, and every sixth layer sees the whole text.
+
+    Raises:
+        CannotWrite: it is otherwise; the file would load, and answer something else.
+    """
+    usual = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(config.num_hidden_layers)]
+    if config.query_pre_attn_scalar != config.head_dim or list(config.layer_types) != usual:
+        raise CannotWrite("a GGUF of gemma3 has no place for this attention's scale or its order of layers")
 
 
 def gguf_name(module: str, family: str) -> str:

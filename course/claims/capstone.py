@@ -51,11 +51,6 @@ def forgotten(plan: str = PLAN) -> float:
     return statistics.fmean(figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan))
 
 
-def facts_percent(plan: str = PLAN) -> float:
-    """Of the world's facts that are still answered, mean over seeds."""
-    return statistics.fmean(100 * figures.change(row, "facts known")["after"] for row in _runs(plan))
-
-
 def facts() -> int:
     """That the small world's people and places are asked for."""
     return len(instructions.world().facts())
@@ -82,11 +77,6 @@ def exports_changed() -> float:
     """Percent of answers that an export of any plan changed, the largest."""
     changed = [each["changed"] for row in figures.runs() for each in row["exports"] if each["changed"] is not None]
     return 100 * max(changed)
-
-
-def run_seconds() -> float:
-    """Of a whole run with exports, on one thread: the shortest recorded one of the first plan."""
-    return min(row["seconds"] for row in _runs(PLAN))
 
 
 def rule(measure: str, end: str = "estimate", bits: str = "4-bit") -> float:
