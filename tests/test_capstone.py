@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +16,15 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from typer.testing import CliRunner
 
+from benchmarks import gemma_capstone
 from course import ROOT
 from course.capstone import base as bases
 from course.capstone import checkpoint, data, evaluate, export, gguf_file, merge, plan, report, run, train
 from course.capstone.plan import Plan
 from course.cli import app
-from course.lab import models
+from course.lab import models, recorded
 from course.units import CourseError
+from reference.instruct import read_conversations
 from reference.lora import lora_layers
 from reference.model_shapes import LLAMA_2_7B
 from reference.qlora import merge_into_original
@@ -438,3 +441,13 @@ def test_the_command_refuses_in_one_sentence_and_predicts(tmp_path):
     assert done.exit_code == 0 and "◀ peak" in done.output and "method = lora" in done.output
     refused = runner.invoke(app, ["capstone", "--memory-gb", "0.01", "--out", str(tmp_path)])
     assert isinstance(refused.exception, CourseError) and "of 0.01 GB 90 % may be planned for" in str(refused.exception)
+
+
+def test_the_benchmark_takes_the_same_path(tmp_path):
+    """A plan of the recorded study in two steps; and the rows of the real model, which are conversations as anybody's."""
+    row = gemma_capstone.one("tiny", "QLoRA r = 16, 10 % replay", 1, tmp_path, gemma_capstone.QUICK, {"qlora": 5e-4})
+    recorded_row = recorded.load("capstone_tiny", "cpu")["result"]["rows"][0]
+    assert set(row) == set(recorded_row) and row["predicted"] > 0 and row["merge"]["others"]["original"] > 0.05
+    files = gemma_capstone.data_files(tmp_path)
+    counts = {field: len(read_conversations(Path(file))[0]) for field, file in files.items()}
+    assert counts["data"] > 500 and counts["held_out"] > 80
