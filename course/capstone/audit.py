@@ -1,7 +1,7 @@
 """The production checklist as code: does this adapter fit this base, this tokenizer, this server, and is it what was evaluated?
 
-Each check answers one question whose "no" raises no error, or raises it late, and says what to do. A check that needs what earlier ones found
-broken is skipped and says so. ``course capstone`` writes a record beside the adapter (``course_adapter.json``): the base's hash, how
+Each check answers one question whose "no" raises no error, or raises it late, and says what to do. A check that needs what earlier ones
+found broken is skipped and says so. ``course capstone`` writes a record beside the adapter (``course_adapter.json``): the base's hash, how
 conversations were rendered, and losses of a few rows. For an adapter without it, those checks are "unknown", not "passed".
 """
 

@@ -12,8 +12,11 @@ def capstone(
     ] = None,
     base: Annotated[str | None, typer.Option(help="tiny, gemma-3-270m, a hub name, a folder or a .gguf file.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="JSONL of conversations; 'course' for the tiny model's.", show_default=False)] = None,
+    held_out: Annotated[str | None, typer.Option(help="JSONL that is asked; a part of the data if not given.", show_default=False)] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="auto, lora, qlora or full.", show_default=False)] = None,
+    r: Annotated[int | None, typer.Option("--rank", help="Of the adapter.", show_default=False)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Of training.", show_default=False)] = None,
     memory_gb: Annotated[float | None, typer.Option(help="The budget; what is free if not given.", show_default=False)] = None,
     licence: Annotated[str | None, typer.Option(help="Of the adapter, for its card.", show_default=False)] = None,
@@ -26,8 +29,8 @@ def capstone(
     from course.capstone import plan as plans
 
     console = Console(highlight=False)
-    given = {"base": base, "data": data, "out": out, "method": method, "steps": steps, "memory_gb": memory_gb, "licence": licence}
-    plan = plans.read(run_file, **given)
+    files = {"base": base, "data": data, "held_out": held_out, "out": out}
+    plan = plans.read(run_file, **files, method=method, r=r, lr=lr, steps=steps, memory_gb=memory_gb, licence=licence)
     if dry:
         from transformers import AutoConfig
 
