@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from capstone_helpers import on_the_cpu  # noqa: F401  a fixture that every test here uses
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from capstone_helpers import on_the_cpu  # noqa: F401  a fixture that every test here uses
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from typer.testing import CliRunner
 
@@ -227,7 +228,8 @@ def test_sigkill_in_the_middle_of_the_command(tmp_path):
     command = [sys.executable, "-m", "course", "capstone", "--out", str(out), "--method", "lora", "--steps", "20", "--licence", "mit"]
     file = tmp_path / "run.toml"
     file.write_text('ask = 8\ncheckpoint_every = 2\nexports = ["adapter"]\n')
-    process = subprocess.Popen([*command[:4], str(file), *command[4:]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}}
+    process = subprocess.Popen([*command[:4], str(file), *command[4:]], cwd=ROOT, **quiet)
     until = time.monotonic() + 90
     while not list(out.glob("checkpoints/step-*")) and time.monotonic() < until and process.poll() is None:
         time.sleep(0.01)
