@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from course import ENVIRONMENT, ROOT
+from course.capstone import commands as capstone
 from course.practice import commands as practice
 from course.units import CourseError, find, select
 
@@ -392,3 +393,8 @@ def claims(
     with _progress(transient=True) as progress:
         progress.add_task("recomputing", total=None)
         command(number, progress.console.print)
+
+
+# the capstone
+for _command in (capstone.capstone, capstone.audit, capstone.rule):
+    app.command()(_command)

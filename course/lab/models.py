@@ -39,6 +39,7 @@ def load(
         source, extra = _gguf(Path(name))
     else:
         source, extra = _folder_or_hub(name)
+    shown = logging.is_progress_bar_enabled()
     if name == "tiny":
         logging.disable_progress_bar()  # it loads in milliseconds
     try:
@@ -56,7 +57,8 @@ def load(
             f"{source} holds files that are cut off or don't fit its config.json ({error}). Copy or download them again"
         ) from error
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
     if missing := sorted(told["missing_keys"]):  # the library draws them at random, and warns at most
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"{source} lacks tensors of the model: {', '.join(missing[:5])}{more}. Copy or download its files again")

@@ -1,0 +1,455 @@
+"""The capstone: memory before anything runs, data, resuming, exports that are loaded again, and everything that people get wrong."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from capstone_helpers import on_the_cpu  # noqa: F401  a fixture that every test here uses
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from typer.testing import CliRunner
+
+from benchmarks import gemma_capstone
+from course import ROOT
+from course.capstone import base as bases
+from course.capstone import checkpoint, data, evaluate, export, gguf_file, merge, plan, report, run, train
+from course.capstone.plan import Plan
+from course.cli import app
+from course.lab import models, recorded
+from course.units import CourseError
+from reference.instruct import read_conversations
+from reference.lora import lora_layers
+from reference.model_shapes import LLAMA_2_7B
+from reference.qlora import merge_into_original
+
+SMALL = {"steps": 6, "ask": 12, "checkpoint_every": 2, "method": "lora", "licence": "cc-by-4.0"}
+
+
+def quick(out, **changes) -> Plan:
+    return Plan(**(SMALL | {"out": str(out)} | changes))
+
+
+def prepared(settings: Plan):
+    """Base, rows and an adapted model, without a run around them."""
+    base = bases.load(settings.base, settings.dtype, settings.path("out"), settings.seed)
+    rows, digest = data.load(settings, base), bases.weights_hash(base.model)
+    return base, rows, digest, bases.adapt(base, settings)
+
+
+def trained_by(settings: Plan, after_step=None) -> list[float]:
+    base, rows, digest, model = prepared(settings)
+    folder = settings.path("out") / "checkpoints"
+    return train.train(model, settings, rows, folder, digest, base.tokenizer.pad_token_id, False, after_step)[0]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step):
+    def stop(done):
+        if done == step:
+            raise Killed
+
+    return stop
+
+
+# Plan and memory
+
+
+def test_a_plan_is_read_and_options_go_before_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('base = "tiny"\nr = 4\ntargets = ["q_proj", "v_proj"]\n')
+    found = plan.read(file, r=8, steps=None)
+    assert (found.r, found.steps, found.targets, found.path("out")) == (8, 150, ("q_proj", "v_proj"), tmp_path / "capstone")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rank = 4", "unknown keys rank"),
+        ("r = 0", "r must be an integer of at least 1, got 0"),
+        ('method = "dora"', "method must be one of auto, lora, qlora, full"),
+        ("lr = 3.0", "lr must be a number above 0 and below 1"),
+        ("replay = 1.0", "replay must be from 0 to 0.9"),
+        ('exports = ["onnx"]', "exports must be of adapter, merged, gguf, got onnx"),
+        ("steps = ", "is no TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_said(tmp_path, text, words):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(CourseError, match=words.replace("(", r"\(")):
+        plan.read(file)
+
+
+def test_auto_takes_the_first_way_that_fits():
+    long = Plan(base="x", batch=4, max_length=2048, dtype="bfloat16")
+    ways = [plan.choose(dataclasses.replace(long, memory_gb=gb), LLAMA_2_7B)[0] for gb in (200, 24, 12)]
+    assert [(each.method, each.checkpointing) for each in ways] == [("lora", False), ("lora", True), ("qlora", True)]
+
+
+def test_what_will_not_fit_is_refused_with_the_nearest_plan_that_does():
+    with pytest.raises(
+        CourseError, match=r"needs .* GB at its fullest moment .* Most of it is .* With batch = 1 and checkpointing it would fit"
+    ):
+        plan.choose(Plan(batch=16, max_length=4096, method="qlora", dtype="bfloat16", memory_gb=10), LLAMA_2_7B)
+    with pytest.raises(CourseError, match="take a smaller base or more memory"):
+        plan.choose(Plan(max_length=4096, dtype="bfloat16", memory_gb=2), LLAMA_2_7B)
+    with pytest.raises(CourseError, match='With method = "lora"'):
+        plan.choose(Plan(method="full", memory_gb=40, max_length=256, batch=1), LLAMA_2_7B)
+
+
+def test_the_predicted_weights_are_those_of_the_model(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    memory = plan.predict(Plan(method="lora"), plan.shape_of(base.model.config))
+    assert memory["weights"] == sum(p.numel() * 4 for p in base.model.parameters())
+
+
+# The base
+
+
+def test_a_base_without_a_template_gets_marks_and_is_written_whole(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    assert base.new == (349, 350, 351) and base.tokenizer.eos_token == "<end>" and base.in_the_world
+    again = bases.load(base.name, "float32")
+    assert again.new == base.new and not again.words
+    assert bases.weights_hash(again.model) == bases.weights_hash(base.model)
+    with pytest.raises(CourseError, match="has no chat template"):
+        bases.load("tiny", "float32")
+
+
+def test_one_bit_is_another_base(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    before = bases.weights_hash(base.model)
+    with torch.no_grad():
+        base.model.model.norm.weight[3] += 1e-6
+    assert bases.weights_hash(base.model) != before
+
+
+# Data
+
+
+def rows_file(folder, count=80, extra=()):
+    file = data.write_course(folder / "rows.jsonl", 0, count)
+    file.write_text(file.read_text() + "".join(f"{line}\n" for line in extra))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 81: not JSON"),
+        ('{"messages": []}', "line 81: no conversation: messages is empty"),
+        ('{"text": "a"}', "line 81: no conversation: the row has the keys text"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 81: no conversation: the last turn is not the assistant's"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, words):
+    file = rows_file(tmp_path, extra=[line])
+    with pytest.raises(CourseError, match=words):
+        data.load(quick(tmp_path, data=str(file)), bases.load("tiny", "float32", tmp_path))
+
+
+def test_a_row_that_is_too_long_is_an_error_or_said(tmp_path):
+    long = json.dumps({"instruction": "repeat " + "mira " * 80, "output": "mira"})
+    file, base = rows_file(tmp_path, extra=[long]), bases.load("tiny", "float32", tmp_path)
+    rows = data.load(quick(tmp_path, data=str(file)), base)
+    assert any("line 81 is left out: too long" in words for words in rows.words)
+    with pytest.raises(CourseError, match=r"line 81: too long, \d+ tokens; max_length is 64"):
+        data.load(quick(tmp_path, data=str(file), overflow="raise"), base)
+    with pytest.raises(CourseError, match="max_length is 300, and the base reads 256 tokens at most"):
+        data.load(quick(tmp_path, data=str(file), max_length=300), base)
+
+
+def test_nothing_that_is_asked_is_trained_on(tmp_path):
+    question = {"role": "user", "content": "return  3 Plus 4"}
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"instruction": f"return {a} plus 4", "output": str(a + 4)}) + "\n" for a in range(9)))
+    twice = json.dumps({"messages": [question, {"role": "assistant", "content": "7"}]})
+    file = rows_file(tmp_path, extra=[twice, twice])
+    rows = data.load(quick(tmp_path, data=str(file), held_out=str(held)), bases.load("tiny", "float32", tmp_path))
+    assert any("repeat an earlier one" in words for words in rows.words)
+    assert any("are asked in the test too" in words for words in rows.words)
+    asked = {each.example.ids for each in rows.asked}
+    assert not asked & {row.ids for row in rows.train}
+
+
+def test_a_prompt_is_on_one_side_whatever_the_order():
+    rows = data.of_the_course(0, 0, 300)
+    train_rows, held = data.split(rows, 3)
+    assert {data.prompt(row) for row in train_rows}.isdisjoint(data.prompt(row) for row in held) and held
+    again = data.split(rows[::-1], 3)[1]
+    assert {data.prompt(row) for row in again} == {data.prompt(row) for row in held}
+
+
+def test_a_missing_file_and_too_few_rows_are_said(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    with pytest.raises(CourseError, match=r"no file .*none\.jsonl"):
+        data.load(quick(tmp_path, data="none.jsonl"), base)
+    with pytest.raises(CourseError, match="fewer than one batch"):
+        data.load(quick(tmp_path, data=str(rows_file(tmp_path, 60)), batch=64, held_out=str(rows_file(tmp_path, 60))), base)
+
+
+# Training, and what interrupts it
+
+
+def test_a_run_that_was_killed_gives_the_same_losses(tmp_path):
+    settings = quick(tmp_path / "whole", lora_dropout=0.1)
+    whole = trained_by(settings)
+    broken = dataclasses.replace(settings, out=str(tmp_path / "broken"))
+    with pytest.raises(Killed):
+        trained_by(broken, kill_at(3))  # the last checkpoint is of step 2
+    assert trained_by(broken) == whole
+    assert trained_by(broken) == whole  # and when all is done nothing is done again
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_the_other_methods_go_on_too(tmp_path, method):
+    settings = quick(tmp_path / "whole", method=method, lr=1e-4, steps=4)
+    whole = trained_by(settings)
+    broken = dataclasses.replace(settings, out=str(tmp_path / "broken"))
+    with pytest.raises(Killed):
+        trained_by(broken, kill_at(3))
+    assert trained_by(broken) == whole
+
+
+def test_sigkill_in_the_middle_of_the_command(tmp_path):
+    """The real thing: the process is shot as soon as a checkpoint is there, and the same command is given again."""
+    out = tmp_path / "shot"
+    command = [sys.executable, "-m", "course", "capstone", "--out", str(out), "--method", "lora", "--steps", "20", "--licence", "mit"]
+    file = tmp_path / "run.toml"
+    file.write_text('ask = 8\ncheckpoint_every = 2\nexports = ["adapter"]\n')
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}}
+    process = subprocess.Popen([*command[:4], str(file), *command[4:]], cwd=ROOT, **quiet)
+    until = time.monotonic() + 90
+    while not list(out.glob("checkpoints/step-*")) and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found, _ = checkpoint.newest(out / "checkpoints")
+    assert found is not None and found.step < 20
+    settings = plan.read(file, out=str(out), method="lora", steps=20, licence="mit")
+    assert trained_by(settings) == trained_by(dataclasses.replace(settings, out=str(tmp_path / "whole")))
+
+
+def test_a_checkpoint_is_whole_or_passed_over(tmp_path):
+    settings = quick(tmp_path)
+    whole = trained_by(settings)
+    folder = tmp_path / "checkpoints"
+    newest = sorted(folder.glob("step-*"))[-1]
+    tensors = bytearray((newest / checkpoint.TENSORS).read_bytes())
+    tensors[-1] ^= 1
+    (newest / checkpoint.TENSORS).write_bytes(tensors)
+    (folder / ".step-000007.partial").mkdir()  # what a kill leaves
+    found, words = checkpoint.newest(folder)
+    assert found.step == 4 and "step-000006 is damaged" in words[0]
+    assert trained_by(settings) == whole
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+    settings = quick(tmp_path)
+    real = checkpoint.save_file
+    written = []
+
+    def full(tensors, file):
+        if len(written) == 2:
+            file.write_bytes(b"half of a")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(file)
+        real(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CourseError, match=r"step-000006 was not written: the disk is full.*What was there before is kept"):
+        trained_by(settings)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    monkeypatch.undo()
+    assert len(trained_by(settings)) == 6
+
+
+def test_too_little_space_is_seen_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(CourseError, match=r"has 0\.001 GB free, and the run will write"):
+        run.run(quick(tmp_path), lambda words: None, False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CourseError, match="may not be written"), checkpoint.whole_folder(tmp_path / "x"):
+        pass
+
+
+def test_a_loss_of_nan_stops_and_keeps_the_last_good_state(tmp_path):
+    settings = quick(tmp_path)
+    base, rows, digest, model = prepared(settings)
+    folder = tmp_path / "checkpoints"
+
+    def spoil(done):
+        if done == 3:
+            next(layer for _, layer in lora_layers(model)).lora_B.data.fill_(float("nan"))
+
+    with pytest.raises(CourseError, match=r"the loss is nan at step 4; step 2 is kept in .* try lr = 0\.00033 with another --out"):
+        train.train(model, settings, rows, folder, digest, base.tokenizer.pad_token_id, False, spoil)
+    assert checkpoint.newest(folder)[0].step == 2
+
+
+def test_a_run_does_not_go_on_with_another_plan_or_base(tmp_path):
+    settings = quick(tmp_path)
+    trained_by(settings)
+    with pytest.raises(CourseError, match=r"another plan \(lr was 0\.001 and is 0\.002\)"):
+        trained_by(dataclasses.replace(settings, lr=2e-3))
+    base, rows, _, model = prepared(settings)
+    with pytest.raises(CourseError, match="base's hash was"):
+        train.train(model, settings, rows, tmp_path / "checkpoints", "another", base.tokenizer.pad_token_id, False)
+
+
+def test_every_row_comes_once_an_epoch():
+    order = train.Order(7, 3)
+    places = [place for step in range(7) for place in order(step * 3, 3)]
+    assert [sorted(places[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3 and places[:7] != places[7:14]
+    assert order(4, 3) == places[4:7]
+
+
+# Evaluation, merge, exports
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from end to end, without GGUF; and what it said."""
+    said = []
+    settings = quick(tmp_path_factory.mktemp("finished"), steps=30, exports=("adapter", "merged"))
+    return settings, run.run(settings, said.append, False), said
+
+
+def test_the_report_tells_what_changed(finished):
+    settings, result, said = finished
+    loss = result["learned"][0]
+    assert loss["name"] == "held-out loss" and loss["after"] < loss["before"] and loss["verdict"] == "better"
+    assert loss["after"] - loss["before"] == pytest.approx(loss["lost"]["estimate"])
+    assert {change["name"] for change in result["forgotten"]} == {"loss on old text", "facts known"}
+    page = (settings.path("out") / "report.html").read_text()
+    assert page.count("<table>") == 4 and "nan" not in page and "http" not in page
+    assert json.loads((settings.path("out") / "report.json").read_text())["verdict"] == result["verdict"]
+    assert any(words.startswith("merge: into the base's own weights") for words in said)
+
+
+def test_every_export_answers_as_the_trained_model(finished):
+    result = finished[1]
+    found = {each["kind"]: each for each in result["exports"]}
+    assert set(found) == {"adapter", "adapter in peft", "merged"}
+    assert found["adapter"]["logits"] == 0
+    assert all(each["logits"] < 1e-3 and each["changed"] == 0 for each in found.values())
+    assert result["merge"]["error"] < 1e-6
+
+
+def test_gguf_is_loaded_again_and_answers_alike(finished):
+    pytest.importorskip("gguf")
+    settings, _, _ = finished
+    model, tokenizer = models.load(settings.path("out") / "merged")
+    base = bases.Base("merged", model, tokenizer, (), ())
+    rows = data.load(settings, bases.load(settings.base, "float32", settings.path("out")))
+    done = export.gguf(model, base, settings.path("out") / "gguf", settings, rows, export.trained(model, base, rows, settings.new_tokens))
+    assert done.logits == 0 and done.changed == 0 and "without a vocabulary" in done.words
+
+
+def test_without_gguf_the_run_says_so(finished, monkeypatch):
+    settings, _, _ = finished
+    monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)
+    model, tokenizer = models.load(settings.path("out") / "merged")
+    done = export.gguf(model, bases.Base("merged", model, tokenizer, (), ()), settings.path("out") / "no", settings, None, None)
+    assert "pip install -e '.[real-llm]'" in done.words and not (settings.path("out") / "no").exists()
+
+
+def small_gemma(**changes):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**(sizes | changes)))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_gguf_of_gemma_gives_the_same_logits(tmp_path):
+    pytest.importorskip("gguf")
+    model, ids = small_gemma(), torch.arange(1, 13)[None]
+    gguf_file.write(model, bases.Base("random", model, SimpleNamespace(eos_token_id=1), (), ()), tmp_path / "model.gguf")
+    again = gguf_file.read(tmp_path / "model.gguf", torch.float32)
+    assert (again(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"query_pre_attn_scalar": 64}, {"layer_types": ["full_attention"] * 6}])
+def test_what_a_gguf_can_not_tell_is_not_written(changes):
+    with pytest.raises(gguf_file.CannotWrite, match="has no place for this attention's scale or its order of layers"):
+        gguf_file.check_gemma(small_gemma(**changes).config)
+
+
+def test_interleaving_is_what_transformers_takes_back():
+    weight = torch.arange(8.0)[:, None]
+    assert gguf_file.interleaved(weight, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    with pytest.raises(gguf_file.CannotWrite, match=r"no place for model\.layers\.0\.mlp\.experts"):
+        gguf_file.gguf_name("model.layers.0.mlp.experts", "llama")
+
+
+def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path):
+    settings = quick(tmp_path, method="qlora", steps=4)
+    base, rows, digest, model = prepared(settings)
+    train.train(model, settings, rows, tmp_path / "checkpoints", digest, base.tokenizer.pad_token_id, False)
+    wanted = export.some_logits(model, rows)
+    original = dict(bases.load("tiny", "float32", tmp_path).model.state_dict())
+    done = merge.merge(model, "qlora", original)
+    assert done.way == "into the dequantized weights" and done.error < 1e-6
+    assert done.others["original"] > 0.05 and done.others["requantized"] > 1e-4
+    far = max((one - other).abs().max().item() for one, other in zip(export.some_logits(model, rows), wanted, strict=True))
+    assert far < 1e-4
+
+    _, _, _, other = prepared(settings)
+    train.train(other, settings, rows, tmp_path / "checkpoints", digest, base.tokenizer.pad_token_id, False)
+    merge_into_original(other, original)
+    wrong = max((one - two).abs().max().item() for one, two in zip(export.some_logits(other, rows), wanted, strict=True))
+    assert wrong > 100 * far  # the check above can fail
+
+
+def test_a_change_is_named_by_its_interval():
+    before = evaluate.Measured(
+        torch.rand(20, dtype=torch.float64) + 2, torch.full((20,), 3), [("a", True)] * 20, torch.zeros(20).bool(), torch.ones(9)
+    )
+    better = dataclasses.replace(before, losses=before.losses - 1, right=torch.ones(20).bool())
+    found = {change.name: change.verdict for change in evaluate.learned(before, better)}
+    assert found == {"held-out loss": "better", "right answers": "better", "answers that end": "no difference shown"}
+    assert evaluate.learned(better, before)[0].verdict == "worse"
+
+
+def test_toml_of_a_report_is_a_plan_again(tmp_path):
+    settings = Plan(r=4, targets=("q_proj",), memory_gb=2.0)
+    (tmp_path / "again.toml").write_text(report.toml(settings.settings()))
+    assert dataclasses.replace(plan.read(tmp_path / "again.toml"), folder=".") == settings
+
+
+def test_the_command_refuses_in_one_sentence_and_predicts(tmp_path):
+    runner = CliRunner()
+    done = runner.invoke(app, ["capstone", "--dry", "--memory-gb", "0.2", "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "◀ peak" in done.output and "method = lora" in done.output
+    refused = runner.invoke(app, ["capstone", "--memory-gb", "0.01", "--out", str(tmp_path)])
+    assert isinstance(refused.exception, CourseError) and "of 0.01 GB 90 % may be planned for" in str(refused.exception)
+
+
+def test_the_benchmark_takes_the_same_path(tmp_path):
+    """A plan of the recorded study in two steps; and the rows of the real model, which are conversations as anybody's."""
+    row = gemma_capstone.one("tiny", "QLoRA r = 16, 10 % replay", 1, tmp_path, gemma_capstone.QUICK, {"qlora": 5e-4})
+    recorded_row = recorded.load("capstone_tiny", "cpu")["result"]["rows"][0]
+    assert set(row) == set(recorded_row) and row["predicted"] > 0 and row["merge"]["others"]["original"] > 0.05
+    files = gemma_capstone.data_files(tmp_path)
+    counts = {field: len(read_conversations(Path(file))[0]) for field, file in files.items()}
+    assert counts["data"] > 500 and counts["held_out"] > 80
