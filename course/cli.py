@@ -148,21 +148,24 @@ def _show_trouble(path: Path, source: str, trouble) -> None:
 def check(
     unit: Annotated[str, typer.Argument(metavar="NN", help="The unit.")],
     notebook: Annotated[
-        Path | None, typer.Argument(help="Your notebook; exercises/NN_topic.ipynb if not given.", show_default=False)
+        Path | None,
+        typer.Argument(help="Your notebook; by default yours in work/, else the one in exercises/.", show_default=False),
     ] = None,
     cell_seconds: Annotated[float, typer.Option(help="Stop a cell that takes longer.")] = 120.0,
     total_seconds: Annotated[float, typer.Option(help="Stop the notebook when this time is over.")] = 900.0,
     memory_gb: Annotated[float, typer.Option(help="Stop the notebook when it holds more than this (in GB); 0 is no limit.")] = 6.0,
 ) -> None:
     """Judge your answers: what passed, what did not and why, and the score."""
-    from course import grading, running
+    from course import grading, running, work
 
     chosen = find(unit, ROOT)
-    path = notebook or chosen.exercise
+    path = notebook or work.own_notebook(chosen)
     limits = running.Limits(cell_seconds, total_seconds, int(memory_gb * 1e9) or None)
     with _progress(transient=True) as progress:
         task = progress.add_task(path.name, total=None)
         report = grading.grade(path, chosen, limits, lambda index, count: progress.update(task, completed=index, total=count))
+    if path.resolve() in (chosen.work.resolve(), chosen.exercise.resolve()):
+        work.remember(chosen, report)
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
     console.print(_check_table(report))
@@ -347,3 +350,46 @@ def _progress(transient: bool = False):
         transient=transient,
         disable=not console.is_terminal or os.environ.get("TERM") == "dumb",
     )
+
+
+# a learner's own work
+
+
+@app.command()
+def start(
+    unit: Annotated[str, typer.Argument(metavar="NN", help="The unit.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; what is there is kept under another name.")] = False,
+) -> None:
+    """Copy a unit's exercises to work/, where they are yours."""
+    from course import work
+
+    chosen = find(unit, ROOT)
+    begun = work.start(chosen, fresh)
+    name = begun.path.relative_to(ROOT)
+    if begun.kept:
+        console.print(f"kept your earlier work as {begun.kept.relative_to(ROOT)}")
+    if begun.new:
+        console.print(f"wrote {name}. Open it in JupyterLab; `course check {chosen.number}` judges it.")
+    else:
+        console.print(f"{name} is there already and stays as it is; `course start {chosen.number} --fresh` begins again and keeps it.")
+    if begun.outdated:
+        console.print("The exercise has changed since you started. Your copy is judged by the checks of today.")
+
+
+@app.command()
+def progress() -> None:
+    """Show the points of your last checks, and what is next."""
+    from rich.table import Table
+
+    from course import work
+
+    standings = work.progress(ROOT)
+    table = Table("", "unit", "points", "last check", "not right yet", box=None, header_style="bold", padding=(0, 1))
+    table.columns[2].justify = "right"
+    for each in standings:
+        mark = "[green]✓[/green]" if each.done else "[yellow]–[/yellow]" if each.started or each.when else ""
+        state = each.when.replace("T", " ") if each.when else "[dim]started[/dim]" if each.started else ""
+        table.add_row(mark, each.unit.stem, f"{each.score:g}/{each.total:g}", state, escape(", ".join(each.open)))
+    console.print(table)
+    total, most = sum(each.score for each in standings), sum(each.total for each in standings)
+    console.print(f"[bold]{total:g} of {most:g} points[/bold]. {escape(work.what_next(standings))}")
