@@ -441,3 +441,12 @@ def grade(
     if lost := sum(not mark.gradable for mark in marks):
         console.print(f"[red]{lost} of {len(marks)} could not be graded: they have no score.[/red]")
         raise typer.Exit(1)
+
+
+@app.command()
+def slides() -> None:
+    """For instructors: make the decks in slides/, to be shown in a browser without network."""
+    from course import slides as decks
+
+    pages = decks.build()
+    console.print(f"{len(pages)} decks. Open {pages[0].relative_to(ROOT)}; S shows the speaker's notes.")
