@@ -66,7 +66,7 @@ def build(folder: Path = FOLDER, out: Path = OUT) -> list[Path]:
         from sphinx.application import Sphinx
         from sphinx.util.docutils import docutils_namespace
     except ImportError:
-        raise CourseError("slides need Sphinx: pip install -c constraints.txt -e '.[site]'") from None
+        raise CourseError("slides need Sphinx: pip install -c constraints.txt -e '.[test]'") from None
     import io
 
     warnings = io.StringIO()
