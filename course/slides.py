@@ -88,7 +88,7 @@ def setup(app: "Sphinx") -> dict:
 
 
 def _without_comments(app: "Sphinx", name: str, source: list[str]) -> None:
-    source[0] = _COMMENT.sub("", source[0])
+    source[0] = re.sub(r"(?<=\d) %", "\u00a0%", _COMMENT.sub("", source[0]))
 
 
 def _inline(translator, node: "nodes.math") -> None:

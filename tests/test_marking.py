@@ -252,6 +252,36 @@ def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_
         classroom.begin(folder, unit.root, tmp_path / "none.csv")
 
 
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+def test_an_assignment_goes_out_and_comes_back_through_the_exchange(unit: Unit, tmp_path: Path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import Config
+
+    teacher, learner = tmp_path / "classroom", tmp_path / "learner"
+    classroom.begin(teacher, unit.root)
+    learner.mkdir()
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    config = Config()
+    classroom.configure(config, teacher, unit.root)
+    monkeypatch.chdir(teacher)
+    class_ = NbGraderAPI(config=config)
+    for step in (class_.generate_assignment, class_.release_assignment):
+        assert (done := step(unit.stem))["success"], done.get("log")
+    theirs = Config()
+    classroom.configure(theirs, learner, unit.root)
+    theirs.Exchange.root, theirs.Exchange.assignment_dir = config.Exchange.root, str(learner)
+    theirs.CourseDirectory.root = str(learner)
+    monkeypatch.chdir(learner)
+    ada = NbGraderAPI(config=theirs)
+    assert (done := ada.fetch(unit.stem))["success"], done.get("log")
+    (learner / unit.stem / f"{unit.stem}.ipynb").write_text(filled(unit, **RIGHT))
+    assert (done := ada.submit(unit.stem))["success"], done.get("log")
+    monkeypatch.chdir(teacher)
+    assert (done := class_.collect(unit.stem))["success"], done.get("log")
+    found = marking.mark_all(marking.submissions(teacher / "submitted", None, unit.root), LIMITS)
+    assert [(mark.unit, mark.score) for mark in found] == [(unit.stem, 3.0)]
+
+
 @pytest.mark.skipif("COURSE_LARGE_CLASS" not in os.environ, reason="minutes long: set COURSE_LARGE_CLASS=1")
 def test_thirty_students_of_every_unit(tmp_path: Path):
     """Worked solutions and untouched exercises of the whole course: full score and none, thirty of each unit."""

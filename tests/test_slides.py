@@ -1,11 +1,12 @@
 """The decks: short, with notes, and in a browser every slide lies within its frame."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from course import slides
+from course import ROOT, slides
 from course.units import CourseError, units
 
 DECKS = slides.decks()
@@ -54,6 +55,11 @@ def test_the_pages_hold_numbers_formulas_and_notes_and_ask_for_nothing_outside(b
     page = built["02_lora"].read_text(encoding="utf-8")
     assert "claim" not in page and "<math" in page and 'class="notes"' in page
     assert not re.search(r'(?:src|href)="https?://', page)
+
+
+def test_make_builds_them():
+    done = subprocess.run(["make", "--dry-run", "slides"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "-m course slides" in done.stdout
 
 
 def test_a_mistake_in_a_deck_is_said(tmp_path: Path):
