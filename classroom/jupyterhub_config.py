@@ -17,9 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from course import ENVIRONMENT  # noqa: E402
+from course import ENVIRONMENT, ROOT
 
 FOLDER = Path(os.environ.get("COURSE_HUB_FOLDER", ROOT / "classroom" / "hub")).resolve()
 INSTRUCTOR = "instructor"

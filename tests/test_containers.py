@@ -100,9 +100,8 @@ def hub_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_HUB_FOLDER", str(tmp_path / "hub"))
     monkeypatch.setenv("COURSE_HUB_PASSWORD", "for the room")
     monkeypatch.setenv("COURSE_HUB_INSTRUCTOR", "x" * 32)
-    monkeypatch.syspath_prepend(str(ROOT))
     path = ROOT / "classroom" / "jupyterhub_config.py"
-    names = {"get_config": lambda: config, "__file__": str(path)}
+    names = {"get_config": lambda: config}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
     return config, names
 

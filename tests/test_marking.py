@@ -255,6 +255,9 @@ def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
 def test_an_assignment_goes_out_and_comes_back_through_the_exchange(unit: Unit, tmp_path: Path, monkeypatch):
     from nbgrader.apps import NbGraderAPI
+    from nbgrader.auth import Authenticator
+    from nbgrader.coursedir import CourseDirectory
+    from nbgrader.exchange import ExchangeFactory
     from traitlets.config import Config
 
     teacher, learner = tmp_path / "classroom", tmp_path / "learner"
@@ -268,14 +271,13 @@ def test_an_assignment_goes_out_and_comes_back_through_the_exchange(unit: Unit, 
     for step in (class_.generate_assignment, class_.release_assignment):
         assert (done := step(unit.stem))["success"], done.get("log")
     theirs = Config()
-    classroom.configure(theirs, learner, unit.root)
-    theirs.Exchange.root, theirs.Exchange.assignment_dir = config.Exchange.root, str(learner)
-    theirs.CourseDirectory.root = str(learner)
-    monkeypatch.chdir(learner)
-    ada = NbGraderAPI(config=theirs)
-    assert (done := ada.fetch(unit.stem))["success"], done.get("log")
+    classroom.configure(theirs, teacher, unit.root)
+    theirs.CourseDirectory.assignment_id = unit.stem
+    monkeypatch.chdir(learner)  # where a learner's copies are put, and handed in from
+    course = {"coursedir": CourseDirectory(config=theirs), "authenticator": Authenticator(config=theirs), "config": theirs}
+    ExchangeFactory(config=theirs).FetchAssignment(**course).start()
     (learner / unit.stem / f"{unit.stem}.ipynb").write_text(filled(unit, **RIGHT))
-    assert (done := ada.submit(unit.stem))["success"], done.get("log")
+    ExchangeFactory(config=theirs).Submit(**course).start()
     monkeypatch.chdir(teacher)
     assert (done := class_.collect(unit.stem))["success"], done.get("log")
     found = marking.mark_all(marking.submissions(teacher / "submitted", None, unit.root), LIMITS)
