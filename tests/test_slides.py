@@ -9,6 +9,7 @@ import pytest
 from course import ROOT, slides
 from course.units import CourseError, units
 
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # from inside Sphinx and MyST
 DECKS = slides.decks()
 every_deck = pytest.mark.parametrize("deck", DECKS, ids=lambda path: path.stem)
 CHROMIUM = next(
