@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT
 PYTEST := $(ONE_THREAD) $(VENV)/bin/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course lab test test-gpu lint site build doctor demo clean
+.PHONY: help setup course lab test test-gpu lint site slides build doctor demo clean
 
 help:
 	@echo "make course    set up, run every notebook, make the pages"
@@ -18,6 +18,7 @@ help:
 	@echo "make doctor    what this machine can do, and how to mend what is missing"
 	@echo "make demo      the course in under a minute"
 	@echo "make site      pages from the saved outputs, without running anything"
+	@echo "make slides    the decks for a talk, from slides/"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make build     for authors: exercises from solutions, claimed numbers into pages"
 	@echo "make clean     remove pages and caches; your work and .venv stay"
@@ -54,6 +55,9 @@ test-gpu: $(INSTALLED)
 
 site: $(INSTALLED)
 	$(COURSE) site
+
+slides: $(INSTALLED)
+	$(COURSE) slides
 
 build: $(INSTALLED)
 	$(COURSE) build

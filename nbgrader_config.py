@@ -8,13 +8,11 @@ Submissions go to classroom/submitted/STUDENT/02_lora/02_lora.ipynb, or through 
 nbgrader needs is written from solutions/ by each command. The points are those of `course check`: its judge replaces nbgrader's own.
 """
 
-import os
 import sys
-from pathlib import Path
 
 from course import ROOT, classroom
 
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
+classroom.own_programs_first()
 c = get_config()  # noqa: F821 (nbgrader provides it)
 classroom.configure(c, ROOT / "classroom")
 if "nbgrader" in sys.argv[0]:  # JupyterLab reads this file too, for learners

@@ -14,12 +14,13 @@ from nbgrader.converters import GenerateAssignment
 from nbgrader.preprocessors import SaveCells
 from traitlets.config import Config
 
-from course import ROOT, claimed, reading
+from course import ROOT, claimed, reading, teaching
 from course.notebooks import as_text, marks, read, tidy
 from course.units import CourseError, Unit, units
 
 STUB = "# your answer here\nraise NotImplementedError()"
 SOLUTION_ONLY = "solution-only"
+TEACHING = ROOT / "teaching"  # notes for instructors, with the mistakes that the judges know
 
 
 def source(solution: NotebookNode) -> NotebookNode:
@@ -125,13 +126,14 @@ def notebooks(root: Path = ROOT) -> list[Derived]:
 
 
 def pages(paths: list[Path] | None = None) -> list[Derived]:
-    """The README and the lessons (or ``paths``), each with its claimed numbers as the claims give them now."""
+    """The pages that carry claims (or ``paths``), each with its numbers, and with the judges' mistakes, as they are now."""
     found = []
     for path in claimed.pages() if paths is None else paths:
         if path.exists():
             text = path.read_text(encoding="utf-8")
             try:
-                found.append(Derived(path, text, reading.refresh(claimed.refresh(text))))
+                right = reading.refresh(claimed.refresh(text))
+                found.append(Derived(path, text, teaching.refresh(right, path.stem) if path.parent == TEACHING else right))
             except (ValueError, TypeError) as error:
                 raise CourseError(f"{path.name}: {error}") from error
     return found

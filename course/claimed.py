@@ -82,8 +82,9 @@ def _without_advice() -> Iterator[None]:
 
 
 def pages() -> list[Path]:
-    """The Markdown pages that may carry claims: the README, the lessons and their appendices."""
-    return [ROOT / "README.md", *sorted((ROOT / "lessons").rglob("*.md"))]
+    """The Markdown pages that may carry claims: the README, the lessons and their appendices, the slides, and what instructors read."""
+    folders = ("lessons", "slides", "teaching")
+    return [ROOT / "README.md", ROOT / "TEACHING.md", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def in_page(text: str) -> list[str]:

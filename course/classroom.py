@@ -4,7 +4,9 @@
 laid out here too.
 """
 
+import csv
 import os
+import sys
 from pathlib import Path
 
 from nbformat import NotebookNode, v4
@@ -15,7 +17,7 @@ from traitlets.config import Config
 
 from course import ROOT, build, grading
 from course.notebooks import is_check, marks
-from course.units import find
+from course.units import CourseError, find, units
 
 
 class Judge(NbGraderPreprocessor):
@@ -47,9 +49,69 @@ def configure(config: Config, folder: Path, root: Path = ROOT) -> None:
     config.Autograde.autograde_preprocessors = [Judge if step is Execute else step for step in steps]
 
 
+def own_programs_first() -> None:
+    """nbgrader calls alembic by its name: this environment's it must be, also where the environment is not activated."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def lay_out(folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/source/NN_topic/NN_topic.ipynb`` for every unit with a solution, and the exchange that nbgrader's lists look into."""
     build.lay_out_classroom(folder, root)
     exchange = folder / "exchange"
     exchange.mkdir(parents=True, exist_ok=True)
     os.chmod(exchange, 0o777)  # nbgrader asks for it: every student's account hands in there
+
+
+def begin(folder: Path, root: Path = ROOT, students: Path | None = None) -> list[str]:
+    """Lay the classroom out, put units and students into nbgrader's gradebook, and return what was done and what comes next.
+
+    What is in the gradebook stays; units and students that are there already are left as they are.
+
+    Args:
+        students: a CSV file with the column ``id`` and, if known, ``first_name``, ``last_name`` and ``email``.
+
+    Raises:
+        CourseError: there is no such file, or it has no column ``id``.
+    """
+    from nbgrader.api import Gradebook
+
+    roll = _roll(students) if students else []
+    own_programs_first()
+    lay_out(folder, root)
+    assignments = [unit.stem for unit in units(root) if unit.solution.exists()]
+    with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as book:
+        there = {assignment.name for assignment in book.assignments}
+        for name in assignments:
+            if name not in there:
+                book.add_assignment(name)
+        enrolled = {student.id for student in book.students}
+        for student in roll:
+            if student["id"] not in enrolled:
+                book.add_student(student.pop("id"), **student)
+        count = len(book.students)
+    first = assignments[0] if assignments else "NN_topic"
+    return [
+        f"{len(assignments)} assignments and {count} students are in {folder / 'gradebook.db'}",
+        f"students hand in through {folder / 'exchange'}, or you put notebooks into {folder / 'submitted'}/STUDENT/{first}/{first}.ipynb",
+        f"Next: nbgrader generate_assignment {first} && nbgrader release_assignment {first}",
+        f"Later: nbgrader collect {first}, then nbgrader autograde {first}, or course grade {folder / 'submitted'} --csv grades.csv",
+    ]
+
+
+_ABOUT = ("first_name", "last_name", "email")
+
+
+def _roll(path: Path) -> list[dict[str, str]]:
+    """The students of a CSV file, each once."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise CourseError(f"there is no file {path}") from None
+    if rows and "id" not in rows[0]:
+        raise CourseError(f"{path} has no column id: its first line must name the columns, such as id,first_name,last_name,email")
+    found = {}
+    for row in rows:
+        if name := (row["id"] or "").strip():
+            found[name] = {"id": name} | {key: row[key].strip() for key in _ABOUT if row.get(key)}
+    return list(found.values())

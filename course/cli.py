@@ -150,21 +150,24 @@ def _show_trouble(path: Path, source: str, trouble) -> None:
 def check(
     unit: Annotated[str, typer.Argument(metavar="NN", help="The unit.")],
     notebook: Annotated[
-        Path | None, typer.Argument(help="Your notebook; exercises/NN_topic.ipynb if not given.", show_default=False)
+        Path | None,
+        typer.Argument(help="Your notebook; by default yours in work/, else the one in exercises/.", show_default=False),
     ] = None,
     cell_seconds: Annotated[float, typer.Option(help="Stop a cell that takes longer.")] = 120.0,
     total_seconds: Annotated[float, typer.Option(help="Stop the notebook when this time is over.")] = 900.0,
     memory_gb: Annotated[float, typer.Option(help="Stop the notebook when it holds more than this (in GB); 0 is no limit.")] = 6.0,
 ) -> None:
     """Judge your answers: what passed, what did not and why, and the score."""
-    from course import grading, running
+    from course import grading, running, work
 
     chosen = find(unit, ROOT)
-    path = notebook or chosen.exercise
+    path = notebook or work.own_notebook(chosen)
     limits = running.Limits(cell_seconds, total_seconds, int(memory_gb * 1e9) or None)
     with _progress(transient=True) as progress:
         task = progress.add_task(path.name, total=None)
         report = grading.grade(path, chosen, limits, lambda index, count: progress.update(task, completed=index, total=count))
+    if path.resolve() in (chosen.work.resolve(), chosen.exercise.resolve()):
+        work.remember(chosen, report)
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}")
     console.print(_check_table(report))
@@ -398,3 +401,103 @@ def claims(
 # the capstone
 for _command in (capstone.capstone, capstone.audit, capstone.rule):
     app.command()(_command)
+
+
+# a learner's own work
+
+
+@app.command()
+def start(
+    unit: Annotated[str, typer.Argument(metavar="NN", help="The unit.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; what is there is kept under another name.")] = False,
+) -> None:
+    """Copy a unit's exercises to work/, where they are yours."""
+    from course import work
+
+    chosen = find(unit, ROOT)
+    begun = work.start(chosen, fresh)
+    name = begun.path.relative_to(ROOT)
+    if begun.kept:
+        console.print(f"kept your earlier work as {begun.kept.relative_to(ROOT)}")
+    if begun.new:
+        console.print(f"wrote {name}. Open it in JupyterLab; `course check {chosen.number}` judges it.")
+    else:
+        console.print(f"{name} is there already and stays as it is; `course start {chosen.number} --fresh` begins again and keeps it.")
+    if begun.outdated:
+        console.print("The exercise has changed since you started. Your copy is judged by the checks of today.")
+
+
+@app.command()
+def progress() -> None:
+    """Show the points of your last checks, and what is next."""
+    from rich.table import Table
+
+    from course import work
+
+    standings = work.progress(ROOT)
+    table = Table("", "unit", "points", "last check", "not right yet", box=None, header_style="bold", padding=(0, 1))
+    table.columns[2].justify = "right"
+    for each in standings:
+        mark = "[green]✓[/green]" if each.done else "[yellow]–[/yellow]" if each.started or each.when else ""
+        state = each.when.replace("T", " ") if each.when else "[dim]started[/dim]" if each.started else ""
+        table.add_row(mark, each.unit.stem, f"{each.score:g}/{each.total:g}", state, escape(", ".join(each.open)))
+    console.print(table)
+    total, most = sum(each.score for each in standings), sum(each.total for each in standings)
+    console.print(f"[bold]{total:g} of {most:g} points[/bold]. {escape(work.what_next(standings))}")
+
+
+# a class
+
+classes = typer.Typer(help="For instructors: a class with nbgrader.", no_args_is_help=True)
+app.add_typer(classes, name="class")
+
+
+@classes.command(name="init")
+def class_init(
+    students: Annotated[
+        Path | None, typer.Option(help="A CSV file with a column id, and first_name, last_name, email if you like.")
+    ] = None,
+) -> None:
+    """Set up nbgrader's folders, exchange and gradebook in classroom/."""
+    from course import classroom
+
+    for line in classroom.begin(ROOT / "classroom", ROOT, students):
+        console.print(escape(line))
+
+
+@app.command()
+def grade(
+    folder: Annotated[Path, typer.Argument(help="Notebooks: STUDENT/NN_topic/NN_topic.ipynb, STUDENT/NN_topic.ipynb, or STUDENT.ipynb.")],
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the list there.", show_default=False)] = None,
+    unit: Annotated[str | None, typer.Option(metavar="NN", help="Only this unit; it is that of STUDENT.ipynb.", show_default=False)] = None,
+    processes: Annotated[int | None, typer.Option(help="Notebooks at a time; one for each core.", show_default=False, min=1)] = None,
+    cell_seconds: Annotated[float, typer.Option(help="Stop a cell that takes longer.")] = 120.0,
+    total_seconds: Annotated[float, typer.Option(help="Stop a notebook when this time is over.")] = 900.0,
+    memory_gb: Annotated[float, typer.Option(help="Stop a notebook that holds more than this (in GB).")] = 4.0,
+) -> None:
+    """For instructors: judge a folder of notebooks as `course check` does, in processes side by side."""
+    from course import marking
+    from course.running import Limits
+
+    limits = Limits(cell_seconds, total_seconds, int(memory_gb * 1e9))
+
+    def say(number: int, count: int, mark: "marking.Mark") -> None:
+        got = f"{mark.score:g} of {mark.total:g}" if mark.gradable else f"[red]not gradable[/red]: {escape(mark.why)}"
+        console.print(f"{number} of {count}  {escape(mark.student)}  {mark.unit}  {got}  ({mark.seconds:.0f} s)")
+
+    marks = marking.grade_folder(folder, unit, limits, processes, say, ROOT)
+    if csv:
+        csv.write_text(marking.as_csv(marks, folder), encoding="utf-8")
+        console.print(f"wrote {csv}")
+    if lost := sum(not mark.gradable for mark in marks):
+        console.print(f"[red]{lost} of {len(marks)} could not be graded: they have no score.[/red]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def slides() -> None:
+    """For instructors: make the decks in slides/, to be shown in a browser without network."""
+    from course import slides as decks
+
+    pages = decks.build()
+    console.print(f"{len(pages)} decks. Open {pages[0].relative_to(ROOT)}; S shows the speaker's notes.")

@@ -184,13 +184,13 @@ def _exercises(released: NotebookNode, notebook: NotebookNode) -> dict[str, _Pla
             answers[name] = where.get(name)
         elif is_check(cell):
             points = float(marks(cell).get("points", 0))
-            found[name] = _Place(title or title_above(released, index) or name, points, where[name], *_called(name, cell.source), answers)
+            found[name] = _Place(title or title_above(released, index) or name, points, where[name], *called(name, cell.source), answers)
             following = index + 1 < len(released.cells) and is_check(released.cells[index + 1])
             answers = answers if following else {}  # several checks may stand behind one answer
     return found
 
 
-def _called(name: str, source: str) -> tuple[str, str]:
+def called(name: str, source: str) -> tuple[str, str]:
     """Of ``check.forward(LoRALinear)``: forward and LoRALinear.
 
     Raises:

@@ -54,6 +54,11 @@ class Unit:
         return self.root / "exercises" / f"{self.stem}.ipynb"
 
     @property
+    def work(self) -> Path:
+        """The learner's copy of the exercise."""
+        return self.root / "work" / f"{self.stem}.ipynb"
+
+    @property
     def solution(self) -> Path:
         return self.root / "solutions" / f"{self.stem}.ipynb"
 

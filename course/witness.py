@@ -7,18 +7,23 @@ process that none of this code enters. So whatever a notebook replaces here, be 
 module, the expected values stay what they are, and ``exit()``, a crash or an endless loop end one exercise. What observing needs (torch,
 the course, the built-in functions) is put back as it was before observing and compared after it.
 
-It is no sandbox: an answer that imports the worked one, or rewrites this process's memory, can get points. Both are in its cell to be read.
+An answer that runs the worked one gets no points (:class:`Worked`), and files that hold worked answers can't be opened here (:func:`hide`).
+It is no sandbox: code that rewrites this process's memory, or starts programs that read those files, can get points. It is in the cell to
+be read. For a class, let an account do the grading that has nothing to lose.
 """
 
 import builtins
 import contextlib
+import functools
 import importlib
+import inspect
 import json
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +33,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import course.checks
+from course import ROOT
 
 # Of torch only what observing uses: other parts of it fill in their classes when they are first used.
 _RELIED_ON = re.compile(r"(course|reference)(\..*)?|torch(\.(_tensor|functional|random|linalg|special|nn|autograd)(\..*)?)?")
@@ -103,6 +109,69 @@ def _hides(owner: Any, name: str, value: Any) -> bool:
     return owner is not builtins and hasattr(builtins, name)
 
 
+class Worked:
+    """The worked answers of one check, known by their code: while an answer is observed, none of it may run on the answer's behalf."""
+
+    def __init__(self, check: Any) -> None:
+        self.code = {code for answer in (getattr(check, "reference", None), getattr(check, "second", None)) for code in _code_of(answer)}
+        self.judges = str(Path(course.checks.__file__).parent)
+        self.ran = False
+
+    def observed(self, function: Any, answer: Any, *arguments: Any) -> Any:
+        """``function(answer, *arguments)``, watched; whether worked code ran is in ``ran``."""
+        self.ran = any(code in self.code for code in _code_of(answer))
+        sys.setprofile(self._see)
+        threading.setprofile(self._see)
+        try:
+            return function(answer, *arguments)
+        finally:
+            self.ran = self.ran or sys.getprofile() != self._see  # whoever turns it off has a reason to
+            sys.setprofile(None)
+            threading.setprofile(None)
+
+    def _see(self, frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in self.code:
+            before = frame.f_back and frame.f_back.f_code
+            # a judge may compare with the worked answer by itself; what it is given it calls through course/checking.py
+            self.ran = self.ran or before is None or not (before in self.code or before.co_filename.startswith(self.judges))
+
+
+def _code_of(answer: Any) -> Iterator[types.CodeType]:
+    """Of a function, a partial of one, or a class with those of its bases that belong to the course: their code."""
+    while isinstance(answer, functools.partial):
+        answer = answer.func
+    holders = (
+        [vars(kind).values() for kind in answer.__mro__ if _RELIED_ON.fullmatch(kind.__module__)]
+        if isinstance(answer, type)
+        else [[answer]]
+    )
+    for each in (value for values in holders for value in values):
+        each = getattr(each, "__func__", getattr(each, "fget", each))
+        each = inspect.unwrap(each) if callable(each) else each
+        if isinstance(each, types.FunctionType) and Path(each.__code__.co_filename).is_relative_to(ROOT):
+            yield each.__code__
+
+
+_OPENS = {"open", "os.link", "os.symlink", "os.rename", "shutil.copyfile", "shutil.copytree", "shutil.move"}
+_STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
+
+
+def hide(folders: list[Path]) -> None:
+    """Let this process open nothing in ``folders`` any more. Python offers no way to take that back."""
+    hidden = [os.path.realpath(folder) + os.sep for folder in folders]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in _OPENS:
+            paths = arguments[:1] if event == "open" else arguments[:2]  # what follows are modes and flags
+            named = [os.path.realpath(each) for each in paths if isinstance(each, (str, bytes, os.PathLike))]
+            if any(os.fsdecode(path).startswith(folder) for path in named for folder in hidden):
+                raise PermissionError("worked answers can't be read while yours is judged")
+        elif event in _STARTS and any(Path(folder).name in str(arguments) for folder in hidden):
+            raise PermissionError("worked answers can't be read while yours is judged")
+
+    sys.addaudithook(hook)
+
+
 class _Shell(InteractiveShell):
     """IPython without a terminal."""
 
@@ -174,7 +243,9 @@ def testify(connection: socket.socket, checks: types.ModuleType, kept: Kept, she
     job = json.loads(stream.readline())
     os.chdir(job["folder"])
     sys.path.insert(0, job["folder"])
-    witness = getattr(checks, job["check"]).witness
+    check = getattr(checks, job["check"])
+    worked, witness = Worked(check), check.witness
+    hide([ROOT / "solutions", Path(checks.__file__).parent.parent])
     for index, source in job["cells"]:
         send(cell=index)
         send(ends=index, error=_run(shell, source))
@@ -184,8 +255,10 @@ def testify(connection: socket.socket, checks: types.ModuleType, kept: Kept, she
         send(ready=True)
         for line in stream:
             kept.put_back()
-            seen = json.dumps(witness(answer, json.loads(line)))
-            if replaced := kept.put_back():
+            seen = json.dumps(worked.observed(witness, answer, json.loads(line)))
+            if worked.ran:
+                send(refused="your answer runs the worked one: write it yourself")
+            elif replaced := kept.put_back():
                 send(refused=f"your code replaces {replaced[0]}, which the judge needs as it is")
             else:
                 send(seen=json.loads(seen))

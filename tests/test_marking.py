@@ -1,0 +1,297 @@
+"""A class of thirty is judged side by side: what hangs, crashes, fills memory, prints without end or cheats costs nobody else anything."""
+
+import csv
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import miniature
+import psutil
+import pytest
+from nbformat import v4
+from rich.console import Console
+
+from course import build, classroom, cli, grading, marking
+from course.notebooks import as_text, marks, read
+from course.running import Limits
+from course.units import CourseError, Unit, find, units
+
+LIMITS = Limits(cell_seconds=3, total_seconds=60, memory_bytes=800_000_000)
+RIGHT = {"square": "def square(x):\n    return x * x", "double": "def double(x):\n    return 2 * x"}
+
+
+@pytest.fixture
+def unit(small_course: Unit) -> Unit:
+    build.write(build.exercises(small_course.root))
+    return small_course
+
+
+def filled(unit: Unit, above: str = "", **answers: str) -> str:
+    """The unit's exercise with these answers, and a cell of the learner's own on top."""
+    notebook = build.exercise(read(unit.solution))
+    for cell in notebook.cells:
+        if (name := marks(cell).get("grade_id")) in answers:
+            cell.source = answers[name]
+    if above:
+        notebook.cells.insert(0, v4.new_code_cell(above))
+    return as_text(notebook)
+
+
+ZERO = "def square(x):\n    return 0"
+STUBBORN = """
+while True:
+    try:
+        while True:
+            pass
+    except BaseException:
+        pass
+"""
+OTHERS = "import glob\nothers = glob.glob('*') + glob.glob('../../*.ipynb')\ndef square(x):\n    return 9 * bool(others)"
+TO_THE_JUDGE = "import os, signal, psutil\npsutil.Process(os.getppid()).parent().kill()\nwhile True:\n    pass"
+BAD = {  # a cell, or the first answer -> what the second answer still earns
+    "hangs": ({"square": "while True:\n    pass"}, 2),
+    "hangs, and ignores the interrupt": ({"square": STUBBORN}, 2),
+    "crashes": ({"square": "import ctypes\nctypes.string_at(0)"}, 2),
+    "exits": ({"square": "import os\nos._exit(0)"}, 2),
+    "fills memory": ({"square": "held = []\nwhile True:\n    held.append(b'x' * 50_000_000)"}, 2),
+    "prints 100 MB": ({"square": "print('x' * 100_000_000)\nimport os\nos.write(1, b'x' * 100_000_000)\n" + ZERO}, 2),
+    "writes without end": (
+        {"square": "with open('large', 'wb') as file:\n    while True:\n        file.write(b'x' * 10_000_000)"},
+        2,
+    ),
+    "leaves a process": ({"square": "import subprocess\nsubprocess.Popen(['sleep', '307'], start_new_session=True)\n1 / 0"}, 2),
+    "is no Python": ({"square": "def square(x:"}, 2),
+    "replaces the judge": (
+        {"above": "import course.checks.squares as c\nc.Check.verdict = c.Check.witness = lambda *a: 9", "square": ZERO},
+        2,
+    ),
+    "replaces the check": ({"above": "class check:\n    square = print", "square": ZERO}, 2),
+    "patches torch": ({"above": "import torch\ntorch.equal = torch.allclose = lambda *a: True", "square": ZERO}, 2),
+    "looks at the others": ({"square": OTHERS}, 2),
+}  # fmt: skip
+LOST = {  # file -> why it is not gradable
+    "of another unit": "none of the exercise's cells",
+    "no json": "is not a notebook",
+    "empty": "is not a notebook",
+    "ends the judge": "ended from outside",
+}
+
+
+@pytest.fixture
+def thirty(unit: Unit, tmp_path: Path) -> tuple[Path, dict[str, float | None]]:
+    """A folder as nbgrader collects it, and the score that each student should get; None: it can't be judged."""
+    folder, expected = tmp_path / "submitted", {}
+
+    def hand_in(student: str, text: str, score: float | None) -> None:
+        path = folder / student / unit.stem / f"{unit.stem}.ipynb"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        expected[student] = score
+
+    for name, (cells, score) in BAD.items():
+        hand_in(name, filled(unit, **{"double": RIGHT["double"]} | cells), score)
+    for name in LOST:
+        text = {"of another unit": as_text(miniature.notebook()), "no json": "{", "empty": ""}.get(name)
+        hand_in(name, text if text is not None else filled(unit, square=TO_THE_JUDGE), None)
+    hand_in("untouched", filled(unit), 0)
+    while len(expected) < 30:
+        hand_in(f"student {len(expected)}", filled(unit, **RIGHT), 3)
+    return folder, expected
+
+
+def test_thirty_students_of_whom_half_do_harm(unit: Unit, thirty):
+    folder, expected = thirty
+    mine = set(psutil.Process().children())
+    found = marking.mark_all(marking.submissions(folder, None, unit.root), LIMITS, processes=4)
+    assert {mark.student: mark.score for mark in found} == expected
+    assert [mark.student for mark in found] == sorted(expected)
+    for mark in found:
+        assert LOST.get(mark.student, "") in mark.why
+        assert mark.total == (3 if mark.gradable else None)
+    assert set(psutil.Process().children()) == mine, "nothing is left running"
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in running if line == ["sleep", "307"] or str(unit.checks.parent) in line] == []
+
+
+def test_the_score_is_that_of_course_check(unit: Unit, tmp_path: Path):
+    for student, answers in {"ada": RIGHT, "bo": RIGHT | {"square": "def square(x):\n    return x + x"}}.items():
+        path = tmp_path / "in" / f"{student}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(filled(unit, **answers))
+    for mark in marking.mark_all(marking.submissions(tmp_path / "in", unit, unit.root), LIMITS):
+        report = grading.grade(mark.notebook, unit, LIMITS)
+        assert (mark.score, mark.total) == (report.score, report.total)
+        assert mark.wrong == [f"{outcome.exercise}: {outcome.why}" for outcome in report.outcomes if outcome.why]
+
+
+def test_a_judge_that_does_not_end_is_ended(unit: Unit, tmp_path: Path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ada.ipynb").write_text(filled(unit, **RIGHT))
+    monkeypatch.setattr(marking, "SLACK_SECONDS", 0.0)
+    monkeypatch.setattr(grading, "judge", lambda *rest: time.sleep(60))
+    (mark,) = marking.mark_all(marking.submissions(tmp_path / "in", unit, unit.root), Limits(total_seconds=0.5))
+    assert not mark.gradable and mark.why == "judging it took too long" and mark.seconds < 10
+
+
+def test_where_notebooks_are_found(unit: Unit, tmp_path: Path):
+    places = ("ada/00_squares/00_squares.ipynb", "bo/00_squares.ipynb", "cy/00_squares/mine.ipynb", "di.ipynb")
+    for place in (*places, "ada/00_squares/.ipynb_checkpoints/00_squares-checkpoint.ipynb"):
+        path = tmp_path / "in" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+    found = marking.submissions(tmp_path / "in", None, unit.root)
+    assert [(each.student, each.unit and each.unit.stem) for each in found] == [
+        ("ada", "00_squares"), ("bo", "00_squares"), ("cy", "00_squares"), ("di", None)
+    ]  # fmt: skip
+    assert len(marking.submissions(tmp_path / "in", unit, unit.root)) == 4
+    (last,) = [mark for mark in marking.mark_all(found, LIMITS) if mark.student == "di"]
+    assert "neither its name nor its folder says which unit" in last.why
+    for folder in (tmp_path / "nowhere", tmp_path / "in" / "ada" / "00_squares" / ".ipynb_checkpoints"):
+        with pytest.raises(CourseError, match="there is no"):
+            marking.submissions(folder / "x", None, unit.root)
+
+
+def test_the_list_keeps_not_gradable_apart_from_zero_and_starts_no_formula(tmp_path: Path):
+    found = [
+        marking.Mark("=cmd()", "00_squares", tmp_path / "a.ipynb", 0.0, 3.0, wrong=["1. Square: -1, not 9", "2. Double: no"]),
+        marking.Mark("bo", "00_squares", tmp_path / "b.ipynb", why="is not a notebook"),
+    ]
+    rows = list(csv.DictReader(io.StringIO(marking.as_csv(found, tmp_path))))
+    assert [(row["student"], row["score"], row["of"], row["state"]) for row in rows] == [
+        ("'=cmd()", "0", "3", "graded"),
+        ("bo", "", "", "not gradable"),
+    ]
+    assert rows[0]["why"] == "1. Square: -1, not 9 | 2. Double: no"
+
+
+def test_the_command(unit: Unit, tmp_path: Path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "ada.ipynb").write_text(filled(unit, **RIGHT))
+    monkeypatch.setattr(cli, "ROOT", unit.root)
+    monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+    table = tmp_path / "out.csv"
+
+    def course(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["course", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, capsys.readouterr().out
+
+    status, printed = course("grade", folder, "--unit", "0", "--csv", table)
+    assert status == 0 and "1 of 1  ada  00_squares  3 of 3" in printed and ",3,3,graded," in table.read_text()
+    (folder / "bo.ipynb").write_text("{")
+    status, printed = course("grade", folder, "--unit", "0")
+    assert status == 1 and "not gradable" in printed and "1 of 2 could not be graded: they have no score." in printed
+
+
+# worked answers are not to be had, on the course's own units
+
+CHEATS = {
+    "is the judge's": ("merge-answer", "from course.checks import lora\nMergeable = lora.merge.reference"),
+    "calls the judge's": ("count-answer", "def lora_parameters(*a):\n    return check.parameter_count.second(*a)"),
+    "inherits the module's": ("forward-answer", "class LoRALinear(ReferenceLoRA):\n    pass"),
+    "is a partial of it": ("conv-answer", "import functools\nconv_delta = functools.partial(check.conv_delta.reference)"),
+    "reads the solution": (
+        "repair-answer",
+        f"import json\nfor cell in json.load(open({str(find('lora').solution)!r}))['cells']:\n    exec(''.join(cell['source']))",
+    ),
+    "reads the judge": ("inject-answer", "import inspect\nexec(open(inspect.getfile(check.inject.reference)).read())\ninject = reference"),
+}
+HIDDEN = {
+    "turns the look-out off": (
+        "count-answer",
+        "import sys\ndef lora_parameters(*a):\n    sys.setprofile(None)\n    return check.parameter_count.reference(*a)",
+    ),
+    "in a thread": (
+        "conv-answer",
+        "import threading\ndef conv_delta(*a):\n    out = []\n"
+        "    thread = threading.Thread(target=lambda: out.append(check.conv_delta.reference(*a)))\n"
+        "    thread.start()\n    thread.join()\n    return out[0]",
+    ),
+    "asks another program": ("inject-answer", f"import subprocess\nsubprocess.check_output(['cat', {str(find('lora').solution)!r}])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cheats", [CHEATS, HIDDEN], ids=["plainly", "hidden"])
+def test_worked_answers_earn_nothing(cheats: dict, tmp_path: Path):
+    lora = find("lora")
+    notebook = build.exercise(read(lora.solution))
+    sources = dict(cheats.values())
+    for cell in notebook.cells:
+        cell.source = sources.get(marks(cell).get("grade_id"), cell.source)
+    report = grading.judge(notebook, tmp_path, lora)
+    said = {outcome.grade_id.replace("-check", "-answer"): outcome.why for outcome in report.outcomes}
+    for name in sources:
+        assert "runs the worked one: write it yourself" in said[name] or "worked answers can't be read" in said[name], (name, said[name])
+    assert report.score == 0
+
+
+# nbgrader's classroom
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_path: Path):
+    from nbgrader.api import Gradebook
+
+    roll = tmp_path / "roll.csv"
+    roll.write_text("id,first_name\nada,Ada\nbo,\nada,Ada\n")
+    folder = tmp_path / "classroom"
+    for _ in range(2):
+        said = classroom.begin(folder, unit.root, roll)
+        assert said[0].startswith("1 assignments and 2 students") and "nbgrader release_assignment 00_squares" in said[2]
+    with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as book:
+        assert {student.id: student.first_name for student in book.students} == {"ada": "Ada", "bo": None}
+        assert [assignment.name for assignment in book.assignments] == ["00_squares"]
+    assert (folder / "source" / unit.stem / f"{unit.stem}.ipynb").exists() and os.access(folder / "exchange", os.W_OK)
+    roll.write_text("name\nada\n")
+    with pytest.raises(CourseError, match="has no column id"):
+        classroom.begin(folder, unit.root, roll)
+    with pytest.raises(CourseError, match="there is no file"):
+        classroom.begin(folder, unit.root, tmp_path / "none.csv")
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+def test_an_assignment_goes_out_and_comes_back_through_the_exchange(unit: Unit, tmp_path: Path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.auth import Authenticator
+    from nbgrader.coursedir import CourseDirectory
+    from nbgrader.exchange import ExchangeFactory
+    from traitlets.config import Config
+
+    teacher, learner = tmp_path / "classroom", tmp_path / "learner"
+    classroom.begin(teacher, unit.root)
+    learner.mkdir()
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    config = Config()
+    classroom.configure(config, teacher, unit.root)
+    monkeypatch.chdir(teacher)
+    class_ = NbGraderAPI(config=config)
+    for step in (class_.generate_assignment, class_.release_assignment):
+        assert (done := step(unit.stem))["success"], done.get("log")
+    theirs = Config()
+    classroom.configure(theirs, teacher, unit.root)
+    theirs.CourseDirectory.assignment_id = unit.stem
+    monkeypatch.chdir(learner)  # where a learner's copies are put, and handed in from
+    course = {"coursedir": CourseDirectory(config=theirs), "authenticator": Authenticator(config=theirs), "config": theirs}
+    ExchangeFactory(config=theirs).FetchAssignment(**course).start()
+    (learner / unit.stem / f"{unit.stem}.ipynb").write_text(filled(unit, **RIGHT))
+    ExchangeFactory(config=theirs).Submit(**course).start()
+    monkeypatch.chdir(teacher)
+    assert (done := class_.collect(unit.stem))["success"], done.get("log")
+    found = marking.mark_all(marking.submissions(teacher / "submitted", None, unit.root), LIMITS)
+    assert [(mark.unit, mark.score) for mark in found] == [(unit.stem, 3.0)]
+
+
+@pytest.mark.skipif("COURSE_LARGE_CLASS" not in os.environ, reason="minutes long: set COURSE_LARGE_CLASS=1")
+def test_thirty_students_of_every_unit(tmp_path: Path):
+    """Worked solutions and untouched exercises of the whole course: full score and none, thirty of each unit."""
+    for number in range(30):
+        for unit in (each for each in units() if each.solution.exists()):
+            path = tmp_path / f"student{number:02}" / unit.stem / f"{unit.stem}.ipynb"
+            path.parent.mkdir(parents=True)
+            path.write_text(unit.solution.read_text() if number % 2 else as_text(build.exercise(read(unit.solution))))
+    for mark in marking.mark_all(marking.submissions(tmp_path), grading.LIMITS, processes=2):
+        assert mark.score == (mark.total if int(mark.student[-2:]) % 2 else 0), mark
