@@ -1,5 +1,6 @@
 """The pages of a small course: formulas without a network, alt texts, links between files, what is folded, what a run shows."""
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -59,7 +60,7 @@ QUESTIONS = """\
   role: [research, applied]
   short: Because it is $x \\cdot x$.
   deep: See [the lesson](../00_squares.md).
-  follow_ups: [And of $-x$? (The same.)]
+  follow_ups: ["And of $-x$? (The same.)"]
   wrong: {answer: It is $2x$., why: That is double.}
   claims: {}
 """
@@ -72,7 +73,7 @@ def pages(course: Unit) -> dict[str, Page]:
         patch.setattr("course.interview.questions", website_questions(course))
         index = website.write(course.root)
     assert (index.parent / ".work" / "warnings.txt").read_text() == ""
-    return {str(path.relative_to(index.parent)): Page(path) for path in sorted(index.parent.rglob("*.html"))}
+    return {str(path.relative_to(index.parent)): Page(path) for path in sorted(index.parent.rglob("*.html")) if "_static" not in path.parts}
 
 
 def website_questions(course: Unit):
@@ -118,9 +119,15 @@ def test_an_appendix_is_a_page_that_its_unit_links_to(pages):
 
 
 def test_one_reads_a_unit_in_its_order_and_then_the_next(pages):
-    order = ["lessons/00_squares", "notebooks/00_squares", "exercises/00_squares", "lessons/interview/00_squares", "lessons/appendix/00_more"]
+    order = [
+        "lessons/00_squares",
+        "notebooks/00_squares",
+        "exercises/00_squares",
+        "lessons/interview/00_squares",
+        "lessons/appendix/00_more",
+    ]
     order += ["solutions/00_squares", "lessons/01_cubes"]
-    for name, following in zip(order, order[1:], strict=False):
+    for name, following in itertools.pairwise(order):
         right = re.search(r'<a class="right-next"\s+href="([^"]+)"', pages[f"{name}.html"].text)[1]
         assert (pages[f"{name}.html"].path.parent / right).resolve() == pages[f"{following}.html"].path
 
@@ -191,9 +198,9 @@ def test_launch_buttons_come_with_the_address_of_the_repository(small_course: Un
     (small_course.root / "pyproject.toml").write_text('[project.urls]\nrepository = "https://github.com/a/b"\n')
     small_course.notebook.touch()
     website.write(small_course.root)
-    assert "mybinder.org/v2/gh/a/b/HEAD?urlpath=lab/tree/notebooks/00_squares.ipynb" in page.read_text()
-    assert "colab.research.google.com/github/a/b/blob/HEAD/notebooks/00_squares.ipynb" in page.read_text()
-    assert "https://github.com/a/b/blob/HEAD/LICENSE" in lesson.read_text()
+    assert "mybinder.org/v2/gh/a/b/main?urlpath=lab/tree/notebooks/00_squares.ipynb" in page.read_text()
+    assert "colab.research.google.com/github/a/b/blob/main/notebooks/00_squares.ipynb" in page.read_text()
+    assert "https://github.com/a/b/blob/main/LICENSE" in lesson.read_text()
 
 
 def test_the_output_of_a_run_is_shown_in_place_of_the_committed_one(small_course: Unit):
@@ -247,7 +254,9 @@ def test_sliders_say_where_they_live():
 
 
 def test_a_picture_keeps_the_alt_text_of_its_own_and_is_not_given_an_empty_one():
-    outputs = [v4.new_output("display_data", {"image/png": miniature.PIXEL}, metadata={"image/png": {"alt": alt}}) for alt in ("one [a]", "two")]
+    outputs = [
+        v4.new_output("display_data", {"image/png": miniature.PIXEL}, metadata={"image/png": {"alt": alt}}) for alt in ("one [a]", "two")
+    ]
     outputs.append(v4.new_output("display_data", {"image/png": miniature.PIXEL}))
     page, saved = shown(v4.new_code_cell("x", outputs=outputs))
     texts = [output.data["text/markdown"] for output in page.cells[0].outputs]
@@ -292,7 +301,8 @@ def test_code_is_left_alone():
 def test_a_docstring_keeps_its_formulas_and_names_its_arguments():
     import ast
 
-    text = "Sum ``x``, see :func:`a.b`, *not* a*b.\n\n    y = <x>\n      + 1\n\nArgs:\n    x, y: of the\n        sum.\n    z: last: one.\n\nReturns:\n    The sum."
+    text = "Sum ``x``, see :func:`a.b`, *not* a*b.\n\n    y = <x>\n      + 1\n\n"
+    text += "Args:\n    x, y: of the\n        sum.\n    z: last: one.\n\nReturns:\n    The sum."
     page = docstring(ast.parse(f"def f():\n    {text!r}").body[0])
     assert "<p>Sum <code>x</code>, see <code>a.b</code>, <em>not</em> a*b.</p>" in page
     assert 'tabindex="0">y = &lt;x&gt;\n  + 1</pre>' in page

@@ -9,6 +9,8 @@ import html
 import re
 from pathlib import Path
 
+from course.website.texts import raw
+
 _SECTION = re.compile(r"^(Args|Arguments|Attributes|Returns|Yields|Raises):$")
 _ITEM = re.compile(r"^(?P<name>[*\w`.]+(?:, [*\w`.]+)*):\s+(?P<rest>.*)$", re.DOTALL)
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
@@ -56,17 +58,17 @@ def index(root: Path) -> str:
     """The page of the package itself."""
     tree = _tree(root / "reference" / "__init__.py")
     entries = "\n".join(f"{name} <{name}>" for name in modules(root))
-    return f"# Reference modules\n\n{_raw(docstring(tree))}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"
+    return f"# Reference modules\n\n{_block(tree)}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"
 
 
 def page(name: str, paths: list[Path], root: Path) -> str:
     """The page of one module, or of a package with its files one after the other."""
-    parts = [f"# {name}"]
+    parts = [f"# reference.{name}"]
     for path in paths:
         tree, single = _tree(path), len(paths) == 1
         if not single and path.stem != "__init__":
             parts.append(f"## {_module(path, root)}")
-        parts.append(_raw(docstring(tree)))
+        parts.append(_block(tree))
         level = "##" if single else "###"
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -83,11 +85,11 @@ def _tree(path: Path) -> ast.Module:
 
 def _described(node: ast.FunctionDef | ast.ClassDef, level: str) -> list[str]:
     """Heading, signature and docstring; of a class its public methods too."""
-    parts = [f"{level} {node.name}", f"```python\n{_signature(node)}\n```", _raw(docstring(node))]
+    parts = [f"{level} {node.name}", f"```python\n{_signature(node)}\n```", _block(node)]
     if isinstance(node, ast.ClassDef):
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
-                parts += [f"```python\n{_signature(method)}\n```", _raw(docstring(method), "method")]
+                parts += [f"```python\n{_signature(method)}\n```", _block(method, "method")]
     return parts
 
 
@@ -176,6 +178,7 @@ def _inline(text: str) -> str:
     return re.sub(r"(?<![\w*])\*(\w[^*]*?\w|\w)\*(?![\w*])", r"<em>\1</em>", text)
 
 
-def _raw(body: str, kind: str = "") -> str:
-    """HTML inside Markdown."""
-    return f'``````{{raw}} html\n<div class="docstring {kind}">\n{body}\n</div>\n``````' if body else ""
+def _block(node: ast.AST, kind: str = "") -> str:
+    """The docstring of ``node`` inside Markdown; empty if it has none."""
+    body = docstring(node)
+    return raw(f'<div class="docstring {kind}">\n{body}\n</div>') if body else ""

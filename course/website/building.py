@@ -10,6 +10,7 @@ from nbformat import NotebookNode
 from course import ROOT
 from course.units import CourseError
 from course.website.pages import EXTRA, Layout, Sources, repository
+from course.website.texts import BRANCH
 
 WORK = ".work"  # inside the site: its sources, what Sphinx has read, and what it had to say
 
@@ -45,16 +46,18 @@ def write(
 
 def _build(root: Path, folder: Path, before_page: Callable[[Path], None]) -> None:
     from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
 
     source, said = folder / WORK / "source", io.StringIO()
     address = repository(root)
-    launch = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+    launch = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com", "notebook_interface": "jupyterlab"}
     settings = {
         "project": "Parameter-efficient fine-tuning, from nothing",
         "html_title": "PEFT, from nothing",
         "html_theme_options": {
             "repository_url": address,
             "repository_provider": "github",
+            "repository_branch": BRANCH,
             "use_repository_button": bool(address),
             "launch_buttons": launch if address else {},
             "use_download_button": True,
@@ -66,11 +69,11 @@ def _build(root: Path, folder: Path, before_page: Callable[[Path], None]) -> Non
             "logo": {"text": "PEFT, from nothing"},
         },
     }
-    app = Sphinx(
-        source, Path(__file__).parent, folder, folder / WORK / "read", "html", confoverrides=settings, status=None, warning=said, parallel=1
-    )
-    app.connect("html-page-context", lambda app, page, *rest: before_page(Path(page)))
-    app.build()
+    here = Path(__file__).parent
+    with patch_docutils(here), docutils_namespace():  # what Sphinx registers is forgotten again, for the next build
+        app = Sphinx(source, here, folder, folder / WORK / "read", "html", confoverrides=settings, status=None, warning=said)
+        app.connect("html-page-context", lambda app, page, *rest: before_page(Path(page)))
+        app.build()
     (folder / WORK / "warnings.txt").write_text(said.getvalue(), encoding="utf-8")
     _tidy(app, root, folder)
 

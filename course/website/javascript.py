@@ -185,7 +185,7 @@ class _Module:
         return f"{self.value(node.value)}.{node.attr}"
 
     def of_Subscript(self, node: ast.Subscript) -> str:
-        return self.refuse(node.slice) if isinstance(node.slice, ast.Slice) else f"{self.value(node.value)}[{self.value(node.slice)}]"
+        return self.refuse(node) if isinstance(node.slice, ast.Slice) else f"{self.value(node.value)}[{self.value(node.slice)}]"
 
     def of_Call(self, node: ast.Call) -> str:
         arguments, function = ", ".join(map(self.value, node.args)), node.func
@@ -209,7 +209,7 @@ class _Module:
         if named:
             return f"python.{named}({left}, {right})"
         sign = {ast.Sub: "-", ast.Div: "/", ast.Pow: "**"}.get(type(node.op))
-        return f"({left} {sign} {right})" if sign else self.refuse(node.op)
+        return f"({left} {sign} {right})" if sign else self.refuse(node)
 
     def of_UnaryOp(self, node: ast.UnaryOp) -> str:
         if isinstance(node.op, ast.Not):

@@ -62,8 +62,8 @@ def source_of(path: Path, root: Path) -> str:
 def links(root: Path) -> Links:
     """Where each file of the course is found on the site."""
     pages = {path: source_of(path, root) for unit in units(root) for path in parts(unit)}
-    for folder in (root / "notebooks", root / "exercises", root / "solutions"):
-        pages |= {folder: page for path, page in reversed(pages.items()) if path.parent == folder}
+    for path, page in list(pages.items()):
+        pages.setdefault(path.parent, page)  # a link to a folder leads to its first page
     pages |= {path: path.name for path in root.glob("*.md")} | {root / "README.md": "index.md"}
     if (root / "reference").is_dir():
         pages |= api.targets(root)
@@ -108,7 +108,7 @@ class Layout:
         text = self.links.page_text(readme.read_text(encoding="utf-8"), readme) if readme.exists() else "# The course\n"
         title, _, rest = text.partition("\n")
         text = f"{title}\n\n{_this_run(found, summary)}\n\n{rest}" if summary else text
-        text += "\n\n[Slides of every unit](slides/index.html)\n" * slides
+        text += '\n\n<p><a href="slides/index.html">Slides of every unit</a></p>\n' * slides
         self.sources.put("index.md", text + "".join(_tree(pages, name) for name, pages in trees if pages))
         for path in self.links.pictures:
             self.sources.put(path.relative_to(self.root).as_posix(), path.read_bytes())

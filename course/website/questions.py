@@ -9,7 +9,7 @@ from pathlib import Path
 from course import interview
 from course.interview import Question
 from course.units import Unit
-from course.website.texts import Links
+from course.website.texts import Links, raw, table
 
 LEVELS = ("", "warm-up", "basic", "solid", "hard", "research")
 _WORDS = {
@@ -38,7 +38,7 @@ def of(unit: Unit, memory: Path) -> tuple[Question, ...]:
         unit.interview,
         *(path for part in ("course/claims", "course/lab", "reference", "benchmarks/recorded") for path in _files(unit.root / part)),
     ]
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in depends_on)).hexdigest()
+    state = hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in depends_on)).hexdigest()
     if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8")))["state"] == state:
         return tuple(
             Question(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
@@ -92,7 +92,8 @@ def _data(question: Question) -> str:
 
 def _dots(difficulty: int) -> str:
     dots = "●" * difficulty + "○" * (5 - difficulty)
-    return f'<span class="dots" title="{LEVELS[difficulty]}"><span aria-hidden="true">{dots}</span><span class="visually-hidden">difficulty {difficulty} of 5</span></span>'
+    said = f'<span class="visually-hidden">difficulty {difficulty} of 5</span>'
+    return f'<span class="dots" title="{LEVELS[difficulty]}"><span aria-hidden="true">{dots}</span>{said}</span>'
 
 
 def _marks(question: Question) -> str:
@@ -123,8 +124,6 @@ def overview(asked: dict[Unit, tuple[Question, ...]]) -> str:
             )
             rows.append(f"<tr {_data(question)}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     heads = ("question", "unit", "difficulty", "kind", "asked", "role", "minutes")
-    table = f'<table class="sortable questions"><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return (
-        "# All questions\n\nEvery number in an answer is computed by a function that a test calls. In the terminal: `course interview`.\n\n"
-        f'``````{{raw}} html\n{FILTERS}\n<div class="scroll">{table}</div>\n``````\n'
-    )
+    listed = raw(FILTERS + table(heads, rows, "questions", "All questions"))
+    said = "Every number in an answer is computed by a function that a test calls. In the terminal: `course interview`."
+    return f"# All questions\n\n{said}\n\n{listed}\n"

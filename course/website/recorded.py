@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from course.bench import abouts
+from course.website.texts import raw, table
 
 ROWS = 200  # of one table; the file has them all
 
@@ -15,8 +16,9 @@ def pages(root: Path) -> dict[str, str]:
     results: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted((root / "benchmarks" / "recorded").glob("*/*.json")):
         results.setdefault(path.stem, []).append((path, json.loads(path.read_text(encoding="utf-8"))))
-    about = abouts(root) if results else {}
-    made, rows = {}, []
+    if not results:
+        return {}
+    about, made, rows = abouts(root), {}, []
     for name, found in sorted(results.items()):
         said = about.get(name, "")
         made[name] = "\n\n".join([f"# {_words(name)}", html.escape(said), *(_device(path, entry, root) for path, entry in found)]) + "\n"
@@ -24,14 +26,11 @@ def pages(root: Path) -> dict[str, str]:
             (f'<a href="{name}.html#{_slug(entry["device"])}">{_words(name)}</a>', html.escape(said), entry["device"], entry["day"])
             for _, entry in found
         ]
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    head = "".join(f"<th>{word}</th>" for word in ("measured", "what", "on", "day"))
+    body = (f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     entries = "\n".join(made)
-    made["index"] = (
-        "# Measurements\n\nWhat `course bench` recorded: each figure of the course that needs a GPU, or minutes, comes from here.\n\n"
-        f'``````{{raw}} html\n<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n``````\n\n'
-        f"```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
-    )
+    said = "What `course bench` recorded: each figure of the course that needs a GPU, or minutes, comes from here."
+    listed = raw(table(("measured", "what", "on", "day"), body, "", "Measurements"))
+    made["index"] = f"# Measurements\n\n{said}\n\n{listed}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
     return made
 
 
@@ -48,7 +47,7 @@ def _device(path: Path, entry: dict, root: Path) -> str:
     file = f'<a href="{path.relative_to(root / "benchmarks").as_posix()}" download>{path.name}</a>'
     where = f'<p class="provenance">Recorded on {entry["day"]} with {html.escape(versions)} · {file}</p>'
     tables = _shown(entry["result"], f"{_words(entry['name'])} on {entry['device']}")
-    return f"## {entry['device']}\n\n``````{{raw}} html\n{where}\n{tables}\n``````"
+    return f"## {entry['device']}\n\n{raw(where + tables)}"
 
 
 def _shown(value: Any, title: str) -> str:
@@ -93,11 +92,10 @@ def _flat(entry: dict, before: str = "") -> dict:
 
 def _table(rows: list[dict], name: str) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    head = "".join(f"<th>{html.escape(_words(column)) or 'name'}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(_cell(row.get(column)) for column in columns)}</tr>" for row in rows[:ROWS])
+    heads = [html.escape(_words(column)) or "name" for column in columns]
+    body = (f"<tr>{''.join(_cell(row.get(column)) for column in columns)}</tr>" for row in rows[:ROWS])
     more = f'<p class="provenance">{len(rows) - ROWS:,} more rows are in the file.</p>' if len(rows) > ROWS else ""
-    label = html.escape(name, quote=True)
-    return f'<div class="scroll"><table class="sortable recorded" aria-label="{label}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
+    return table(heads, body, "recorded", name) + more
 
 
 def _cell(value: Any) -> str:

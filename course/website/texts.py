@@ -1,14 +1,16 @@
 """Markdown on its way from a file of the course to a page: comments go, and links lead to pages."""
 
+import html
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 _CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|(?<!`)(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`))", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()#\s:]+)(?P<heading>#[^()\s]*)?\)")
+BRANCH = "main"  # of the repository that links lead to
 _SPECIAL = re.compile(r"([\\\[\]*_`$<>{}|~#])")
 
 
@@ -29,13 +31,25 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", text)
 
 
+def raw(body: str) -> str:
+    """HTML inside Markdown."""
+    return f"``````{{raw}} html\n{body}\n``````" if body else ""
+
+
+def table(heads: Iterable[str], rows: Iterable[str], kind: str, label: str) -> str:
+    """An HTML table that sorts at a click on its heads and scrolls by itself. ``rows`` are HTML: ``<tr>…</tr>``."""
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    opening = f'<div class="scroll"><table class="sortable {kind}" aria-label="{html.escape(label)}">'
+    return f"{opening}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
 @dataclass
 class Links:
     """Where links of the course's files lead on the site.
 
     Attributes:
         root: the course's folder.
-        pages: file or folder of the course -> page's source, relative to the site's sources, perhaps with a heading: ``reference/nf4.md#x``.
+        pages: file or folder of the course -> page's source under the site's sources, perhaps with a heading: ``reference/nf4.md#x``.
         repository: address of the course's repository, for files that have no page; "" if it is in none.
         pictures: pictures that pages show, to be copied; filled as texts are read.
     """
@@ -68,5 +82,5 @@ class Links:
         if not target.exists() or not target.is_relative_to(self.root):
             return match[0]
         if self.repository:
-            return f"[{text}]({self.repository}/blob/HEAD/{target.relative_to(self.root).as_posix()}{heading})"
+            return f"[{text}]({self.repository}/blob/{BRANCH}/{target.relative_to(self.root).as_posix()}{heading})"
         return text

@@ -74,7 +74,7 @@ function show(form) {
         const tr = document.createElement("tr");
         const swatch = `<svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" fill="${COLOURS[kind]}"/></svg> `;
         tr.innerHTML = `<td>${swatch}${kind}</td><td class="number">${python.format(line.bytes / 1e9, ",.3f", false)}</td><td></td>`;
-        tr.lastChild.textContent = line.formula + (kind in at ? "" : " (not at the fullest moment)");
+        tr.lastChild.textContent = line.formula + (kind in at || !line.bytes ? "" : " (not at the fullest moment)");
         return tr;
       }),
     );
