@@ -307,7 +307,7 @@ def test_a_docstring_keeps_its_formulas_and_names_its_arguments():
     assert "<p>Sum <code>x</code>, see <code>a.b</code>, <em>not</em> a*b.</p>" in page
     assert 'tabindex="0">y = &lt;x&gt;\n  + 1</pre>' in page
     assert "<dt><code>x, y</code></dt><dd>of the sum.</dd><dt><code>z</code></dt><dd>last: one.</dd>" in page
-    assert '<p class="section">Returns</p>\n<dl class="section"><dd>The sum.</dd></dl>' in page
+    assert '<p class="section">Returns</p>\n<p class="said">The sum.</p>' in page
 
 
 def test_a_result_of_any_form_becomes_tables(tmp_path: Path):

@@ -161,15 +161,12 @@ def _items(lines: list[str]) -> str:
             entries.append(line.strip()) if starts else entries.append(entries.pop() + " " + line.strip())
         elif line.strip() and entries:
             entries[-1] += " " + line.strip()
-    rows = []
+    parts = []
     for entry in entries:
         match = _ITEM.match(entry)
-        rows.append(
-            f"<dt><code>{html.escape(match['name'])}</code></dt><dd>{_inline(match['rest'])}</dd>"
-            if match
-            else f"<dd>{_inline(entry)}</dd>"
-        )
-    return f'<dl class="section">{"".join(rows)}</dl>'
+        name = f'<dl class="section"><dt><code>{html.escape(match["name"])}</code></dt>' if match else ""
+        parts.append(f"{name}<dd>{_inline(match['rest'])}</dd></dl>" if match else f'<p class="said">{_inline(entry)}</p>')
+    return "".join(parts).replace('</dl><dl class="section">', "")
 
 
 def _inline(text: str) -> str:

@@ -51,7 +51,15 @@ function reachable() {
   }
 }
 
+/** The arrows of the sidebar say aloud what they unfold. */
+function named() {
+  for (const arrow of document.querySelectorAll(".bd-links summary")) {
+    arrow.ariaLabel = `Pages under ${arrow.closest("li").querySelector("a").textContent.trim()}`;
+  }
+}
+
 document.addEventListener("DOMContentLoaded", () => {
+  named();
   document.querySelectorAll("table.sortable").forEach(sortable);
   document.querySelectorAll("form.filters").forEach(choosing);
   reachable();
