@@ -11,6 +11,7 @@ from nbformat import v4
 
 from course import build, website
 from course.notebooks import as_text, read
+from course.reading import HIDDEN
 from course.units import CourseError, Unit
 from course.website.api import docstring
 from course.website.cells import page_notebook
@@ -211,6 +212,17 @@ def test_the_output_of_a_run_is_shown_in_place_of_the_committed_one(small_course
     assert "just now &lt;b&gt;" in page.article and "one grey dot" not in page.article
     assert "passed, 3 s" in index.read_text()
     assert "drawn\\n" in small_course.notebook.read_text(), "the committed notebook is as it was"
+
+
+def test_the_code_of_a_figure_is_folded_and_its_output_is_not(small_course: Unit):
+    notebook = read(small_course.notebook)
+    notebook.cells[2].metadata["tags"] = [HIDDEN]
+    miniature.save(notebook, small_course.notebook)
+    website.write(small_course.root)
+    article = Page(small_course.root / "site" / "notebooks" / "00_squares.html").article
+    folded = re.search(r"<details class=\"hide.*?</details>", article, re.DOTALL)[0]
+    assert "Show the code" in folded and "print" in folded and "one grey dot" in article.replace(folded, "")
+    assert "print" not in article.replace(folded, "")
 
 
 def test_only_what_changed_is_made_again_and_what_is_no_more_goes(small_course: Unit):

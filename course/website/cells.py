@@ -54,7 +54,7 @@ def page_notebook(notebook: NotebookNode, source: Path, links: Links, save: Call
 def _output(output: NotebookNode, name: str, picture: Callable[[str, str, str, str], str]) -> NotebookNode:
     data = output.get("data", {})
     if _WIDGET in data:
-        return v4.new_output("display_data", {"text/html": CONTROL})
+        return v4.new_output("display_data", {"text/markdown": CONTROL})
     if mime := next((mime for mime in _SUFFIXES if mime in data), None):
         alt = output.metadata.get(mime, {}).get("alt") or "No description was given for this picture."
         return v4.new_output("display_data", {"text/markdown": picture(name, mime, data[mime], alt)})
