@@ -89,6 +89,7 @@ def test_what_is_imported_is_a_dependency():
     module_of |= {
         "pygments": "nbconvert",
         "jinja2": "nbconvert",
+        "docutils": "sphinx",
         "cycler": "matplotlib",
         "PIL": "matplotlib",
         "huggingface_hub": "transformers",
