@@ -220,7 +220,7 @@ def test_the_code_of_a_figure_is_folded_and_its_output_is_not(small_course: Unit
     miniature.save(notebook, small_course.notebook)
     website.write(small_course.root)
     article = Page(small_course.root / "site" / "notebooks" / "00_squares.html").article
-    folded = re.search(r"<details class=\"hide.*?</details>", article, re.DOTALL)[0]
+    folded = re.search(r'<details class="[^"]*\bhide\b.*?</details>', article, re.DOTALL)[0]
     assert "Show the code" in folded and "print" in folded and "one grey dot" in article.replace(folded, "")
     assert "print" not in article.replace(folded, "")
 

@@ -55,10 +55,14 @@ def _slug(heading: str) -> str:
 
 
 def index(root: Path) -> str:
-    """The page of the package itself."""
-    tree = _tree(root / "reference" / "__init__.py")
+    """The page of the package itself: what it says, and each module in a line."""
+    rows = []
+    for name, paths in modules(root).items():
+        said = (ast.get_docstring(_tree(paths[0])) or "").partition("\n\n")[0]
+        rows.append(f'<li><a href="{name}.html">{name}</a>: {_inline(said)}</li>')
     entries = "\n".join(f"{name} <{name}>" for name in modules(root))
-    return f"# Reference modules\n\n{_block(tree)}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"
+    parts = ["# Reference modules", _block(_tree(root / "reference" / "__init__.py")), raw(f'<ul class="docstring">{"".join(rows)}</ul>')]
+    return "\n\n".join([*parts, f"```{{toctree}}\n:hidden:\n\n{entries}\n```\n"])
 
 
 def page(name: str, paths: list[Path], root: Path) -> str:

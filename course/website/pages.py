@@ -42,7 +42,8 @@ class Sources:
 def parts(unit: Unit) -> dict[Path, str]:
     """File -> name of its page, in the order in which one reads them; the first stands for the unit."""
     found = {unit.lesson: "Lesson", unit.notebook: "Notebook", unit.exercise: "Exercises", unit.interview: "Interview questions"}
-    found |= {path: "Appendix" if path.stem == unit.stem else f"Appendix: {path.stem[3:].replace('_', ' ')}" for path in unit.appendices}
+    for path in sorted(unit.appendices, key=lambda path: path.stem != unit.stem):
+        found[path] = "Appendix" if path.stem == unit.stem else f"Appendix: {path.stem[3:].replace('_', ' ')}"
     return {path: name for path, name in (found | {unit.solution: "Worked answers"}).items() if path.exists()}
 
 
