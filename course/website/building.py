@@ -66,6 +66,7 @@ def _build(root: Path, folder: Path, before_page: Callable[[Path], None]) -> Non
             "show_toc_level": 2,
             "navigation_with_keys": False,
             "navbar_persistent": [],
+            "footer_content_items": [],
             "logo": {"text": "PEFT, from nothing"},
         },
     }
@@ -85,7 +86,7 @@ def _tidy(app, root: Path, folder: Path) -> None:
         original = root / path.relative_to(folder / "_sources")
         if original.exists():
             shutil.copyfile(original, path)
-    pages = {folder / f"{name}.html" for name in (*app.env.found_docs, "search", "genindex")}
+    pages = {folder / f"{name}.html" for name in (*app.env.found_docs, "search")}
     for path in [path for path in folder.rglob("*.html") if not path.is_relative_to(folder / WORK)]:
         if path not in pages and path.relative_to(folder).parts[0] not in ("slides", "_static"):
             path.unlink()

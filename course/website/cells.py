@@ -16,6 +16,8 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 _SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/svg+xml": ".svg"}
 _ATTACHED = re.compile(r"!\[(?P<alt>[^\]]*)\]\(attachment:(?P<name>[^)\s]+)[^)]*\)")
 _MARKS = re.compile(r"^[ \t]*### (?:BEGIN|END) SOLUTION\n?", re.MULTILINE)
+_TITLE = re.compile(r"\A# .*")
+_KINDS = {"notebooks": "notebook", "solutions": "worked answers"}  # whose titles are those of the lesson and of the exercises
 CONTROL = '<p class="control">A control that moves: open the notebook in Jupyter.</p>'
 
 
@@ -36,6 +38,9 @@ def page_notebook(notebook: NotebookNode, source: Path, links: Links, save: Call
         save(f"{folder}/{name}{_SUFFIXES[mime]}", content.encode() if mime == "image/svg+xml" else base64.b64decode(content))
         return f"![{escape(alt)}]({folder.name}/{name}{_SUFFIXES[mime]})"
 
+    if kind := _KINDS.get(source.parent.name):
+        for cell in shown.cells[:1]:
+            cell.source = _TITLE.sub(rf"\g<0> · {kind}", cell.source)
     for index, cell in enumerate(shown.cells):
         if cell.cell_type == "code":
             cell.outputs = [_output(output, f"{index}-{place}", picture) for place, output in enumerate(cell.get("outputs", []))]

@@ -26,6 +26,7 @@ html_static_path = ["static"]
 html_css_files = ["course.css"]
 html_js_files = ["course.js"]
 html_context = {"default_mode": "auto"}
+html_use_index = False
 html_copy_source = True
 html_sourcelink_suffix = ""
 html_show_sphinx = False

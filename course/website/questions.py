@@ -34,10 +34,8 @@ def of(unit: Unit, memory: Path) -> tuple[Question, ...]:
     that it could depend on has changed.
     """
     kept = memory / f"{unit.stem}.json"
-    depends_on = [
-        unit.interview,
-        *(path for part in ("course/claims", "course/lab", "reference", "benchmarks/recorded") for path in _files(unit.root / part)),
-    ]
+    parts = ("course/interview.py", "course/claimed.py", "course/claims", "course/lab", "reference", "benchmarks/recorded")
+    depends_on = [unit.interview, *(path for part in parts for path in _files(unit.root / part))]
     state = hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in depends_on)).hexdigest()
     if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8")))["state"] == state:
         return tuple(
@@ -50,8 +48,9 @@ def of(unit: Unit, memory: Path) -> tuple[Question, ...]:
     return questions
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json", ".safetensors"))
+def _files(path: Path) -> list[Path]:
+    """``path`` if it is a file, else what lies under it and can change a number."""
+    return [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in (".py", ".json", ".safetensors"))
 
 
 def page(unit: Unit, questions: tuple[Question, ...], links: Links) -> str:
