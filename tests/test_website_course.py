@@ -160,7 +160,8 @@ def test_search_finds_nf4(page, site: Path):
     page.goto(f"file://{site}/search.html?q=NF4")
     page.wait_for_selector("#search-results li a")
     page.wait_for_function("document.querySelector('#search-results').textContent.includes('04 · NF4')")
-    assert page.troubles == []
+    # a browser lets no page read another file, so there are no excerpts here; from a server there are
+    assert [trouble for trouble in page.troubles if not re.search(r"Access to fetch|Failed to load resource|not loaded", trouble)] == []
 
 
 def test_the_pages_work_from_a_server_too(page, site: Path):
@@ -169,10 +170,10 @@ def test_the_pages_work_from_a_server_too(page, site: Path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         page.goto(f"http://127.0.0.1:{server.server_port}/lessons/02_lora.html")
-        page.click("nav.bd-links a:has-text('Notebook')")
+        page.click("nav.bd-links li.current a:has-text('Notebook')")
         assert page.url.endswith("/notebooks/02_lora.html")
         page.goto(f"http://127.0.0.1:{server.server_port}/search.html?q=NF4")
-        page.wait_for_selector("#search-results li a")
+        page.wait_for_selector("#search-results li .context")
     finally:
         server.shutdown()
     assert page.troubles == []
@@ -245,19 +246,16 @@ def test_questions_are_chosen_and_unfold_for_paper(page, site: Path):
     rows.first.locator("a").click()
     assert "/lessons/interview/" in page.url and page.locator("section:target, :target").count()
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0 < page.locator("details").count()
+    assert page.locator("details:not([open])").count() == 0 < page.locator("details.answer").count()
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details[open]").count() == 0
+    assert page.locator("details.answer[open]").count() == 0
 
 
 def test_code_is_copied_and_night_is_a_click_away(page, site: Path):
     page.goto(f"file://{site}/notebooks/04_nf4.html")
     assert page.locator("button.copybtn").count() > 5
-    before = page.evaluate("document.documentElement.dataset.theme")
-    for _ in range(3):
-        page.locator("button.theme-switch-button:visible").click()
-        if page.evaluate("document.documentElement.dataset.theme") != before:
-            break
-    else:
-        pytest.fail("the theme stays")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.locator("button.theme-switch-button:visible").click()
+    page.locator(".theme-change-button[data-mode=dark]:visible").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert json.loads((site / "_sources" / "notebooks" / "04_nf4.ipynb").read_text())["nbformat"] == 4

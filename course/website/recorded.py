@@ -8,7 +8,7 @@ from typing import Any
 from course.bench import abouts
 from course.website.texts import raw, table
 
-ROWS = 200  # of one table; the file has them all
+ROWS, COLUMNS = 200, 60  # of one table; the file has them all, and what is wider is shown entry by entry
 
 
 def pages(root: Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def _rows(value: Any) -> list[dict] | None:
         alike = all(isinstance(each, dict) for each in value) or all(map(_is_single, value))
     rows = [_flat(entry) for entry in entries]
     columns = {column for row in rows for column in row}
-    return rows if alike and len(columns) <= max(24, len(rows)) and len(columns) <= 40 else None
+    return rows if alike and len(columns) <= COLUMNS else None
 
 
 def _flat(entry: dict, before: str = "") -> dict:

@@ -81,6 +81,7 @@ function show(form) {
   } catch (problem) {
     error.textContent = problem.message;
   }
+  dispatchEvent(new Event("resize")); // the table may have become wider than its place
 }
 
 document.addEventListener("DOMContentLoaded", () => {
