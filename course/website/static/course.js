@@ -1,6 +1,9 @@
 /* Tables that sort, questions that are chosen, folds that open for paper, and boxes that scroll by key. */
 "use strict";
 
+// a page that was opened from a disk may not read its neighbours: the search shows no excerpts of them then
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
 /** Make every head of `table` a button that sorts by its column: numbers as numbers, and what is empty last. */
 function sortable(table) {
   const value = (row, column) => {
