@@ -21,7 +21,7 @@ import pytest
 
 from course import ROOT, website
 from course.units import units
-from reference.memory import RECIPES, SHAPES, training_memory
+from reference.memory import RECIPES, SHAPES, ModelShape, training_memory
 
 WHOLE = os.environ.get("COURSE_WHOLE_SITE") == "1"
 WAYS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
@@ -180,11 +180,13 @@ def test_the_pages_work_from_a_server_too(page, site: Path):
 
 
 def test_the_calculator_gives_what_python_gives(page, site: Path):
+    odd = ("odd", 101, 3, 5, 1, 19, 333, 1001)  # sizes that no block and no byte divides
+    shapes = SHAPES | {"odd": ModelShape(*odd)}
     grid = [
         {"shape": shape, "recipe": recipe, "batch": batch, "sequence": sequence, "rank": rank, "targets": targets}
         | {"checkpointing": checkpointing, "attention": attention, "padding": padding}
         for shape, recipe, (batch, sequence, rank), targets, (checkpointing, attention, padding) in itertools.product(
-            SHAPES,
+            shapes,
             RECIPES,
             ((1, 2048, 16), (3, 777, 5)),
             ("all-linear", ["q_proj", "v_proj"]),
@@ -192,12 +194,13 @@ def test_the_calculator_gives_what_python_gives(page, site: Path):
         )
     ]
     page.goto(f"file://{site}/calculator.html")
+    page.evaluate("(odd) => { memory.SHAPES.odd = new memory.ModelShape(...odd); }", odd)
     here = page.evaluate(
         "(grid) => grid.map((each) => { const b = answer(each); return [b.peak, b.moment, b.__str__(), b.moments]; })", grid
     )
     for settings, (peak, moment, printed, moments) in zip(grid, here, strict=True):
         named = {key: value for key, value in settings.items() if key not in ("shape", "recipe")}
-        there = training_memory(SHAPES[settings["shape"]], RECIPES[settings["recipe"]], **named)
+        there = training_memory(shapes[settings["shape"]], RECIPES[settings["recipe"]], **named)
         assert (peak, moment, printed, moments) == (there.peak, there.moment, str(there), there.moments), settings
     assert page.troubles == []
 
