@@ -8,6 +8,7 @@ extensions = [
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["_static"]
 language = "en"
+suppress_warnings = ["myst.header"]  # a text may skip a level of headings
 smartquotes = False  # texts are written with the marks that they mean
 
 # Markdown as GitHub and Jupyter read it: no comments, targets and roles of another dialect
