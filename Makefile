@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT
 PYTEST := $(ONE_THREAD) $(VENV)/bin/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course lab test test-gpu lint site slides build doctor demo clean
+.PHONY: help setup course lab test test-gpu test-site lint site slides build doctor demo clean
 
 help:
 	@echo "make course    set up, run every notebook, make the pages"
@@ -20,6 +20,7 @@ help:
 	@echo "make site      pages from the saved outputs, without running anything"
 	@echo "make slides    the decks for a talk, from slides/"
 	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make test-site every page of the site, in every way, in a browser"
 	@echo "make build     for authors: exercises from solutions, claimed numbers into pages"
 	@echo "make clean     remove pages and caches; your work and .venv stay"
 
@@ -39,8 +40,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 course: $(INSTALLED)
 	$(COURSE) run
 
+# lessons open as they read, not as their source
 lab: $(INSTALLED)
-	$(ONE_THREAD) $(VENV)/bin/python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard notebooks/00_*.ipynb))
+	JUPYTER_CONFIG_PATH="$(CURDIR)/course/jupyter" $(ONE_THREAD) $(VENV)/bin/python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard notebooks/00_*.ipynb))
 
 # two processes on two cores; a notebook stays whole in one of them
 test: $(INSTALLED) lint
@@ -58,6 +60,10 @@ site: $(INSTALLED)
 
 slides: $(INSTALLED)
 	$(COURSE) slides
+
+# every page of the site, in both widths, by day and by night; make test looks at each in one of these
+test-site: $(INSTALLED)
+	COURSE_WHOLE_SITE=1 $(PYTEST) tests/test_website_course.py
 
 build: $(INSTALLED)
 	$(COURSE) build

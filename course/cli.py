@@ -55,7 +55,7 @@ def run(
     cell_seconds: Annotated[float, typer.Option(help="Stop a cell that takes longer.")] = 600.0,
 ) -> None:
     """Run notebooks from top to bottom, each in a kernel of its own, and make pages of them."""
-    from course import notebooks, running, site
+    from course import notebooks, running, website
 
     chosen = [unit for unit in select(names, ROOT) if unit.notebook.exists()]
     if not chosen:
@@ -86,7 +86,7 @@ def run(
         summary = {unit.number: f"{_verdict(result)}, {result.seconds:.0f} s" for unit, result in results.items()}
         unreadable = None
         try:
-            site.write(ROOT, executed=executed, summary=summary)
+            website.write(ROOT, executed=executed, summary=summary)
         except CourseError as error:
             unreadable = error
         progress.update(task, total=1, completed=1)
@@ -224,11 +224,11 @@ def new(
 @app.command()
 def site() -> None:
     """Make pages of the lessons, the exercises and the notebooks with their saved outputs, without running anything."""
-    from course import site as pages
+    from course import website
 
     with _progress(transient=True) as progress:
         task = progress.add_task("pages", total=None)
-        pages.write(ROOT, before_page=lambda path: progress.update(task, description=path.name))
+        website.write(ROOT, before_page=lambda path: progress.update(task, description=path.name))
     _show_index()
 
 

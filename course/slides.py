@@ -1,7 +1,7 @@
-"""``course slides``: the decks in ``slides/`` as reveal.js pages that need no network, in ``build/slides``.
+"""``course slides``: the decks in ``slides/`` as reveal.js pages that need no network, in ``site/slides``.
 
 A deck is a Markdown page: ``#`` is its title, each ``##`` a slide, and ``:::{revealjs-notes}`` what the speaker sees (key S). Its numbers
-are claims, as in lessons. This module is the Sphinx extension too: it takes the claims' comments out and draws formulas as MathML.
+are claims, as in lessons. This module is the Sphinx extension too, which takes the claims' comments out.
 """
 
 import re
@@ -12,18 +12,18 @@ from course import ROOT
 from course.units import CourseError
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.application import Sphinx
 
-FOLDER, OUT = ROOT / "slides", ROOT / "build" / "slides"
+FOLDER, OUT = ROOT / "slides", ROOT / "site" / "slides"
 MOST_SLIDES = 20
 WIDTH, HEIGHT = 1280, 720
+_INDEX = '<!doctype html><meta charset="utf-8"><title>Slides</title><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Slides</a>\n'
 _COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _SLIDE = re.compile(r"^##? ", re.MULTILINE)
 
 _CONFIGURATION = {
     "project": "Parameter-efficient fine-tuning",
-    "extensions": ["myst_parser", "sphinx_revealjs", "course.slides"],
+    "extensions": ["myst_parser", "sphinx_revealjs", "course.slides", "course.website.formulas"],
     "root_doc": "overview",
     "source_suffix": {".md": "markdown"},
     "myst_enable_extensions": ["dollarmath", "colon_fence"],
@@ -71,38 +71,20 @@ def build(folder: Path = FOLDER, out: Path = OUT) -> list[Path]:
 
     warnings = io.StringIO()
     with docutils_namespace():
-        app = Sphinx(
-            str(folder), None, str(out), str(out.parent / "slides-doctrees"), "revealjs", _CONFIGURATION, status=None, warning=warnings
-        )
+        app = Sphinx(str(folder), None, str(out), str(out / ".doctrees"), "revealjs", _CONFIGURATION, status=None, warning=warnings)
         app.build()
     if words := re.sub(r"\x1b\[[0-9;]*m", "", warnings.getvalue()).strip():
         raise CourseError(f"the slides have mistakes:\n{words}")
-    return [out / f"{deck.stem}.html" for deck in decks(folder)]
+    pages = [out / f"{deck.stem}.html" for deck in decks(folder)]
+    (out / "index.html").write_text(_INDEX.format(pages[0].name), encoding="utf-8")  # which the site's first page links to
+    return pages
 
 
 def setup(app: "Sphinx") -> dict:
     """Called by Sphinx."""
     app.connect("source-read", _without_comments)
-    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     return {"version": "1", "parallel_read_safe": True}
 
 
 def _without_comments(app: "Sphinx", name: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<=\d) %", "\u00a0%", _COMMENT.sub("", source[0]))
-
-
-def _inline(translator, node: "nodes.math") -> None:
-    _draw(translator, node, "inline")
-
-
-def _block(translator, node: "nodes.math_block") -> None:
-    _draw(translator, node, "block")
-
-
-def _draw(translator, node, display: str) -> None:
-    from docutils.nodes import SkipNode
-
-    from course.site import mathml
-
-    translator.body.append(mathml(node.astext(), display))
-    raise SkipNode

@@ -107,7 +107,7 @@ def test_ctrl_c_anywhere_else_says_so(course, monkeypatch):
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("course.site.write", interrupted)
+    monkeypatch.setattr("course.website.write", interrupted)
     status, printed = course("site")
     assert status == 130 and "stopped" in printed.lower()
 
