@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 FOLDER, OUT = ROOT / "slides", ROOT / "site" / "slides"
 MOST_SLIDES = 20
 WIDTH, HEIGHT = 1280, 720
-_INDEX = '<!doctype html><meta charset="utf-8"><title>Slides</title><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Slides</a>\n'
+_INDEX = (
+    '<!doctype html><meta charset="utf-8"><title>Slides</title><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Slides</a>\n'
+)
 _COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _SLIDE = re.compile(r"^##? ", re.MULTILINE)
 
