@@ -124,5 +124,5 @@ def overview(asked: dict[Unit, tuple[Question, ...]]) -> str:
             rows.append(f"<tr {_data(question)}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     heads = ("question", "unit", "difficulty", "kind", "asked", "role", "minutes")
     listed = raw(FILTERS + table(heads, rows, "questions", "All questions"))
-    said = "Every number in an answer is computed by a function that a test calls. In the terminal: `course interview`."
+    said = "Every number in an answer is computed by a function that a test calls. In the terminal: `course quiz`."
     return f"# All questions\n\n{said}\n\n{listed}\n"
