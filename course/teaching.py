@@ -14,7 +14,7 @@ from functools import cache
 
 from course import ROOT
 from course.notebooks import is_answer, is_check, read, title_above
-from course.reading import STATED, minutes
+from course.reading import STATED, minutes, refresh_notebook
 from course.units import CourseError, Unit, find, units
 
 NAMED = 4  # mistakes of each exercise
@@ -29,9 +29,9 @@ def lesson_minutes(unit: Unit) -> int:
 
 
 def notebook_minutes(unit: Unit) -> dict[int, int]:
-    """Section -> minutes as its heading states them; 0 is the whole notebook."""
+    """Section -> minutes as its heading states them after ``course build``; 0 is the whole notebook."""
     found = {}
-    for cell in read(unit.notebook).cells:
+    for cell in refresh_notebook(read(unit.notebook)).cells:
         if cell.cell_type == "markdown" and (stated := STATED.search(cell.source)):
             section = _SECTION.search(cell.source)
             found.setdefault(int(section["number"]) if section else 0, int(stated["number"]))  # the first cell states the sum
