@@ -22,6 +22,8 @@ def parts(unit: Unit) -> dict[str, Path]:
     root = unit.root
     return {
         "lesson.md": unit.lesson,
+        "slides.md": root / "slides" / f"{unit.stem}.md",
+        "teaching.md": root / "teaching" / f"{unit.stem}.md",
         "questions.yaml": unit.interview,
         "notebook.py": unit.notebook,
         "solution.py": unit.solution,

@@ -1,14 +1,21 @@
 """What instructors need of the units: minutes of their parts, and the mistakes that their judges know by name.
 
 The pages in ``teaching/`` hold a list of these mistakes between two comments; ``course build`` writes it and a test holds it, so that it
-says what the judge says.
+says what the judge says. Judges are loaded in a process of their own, ``python -m course.teaching``, where Triton interprets kernels: one
+that compiles them, as a claim may have made this one do, can't load unit 13's.
 """
 
+import json
+import os
 import re
+import subprocess
+import sys
+from functools import cache
 
+from course import ROOT
 from course.notebooks import is_answer, is_check, read, title_above
-from course.reading import STATED, minutes
-from course.units import CourseError, Unit, find
+from course.reading import STATED, minutes, refresh_notebook
+from course.units import CourseError, Unit, find, units
 
 NAMED = 4  # mistakes of each exercise
 _SECTION = re.compile(r"^## (?P<number>\d+) · ", re.MULTILINE)
@@ -22,9 +29,9 @@ def lesson_minutes(unit: Unit) -> int:
 
 
 def notebook_minutes(unit: Unit) -> dict[int, int]:
-    """Section -> minutes as its heading states them; 0 is the whole notebook."""
+    """Section -> minutes as its heading states them after ``course build``; 0 is the whole notebook."""
     found = {}
-    for cell in read(unit.notebook).cells:
+    for cell in refresh_notebook(read(unit.notebook)).cells:
         if cell.cell_type == "markdown" and (stated := STATED.search(cell.source)):
             section = _SECTION.search(cell.source)
             found.setdefault(int(section["number"]) if section else 0, int(stated["number"]))  # the first cell states the sum
@@ -63,5 +70,22 @@ def refresh(text: str, stem: str) -> str:
     """
     if not _MISTAKES.search(text):
         raise CourseError("a page of teaching/ needs a line <!--mistakes--> and below it a line <!--/mistakes-->")
-    listed = mistakes(find(stem))
+    listed = _mistakes_of_all()[find(stem).stem]
     return _MISTAKES.sub(lambda match: f"{match[1]}\n{listed}\n{match[2]}", text)
+
+
+@cache
+def _mistakes_of_all() -> dict[str, str]:
+    """Stem -> its mistakes, of all units that have exercises."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run([sys.executable, "-m", "course.teaching"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CourseError(f"the judges could not be loaded: {done.stderr.strip()[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps({unit.stem: mistakes(unit) for unit in units() if unit.solution.exists()}))

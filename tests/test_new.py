@@ -15,6 +15,8 @@ from course.units import CourseError, Unit
 STEM = "97_laid_out"
 PARTS = [
     "lessons/97_laid_out.md",
+    "slides/97_laid_out.md",
+    "teaching/97_laid_out.md",
     "lessons/interview/97_laid_out.yaml",
     "notebooks/97_laid_out.ipynb",
     "solutions/97_laid_out.ipynb",

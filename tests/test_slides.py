@@ -23,10 +23,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {page.stem: page for page in slides.build(out=tmp_path_factory.mktemp("decks") / "slides")}
 
 
-def test_every_deck_is_of_a_unit():
+def test_every_unit_has_a_deck_that_the_overview_links_to():
     stems = [deck.stem for deck in DECKS]
-    assert stems[0] == "overview"
-    assert set(stems[1:]) <= {unit.stem for unit in units()}
+    assert stems == ["overview", *(unit.stem for unit in units())]
+    assert re.findall(r"\]\((\w+)\.md\)", DECKS[0].read_text(encoding="utf-8")) == stems[1:]
 
 
 @every_deck

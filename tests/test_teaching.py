@@ -49,9 +49,9 @@ def test_nobody_sits_longer_than_two_hours():
 
 
 def test_the_exercises_that_a_plan_names_are_those_it_counts():
-    """ "Exercises 02: 1, 2 and 6" stands beside the minutes of exactly these."""
-    found = re.findall(r"Exercises? (\d\d): ([\d, and]+?) \(\d+<!--claim teaching:exercises\((.*?)\) d-->", PLANS)
-    assert len(found) > 10
+    """ "02: 1, 2 and 6" stands beside the minutes of exactly these."""
+    found = re.findall(r"(\d\d): ([\d, and]+?) \(\d+<!--claim teaching:exercises\((.*?)\) d-->", PLANS)
+    assert len(found) == PLANS.count("claim teaching:exercises(")
     for unit, named, arguments in found:
         counted = ast.literal_eval(f"({arguments},)")
         assert counted == (unit, *map(int, re.findall(r"\d+", named)))
@@ -59,8 +59,16 @@ def test_the_exercises_that_a_plan_names_are_those_it_counts():
 
 def test_eight_weeks_hold_every_unit():
     weeks = re.findall(r"^\| \d \| ([^|]*) \|", PLANS, re.MULTILINE)
-    named = set(re.findall(r"\d\d", " ".join(weeks)))
-    assert len(weeks) == 8 and named == {path.stem[:2] for path in NOTES}
+    named = re.findall(r"\d\d", " ".join(weeks))
+    assert len(weeks) == 8 and sorted(named) == [path.stem[:2] for path in NOTES] == [unit.number for unit in TAUGHT]
+
+
+def test_a_week_is_an_hour_of_exercises_from_its_own_units():
+    weeks = re.findall(r"^\| \d \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", PLANS, re.MULTILINE)
+    assert len(weeks) == 8
+    for named, exercises, hours in weeks:
+        assert 20 <= sum(claimed.value(call) for call in claimed.in_page(exercises)) <= 55, named
+        assert re.findall(r"'(\d\d)'", exercises) == re.findall(r"'(\d\d)'", hours) == re.findall(r"\d\d", named)
 
 
 @pytest.mark.parametrize("path", NOTES, ids=lambda path: path.stem)
