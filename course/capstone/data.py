@@ -102,10 +102,10 @@ def prompt(row: Conversation) -> str:
     return " ".join(" ".join(each["content"].split()).casefold() for each in row.messages[:-1])
 
 
-def split(rows: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """A tenth of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
+def split(rows: list[Conversation], seed: int, share: float = SHARE) -> tuple[list[Conversation], list[Conversation]]:
+    """A share of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
     prompts = sorted({prompt(row) for row in rows}, key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
-    held = set(prompts[: max(FEWEST, round(SHARE * len(prompts)))])
+    held = set(prompts[: max(FEWEST, round(share * len(prompts)))])
     return [row for row in rows if prompt(row) not in held], [row for row in rows if prompt(row) in held]
 
 
