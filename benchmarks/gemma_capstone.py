@@ -10,8 +10,8 @@ model those of ``benchmarks.gemma_instructions``, whose answers are known from P
 other words. Only the first seed is exported.
 
 Each method gets its own learning rate before any plan is run, by a search at seed 0: train on three quarters of the training rows, split by
-prompt, and take the rate with the lowest loss on the last quarter. The held-out rows are no part of it. The search starts with three rates
-around a default and goes on outwards while the best is at an end. Plans of one method share its rate.
+prompt, and take the rate with the lowest loss on the last quarter. No question of the held-out rows is in either part. The search starts
+with three rates around a default and goes on outwards while the best is at an end. Plans of one method share its rate.
 """
 
 import gc
@@ -68,7 +68,10 @@ def data_files(folder: Path) -> dict[str, str]:
 def search(model: str, folder: Path, settings: dict, defaults: dict[str, float], seed: int = 0) -> dict:
     """The rate of each method: what was tried, [rate, validation loss] each with None for a loss that became NaN, and what is chosen."""
     own = Path(settings["data"]) if "data" in settings else data.write_course(folder / "course.jsonl", seed)
-    parts = dict(zip(("data", "held_out"), data.split(read_conversations(own)[0], seed, VALIDATION), strict=True))
+    tests = read_conversations(Path(settings["held_out"]))[0] if "held_out" in settings else data.asked_of_the_course(plan.Plan().ask)
+    asked = {data.prompt(row) for row in tests}
+    rows = [row for row in read_conversations(own)[0] if data.prompt(row) not in asked]
+    parts = dict(zip(("data", "held_out"), data.split(rows, seed, VALIDATION), strict=True))
     files = {name: str(folder / f"search_{name}.jsonl") for name in parts}
     for name, rows in parts.items():
         Path(files[name]).write_text("".join(json.dumps({"messages": list(row.messages)}) + "\n" for row in rows), encoding="utf-8")

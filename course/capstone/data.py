@@ -72,7 +72,7 @@ def load(plan: Plan, base: Base) -> Rows:
     if plan.data == "course":
         if not base.in_the_world:
             raise CourseError('data = "course" is for the tiny model, whose world it is about: give a JSONL file')
-        rows, held = of_the_course(plan.seed, 0), of_the_course(10_000, 1, 2 * plan.ask)
+        rows, held = of_the_course(plan.seed, 0), asked_of_the_course(plan.ask)
     else:
         rows, held = _read(plan.path("data")), None
     if plan.held_out:
@@ -112,6 +112,11 @@ def split(rows: list[Conversation], seed: int, share: float = SHARE) -> tuple[li
 def of_the_course(seed: int, held_out: int, count: int = COURSE_ROWS) -> list[Conversation]:
     made = instructions.tasks(count, seed, held_out=bool(held_out))
     return [Conversation(line, tuple(each.messages)) for line, each in enumerate(made, 1)]
+
+
+def asked_of_the_course(ask: int) -> list[Conversation]:
+    """What every run on the course's rows is asked: twice as many as are needed, since some repeat others."""
+    return of_the_course(10_000, 1, 2 * ask)
 
 
 def write_course(file: Path, seed: int = 0, count: int = COURSE_ROWS) -> Path:
