@@ -24,7 +24,7 @@ from course.capstone import base as bases
 from course.capstone import checkpoint, data, evaluate, export, gguf_file, merge, plan, report, run, train
 from course.capstone.plan import Plan
 from course.cli import app
-from course.lab import models, recorded
+from course.lab import evaluation, instructions, models, recorded
 from course.units import CourseError
 from reference.instruct import read_conversations
 from reference.lora import lora_layers
@@ -446,6 +446,15 @@ def test_a_change_is_named_by_its_interval():
     found = {change.name: change.verdict for change in evaluate.learned(before, better)}
     assert found == {"held-out loss": "better", "right answers": "better", "answers that end": "no difference shown"}
     assert evaluate.learned(better, before)[0].verdict == "worse"
+
+
+def test_a_mark_in_place_of_a_fact_is_a_wrong_answer(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    assert evaluation.facts_right(base.model, instructions.world()).all()
+    with torch.no_grad():  # the model says nothing but marks
+        base.model.get_output_embeddings().weight[: base.new[0]] = 0
+        base.model.get_output_embeddings().weight[list(base.new)] *= torch.tensor([[1000.0], [-1000.0], [1.0]])
+    assert not evaluation.facts_right(base.model, instructions.world()).any()
 
 
 def test_toml_of_a_report_is_a_plan_again(tmp_path):
