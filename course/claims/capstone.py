@@ -67,6 +67,11 @@ def forgotten(plan: str = PLAN) -> float:
     return statistics.fmean(figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan))
 
 
+def known(plan: str = PLAN) -> float:
+    """Percent of the small world's facts that are still known after the run, mean over seeds; all were before."""
+    return statistics.fmean(100 * figures.change(row, "facts known")["after"] for row in _runs(plan))
+
+
 def facts() -> int:
     """That the small world's people and places are asked for."""
     return len(instructions.world().facts())
