@@ -356,7 +356,7 @@ def test_every_export_answers_as_the_trained_model(finished):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_an_adapter_of_linear_layers_is_served_as_one_of_many(tmp_path, method):
-    settings = quick(tmp_path, method=method, steps=8, lr=1e-3)
+    settings = quick(tmp_path, method=method, steps=4, ask=8, new_tokens=4)
     base = dataclasses.replace(bases.load("tiny", "float32", tmp_path), new=())  # no rows of the embedding are trained
     rows, model = data.load(settings, base), bases.adapt(base, settings)
     train.train(model, settings, rows, tmp_path / "checkpoints", "base", base.tokenizer.pad_token_id, False)

@@ -146,7 +146,7 @@ def check_served(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) ->
     """As one of many over a base, which is how unit 11 serves it: factors beside linear layers, and nothing else."""
     if base.new:
         return Export(
-            "served", str(folder), words="it trained rows of the embedding too, which all tenants share: serve it merged, or alone"
+            "served", str(folder), words="it trained rows of the embedding too, which all adapters share: serve it merged, or alone"
         )
     model, factors = load_base(base.name, plan.method, plan.dtype), read_factors(folder)
     server = MultiLoRA(model, list(factors))
