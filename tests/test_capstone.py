@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from course.capstone import base as bases
 from course.capstone import checkpoint, data, evaluate, export, gguf_file, merge, plan, report, run, train
 from course.capstone.plan import Plan
 from course.cli import app
-from course.lab import models, recorded
+from course.lab import evaluation, instructions, models, recorded
 from course.units import CourseError
 from reference.instruct import read_conversations
 from reference.lora import lora_layers
@@ -345,10 +346,26 @@ def test_the_report_tells_what_changed(finished):
 def test_every_export_answers_as_the_trained_model(finished):
     result = finished[1]
     found = {each["kind"]: each for each in result["exports"]}
-    assert set(found) == {"adapter", "adapter in peft", "merged"}
+    assert set(found) == {"adapter", "adapter in peft", "served", "merged"}
+    served = found.pop("served")  # the tiny base got marks, whose rows are trained
+    assert served["logits"] is None and "rows of the embedding" in served["words"]
     assert found["adapter"]["logits"] == 0
     assert all(each["logits"] < 1e-3 and each["changed"] == 0 for each in found.values())
     assert result["merge"]["error"] < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_of_linear_layers_is_served_as_one_of_many(tmp_path, method):
+    settings = quick(tmp_path, method=method, steps=4, ask=8, new_tokens=4)
+    base = dataclasses.replace(bases.load("tiny", "float32", tmp_path), new=())  # no rows of the embedding are trained
+    rows, model = data.load(settings, base), bases.adapt(base, settings)
+    train.train(model, settings, rows, tmp_path / "checkpoints", "base", base.tokenizer.pad_token_id, False)
+    wanted = export.trained(model, base, rows, settings.new_tokens)
+    folder = export.write_adapter(model, base, tmp_path / "adapter", {}, "card")
+    served = export.check_served(folder, base, settings, rows, wanted)
+    assert served.changed == 0 and served.logits < 1e-3 and served.lost.high < 1e-4
+    plain = export.compare("none", folder, export.load_base(base.name, method, "float32"), base, rows, settings.new_tokens, wanted)
+    assert plain.logits > 0.1  # the adapter does something
 
 
 def test_gguf_is_loaded_again_and_answers_alike(finished):
@@ -431,6 +448,15 @@ def test_a_change_is_named_by_its_interval():
     assert evaluate.learned(better, before)[0].verdict == "worse"
 
 
+def test_a_mark_in_place_of_a_fact_is_a_wrong_answer(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    assert evaluation.facts_right(base.model, instructions.world()).all()
+    with torch.no_grad():  # the model says nothing but marks
+        base.model.get_output_embeddings().weight[: base.new[0]] = 0
+        base.model.get_output_embeddings().weight[list(base.new)] *= torch.tensor([[1000.0], [-1000.0], [1.0]])
+    assert not evaluation.facts_right(base.model, instructions.world()).any()
+
+
 def test_toml_of_a_report_is_a_plan_again(tmp_path):
     settings = Plan(r=4, targets=("q_proj",), memory_gb=2.0)
     (tmp_path / "again.toml").write_text(report.toml(settings.settings()))
@@ -453,3 +479,28 @@ def test_the_benchmark_takes_the_same_path(tmp_path):
     files = gemma_capstone.data_files(tmp_path)
     counts = {field: len(read_conversations(Path(file))[0]) for field, file in files.items()}
     assert counts["data"] > 500 and counts["held_out"] > 80
+
+
+def test_rates_are_chosen_on_rows_that_are_neither_trained_on_nor_held_out(tmp_path, monkeypatch):
+    """The best at an end is not the best yet; a rate that diverges is none; and no question stands on two sides."""
+    given = []
+
+    def loss(settings):
+        given.append(settings)
+        return math.inf if settings.lr > 2e-2 else abs(math.log(settings.lr / (1e-2 if settings.method == "lora" else 1e-3)))
+
+    monkeypatch.setattr(gemma_capstone, "validation_loss", loss)
+    found = gemma_capstone.search("tiny", tmp_path, {}, dict.fromkeys(gemma_capstone.METHODS, 1e-3))
+    assert found["chosen"] == {"lora": 9e-3, "qlora": 1e-3, "full": 1e-3}
+    assert found["tried"]["lora"][-1] == [0.027, None] and len(found["tried"]["qlora"]) == 3
+    real = {"ask": 120} | gemma_capstone.data_files(tmp_path)
+    tests = data.asked_of_the_course(120), read_conversations(Path(real["held_out"]))[0]
+    assert_apart(given[0], tests[0], found["prompts"])
+    again = gemma_capstone.search("gemma-3-270m", tmp_path, real, dict.fromkeys(gemma_capstone.METHODS, 1e-3))
+    assert_apart(given[-1], tests[1], again["prompts"])
+
+
+def assert_apart(settings: Plan, tests: list, counts: dict) -> None:
+    trained_on, validation = ({data.prompt(row) for row in read_conversations(settings.path(name))[0]} for name in ("data", "held_out"))
+    assert counts == {"data": len(trained_on), "held_out": len(validation)} and len(validation) > 30
+    assert not trained_on & validation and not (trained_on | validation) & {data.prompt(row) for row in tests}

@@ -72,7 +72,7 @@ def load(plan: Plan, base: Base) -> Rows:
     if plan.data == "course":
         if not base.in_the_world:
             raise CourseError('data = "course" is for the tiny model, whose world it is about: give a JSONL file')
-        rows, held = of_the_course(plan.seed, 0), of_the_course(10_000, 1, 2 * plan.ask)
+        rows, held = of_the_course(plan.seed, 0), asked_of_the_course(plan.ask)
     else:
         rows, held = _read(plan.path("data")), None
     if plan.held_out:
@@ -102,16 +102,21 @@ def prompt(row: Conversation) -> str:
     return " ".join(" ".join(each["content"].split()).casefold() for each in row.messages[:-1])
 
 
-def split(rows: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """A tenth of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
+def split(rows: list[Conversation], seed: int, share: float = SHARE) -> tuple[list[Conversation], list[Conversation]]:
+    """A share of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
     prompts = sorted({prompt(row) for row in rows}, key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
-    held = set(prompts[: max(FEWEST, round(SHARE * len(prompts)))])
+    held = set(prompts[: max(FEWEST, round(share * len(prompts)))])
     return [row for row in rows if prompt(row) not in held], [row for row in rows if prompt(row) in held]
 
 
 def of_the_course(seed: int, held_out: int, count: int = COURSE_ROWS) -> list[Conversation]:
     made = instructions.tasks(count, seed, held_out=bool(held_out))
     return [Conversation(line, tuple(each.messages)) for line, each in enumerate(made, 1)]
+
+
+def asked_of_the_course(ask: int) -> list[Conversation]:
+    """What every run on the course's rows is asked: twice as many as are needed, since some repeat others."""
+    return of_the_course(10_000, 1, 2 * ask)
 
 
 def write_course(file: Path, seed: int = 0, count: int = COURSE_ROWS) -> Path:

@@ -26,6 +26,7 @@ from course.lab import models
 from course.lab.evaluation import Interval, compare_losses
 from course.units import CourseError
 from reference.adapter_format import load_adapter, save_adapter
+from reference.multi_lora import MultiLoRA, read_factors
 from reference.qlora import quantize_linears
 
 CARD, RECORD = "README.md", "course_adapter.json"
@@ -46,7 +47,7 @@ class Export:
     """One export, loaded again.
 
     Attributes:
-        kind: "adapter", "adapter in peft", "merged", "gguf".
+        kind: "adapter", "adapter in peft", "served", "merged", "gguf".
         logits: largest difference of a logit, on a few held-out rows.
         changed: share of answers that are others.
         lost: nats per target that it loses against the trained model, paired.
@@ -139,6 +140,19 @@ def check_in_peft(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -
         finally:
             logging.disable(logging.NOTSET)
     return compare("adapter in peft", folder, model, base, rows, plan.new_tokens, wanted)
+
+
+def check_served(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) -> Export:
+    """As one of many over a base, which is how unit 11 serves it: factors beside linear layers, and nothing else."""
+    if base.new:
+        return Export(
+            "served", str(folder), words="it trained rows of the embedding too, which all adapters share: serve it merged, or alone"
+        )
+    model, factors = load_base(base.name, plan.method, plan.dtype), read_factors(folder)
+    server = MultiLoRA(model, list(factors))
+    server.add("this", factors)
+    server.select("this")
+    return compare("served", folder, model, base, rows, plan.new_tokens, wanted)
 
 
 # The whole model

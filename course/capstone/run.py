@@ -115,6 +115,7 @@ def deliver(
         folder = export.write_adapter(model, base, out / "adapter", record(plan, base, rows, result, wanted), card)
         add("adapter", lambda: export.check_adapter(folder, base, plan, rows, wanted))
         add("adapter in peft", lambda: export.check_in_peft(folder, base, plan, rows, wanted))
+        add("served", lambda: export.check_served(folder, base, plan, rows, wanted))
     merged = merge.merge(model, plan.method, original)
     if adapter:
         file = folder / export.RECORD

@@ -41,6 +41,22 @@ def _runs(plan: str) -> list[dict]:
 PLAN = "LoRA r = 16, 10 % replay"
 
 
+def rate(method: str = "lora") -> float:
+    """The learning rate that the search on validation rows chose; ``method`` is lora, qlora or full."""
+    return recorded.load("capstone_tiny", "cpu")["result"]["search"]["chosen"][method]
+
+
+def search_is_bracketed() -> bool:
+    """Of each method a lower and a higher rate than the chosen one was tried, and both are worse or diverge."""
+    found = recorded.load("capstone_tiny", "cpu")["result"]["search"]
+    for method, tried in found["tried"].items():
+        losses = {rate: math.inf if loss is None else loss for rate, loss in tried}
+        chosen = found["chosen"][method]
+        if not min(losses) < chosen < max(losses) or losses[chosen] != min(losses.values()):
+            return False
+    return True
+
+
 def right(plan: str = PLAN) -> float:
     """Percent of held-out instructions answered rightly, mean over seeds."""
     return statistics.fmean(100 * figures.change(row, "right answers")["after"] for row in _runs(plan))
@@ -49,6 +65,11 @@ def right(plan: str = PLAN) -> float:
 def forgotten(plan: str = PLAN) -> float:
     """Nats per token by which old text became harder, mean over seeds."""
     return statistics.fmean(figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan))
+
+
+def known(plan: str = PLAN) -> float:
+    """Percent of the small world's facts that are still known after the run, mean over seeds; all were before."""
+    return statistics.fmean(100 * figures.change(row, "facts known")["after"] for row in _runs(plan))
 
 
 def facts() -> int:

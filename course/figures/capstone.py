@@ -186,13 +186,24 @@ def runs_data() -> dict[str, dict]:
     return found
 
 
+PLANS = {
+    "LoRA r = 16, 10 % replay": plotting.BLUE,
+    "LoRA r = 16, no replay": plotting.RED,
+    "LoRA r = 4, 10 % replay": plotting.SKY,
+    "QLoRA r = 16, 10 % replay": plotting.GREEN,
+    "full fine-tuning, 10 % replay": plotting.BLACK,
+}
+
+
 def plans(data: dict[str, dict]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
-    for (name, row), colour in zip(data.items(), (plotting.BLUE, plotting.RED, plotting.SKY, plotting.GREEN, plotting.BLACK), strict=False):
+    for name, colour in PLANS.items():
+        row = data[name]
         axes.plot(row["forgotten"], row["right"], "o", color=colour, ms=4, alpha=0.6)
-        axes.plot(np.mean(row["forgotten"]), np.mean(row["right"]), "D", color=colour, ms=9, label=name)
-    axes.set(xlabel="old text: rise of the loss, nats per token", ylabel="instructions answered rightly, %", ylim=(0, 100))
-    axes.set_xlim(left=0)
+        axes.plot(np.mean(row["forgotten"]), np.mean(row["right"]), "D", color=colour, ms=8, label=name)
+    axes.set(xscale="log", xlabel="old text: rise of the loss, nats per token", ylabel="instructions answered rightly, %", ylim=(50, 100))
+    axes.set_xticks((0.03, 0.1, 0.3, 1, 3), ("0.03", "0.1", "0.3", "1", "3"))
+    axes.minorticks_off()
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1))
     return figure
 

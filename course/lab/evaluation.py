@@ -280,10 +280,11 @@ def facts_right(model: nn.Module, world: World) -> Tensor:
     model.eval()
     questions, answers = zip(*world.facts(), strict=True)
     ids = [world.tokenizer(question).input_ids for question in questions]
+    wanted = torch.tensor([world.vocabulary.index(answer) for answer in answers])  # an id: a model may have more words than the world
     right = torch.zeros(len(ids), dtype=torch.bool)
     for length in {len(row) for row in ids}:  # equal lengths together: no padding, no mask
         chosen = [i for i, row in enumerate(ids) if len(row) == length]
-        best = model(input_ids=torch.tensor([ids[i] for i in chosen], device=where)).logits[:, -1].argmax(-1).tolist()
-        right[chosen] = torch.tensor([world.vocabulary[word] == answers[i] for word, i in zip(best, chosen, strict=True)])
+        best = model(input_ids=torch.tensor([ids[i] for i in chosen], device=where)).logits[:, -1].argmax(-1).cpu()
+        right[chosen] = best == wanted[chosen]
     model.train(was_training)
     return right
