@@ -260,7 +260,7 @@ def test_a_coding_task_is_judged_and_a_wrong_one_is_hard_at_best(course, monkeyp
     monkeypatch.setattr(tasks, "hand_out", lambda task, folder, now: folder / "sheet.ipynb")
     monkeypatch.setattr(tasks, "judged", lambda task, sheet: ["2. A zero point: nothing here yet"])
     _, printed = course("--unit", "03", "--kind", "coding", typed=["", "", "4", "2"])
-    assert "interviews/sheet.ipynb" in printed and "✗ 2. A zero point: nothing here yet" in printed and "1–2 rate" in printed
+    assert "interviews/sheet.ipynb" in printed and "✗ 2. A zero point: nothing here yet" in printed and "1–2: rate" in printed
     (review,) = course.journal.reviews()
     assert (review.question, review.rating) == ("exercise:03.2", 2)
     assert "course check 03" in printed
