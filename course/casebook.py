@@ -127,6 +127,7 @@ def command(name: str | None, check: Path | None, fix: bool, save: Path | None, 
         for case in cases():
             table.add_row(case.name, case.symptoms.splitlines()[0])
         show(table)
+        show("\n`course case NAME` shows one: what is seen, and the script.")
         return True
     case = find(name)
     if check is not None:

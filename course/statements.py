@@ -18,6 +18,9 @@ def stated(unit: str | None = None) -> list[tuple[str, Statement]]:
 def command(unit: str | None, show: Callable[..., None]) -> None:
     """Print the table, of one unit or of all."""
     found = stated(unit)
+    if not found:
+        show(f"The questions of unit {unit} examine no such statement. `course claims` shows those of all units.")
+        return
     table = Table("unit", "one hears", "computed or measured", "holds", header_style="bold", show_lines=True)
     for number, statement in found:
         verdict = f"[{COLOURS[statement.holds]}]{statement.holds}[/{COLOURS[statement.holds]}]"

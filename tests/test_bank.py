@@ -170,6 +170,12 @@ def test_a_statement_without_evidence_is_refused(statement):
         interview._read(entry_with(statement), "x")
 
 
+def test_a_unit_without_statements_is_said_instead_of_an_empty_table():
+    result = CliRunner().invoke(app, ["claims", "--unit", "01"], env={"COLUMNS": "150"})
+    assert result.exit_code == 0
+    assert "unit 01 examine no such statement" in result.output and "Of 0" not in result.output
+
+
 def test_the_command_prints_statements_of_a_unit():
     result = CliRunner().invoke(app, ["claims", "--unit", "05"], env={"COLUMNS": "150"})
     assert result.exit_code == 0

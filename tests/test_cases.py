@@ -134,7 +134,7 @@ def test_a_case_is_shown_saved_and_judged(tmp_path):
         return result.exit_code, result.output + str(result.exception or "")
 
     status, printed = course()
-    assert status == 0 and all(case.name in printed for case in CASES)
+    assert status == 0 and all(case.name in printed for case in CASES) and "course case NAME" in printed
     status, printed = course("second-evaluation")
     seen = find("second_evaluation").shows().splitlines()[3]
     assert status == 0 and seen in printed and "def merge(self)" in printed

@@ -148,6 +148,61 @@ def test_a_pool_that_reports_in_tuples_passes_and_one_that_forgets_the_error_doe
     refused(check.pool, Accepts)
 
 
+def test_a_pool_that_forgets_what_it_threw_out_is_told_so_and_not_its_key_error():
+    class Forgets(pools.Pool):
+        def acquire(self, name, size):
+            gone = super().acquire(name, size)
+            for each in gone or ():
+                del self.users[each]
+            return gone
+
+        def release(self, name):
+            if name not in self.users:
+                raise KeyError(name)
+            super().release(name)
+
+    class InUse(Forgets):
+        candidates = pools.in_use_too
+
+    class Unpinned(Forgets):
+        def pin(self, name):
+            pass
+
+    accepted(check.pool, Forgets)
+    refused(check.pool, InUse, "an adapter in use was thrown out")
+    refused(check.pool, Unpinned, "a hit is not pinned")
+
+
+def test_a_total_of_zero_counts_as_plus():
+    def lost(deltas, weights, density):
+        return ties(deltas, weights, density, elect=lambda trimmed, w: trimmed.sum(0).sign())
+
+    refused(check.ties, lost, "a total of 0 elected no sign")
+
+
+def test_weight_and_scale_in_both_factors_are_told():
+    def twice(adapters, weights):
+        parts = [(w * s * A, w * s * B) for (A, B, s), w in zip(adapters, weights, strict=True)]
+        return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], 1)
+
+    refused(check.combine, twice, "weight and scale are in A and in B")
+
+
+def test_a_cache_so_large_that_no_adapter_fits_is_told_as_the_mistake_it_is():
+    """Some seeds leave no room with all heads cached; an answer may then go below 0."""
+
+    def all_heads(p):
+        found = platforms.design(p, kv=lambda p: platforms.kv_of(p, p.shape.heads))
+        room = p.card_bytes - p.base_bytes - found["kv_bytes"]
+        return found | {"adapters_on_card": room // found["adapter_bytes"]}
+
+    seeds = [seed for seed in range(30) if any(all_heads(p)["adapters_on_card"] < 0 for p in platforms.drawn(seed))]
+    assert seeds
+    for seed in seeds[:3]:
+        with pytest.raises(NotYet, match="counted for all query heads"):
+            check.platform._judge(all_heads, seed)
+
+
 def test_a_platform_without_a_number_or_with_a_pair_is_told():
     def short(p):
         return {key: value for key, value in platforms.design(p).items() if key != "cards"}

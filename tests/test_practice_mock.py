@@ -260,7 +260,8 @@ def test_a_coding_task_is_judged_and_a_wrong_one_is_hard_at_best(course, monkeyp
     monkeypatch.setattr(tasks, "hand_out", lambda task, folder, now: folder / "sheet.ipynb")
     monkeypatch.setattr(tasks, "judged", lambda task, sheet: ["2. A zero point: nothing here yet"])
     _, printed = course("--unit", "03", "--kind", "coding", typed=["", "", "4", "2"])
-    assert "interviews/sheet.ipynb" in printed and "✗ 2. A zero point: nothing here yet" in printed and "1–2 rate" in printed
+    assert "interviews/sheet.ipynb" in printed and "✗ 2. A zero point: nothing here yet" in printed and "1–2: rate" in printed
+    assert "'4' is not one of the keys." in printed
     (review,) = course.journal.reviews()
     assert (review.question, review.rating) == ("exercise:03.2", 2)
     assert "course check 03" in printed
@@ -298,6 +299,6 @@ def test_a_question_that_asks_for_an_exercise_hands_out_its_sheet(course, monkey
     monkeypatch.setattr(tasks, "hand_out", lambda task, folder, now: folder / "sheet.ipynb")
     monkeypatch.setattr(tasks, "judged", lambda task, sheet: [])
     _, printed = course("--kind", "coding", typed=["", "", "4"])
-    for text in ("What about a-task?", "Write the layer.", "interviews/sheet.ipynb", "✓ right", "Short on a-task.", "1–4 rate"):
+    for text in ("What about a-task?", "Write the layer.", "interviews/sheet.ipynb", "✓ right", "Short on a-task.", "1–4: rate"):
         assert text in printed
     assert [review.question for review in course.journal.reviews()] == ["a-task"]

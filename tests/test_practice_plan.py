@@ -28,8 +28,10 @@ def made(todo, days=14, minutes=60, reviews=()):
 
 def test_all_there_is_to_do_is_a_step_with_its_minutes(todo):
     units = [unit for unit in select(None) if unit.number != "15"]
+    headings = [unit.lesson.read_text(encoding="utf-8").splitlines()[0] for unit in units]
+    assert "# 11 · Many adapters" in headings
     assert [step.what for step in todo if step.what.startswith("read lesson")][: len(units)] == [
-        f"read lesson {unit.number}, {unit.title}" for unit in units
+        f"read lesson {heading.removeprefix('# ').replace(' · ', ', ')}" for heading in headings
     ]
     assert {step.question for step in todo} - {""} == {item.id for item in bank.items()}
     assert {step.rank for step in todo} <= {ESSENTIAL, USEFUL, REST} and all(step.minutes > 0 for step in todo)
@@ -128,7 +130,7 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
         return ended.value.code or 0, printed.out + printed.err
 
     status, printed = course("--days", "3", "--unit", "lora", "--save", str(tmp_path / "plan.ics"))
-    assert status == 0 and "read lesson 02, lora" in printed and "lesson 03" not in printed
+    assert status == 0 and "read lesson 02, LoRA" in printed and "lesson 03" not in printed
     assert "course quiz 02 --new" in printed and "mock interview" in printed
     assert (tmp_path / "plan.ics").read_bytes().startswith(b"BEGIN:VCALENDAR\r\n")
     course("--days", "3", "--save", str(tmp_path / "plan.md"))

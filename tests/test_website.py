@@ -74,6 +74,7 @@ def pages(course: Unit) -> dict[str, Page]:
         patch.setattr("course.interview.questions", website_questions(course))
         index = website.write(course.root)
     assert (index.parent / ".work" / "warnings.txt").read_text() == ""
+    assert not (course.root / "jupyter_execute").exists(), "outputs lie beside the site"
     return {str(path.relative_to(index.parent)): Page(path) for path in sorted(index.parent.rglob("*.html")) if "_static" not in path.parts}
 
 

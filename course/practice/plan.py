@@ -84,8 +84,9 @@ def steps(units: Sequence[Unit], items: Sequence[Item], tasks: Sequence[Task], k
     found = []
     for unit in units:
         if unit.lesson.exists():
-            took = reading.minutes(unit.lesson.read_text(encoding="utf-8"))
-            found.append(Step(unit.number, f"read lesson {unit.number}, {unit.title}", took, ESSENTIAL))
+            lesson = unit.lesson.read_text(encoding="utf-8")
+            title = lesson.partition("\n")[0].partition(" · ")[2] or unit.title  # "# 11 · Many adapters"
+            found.append(Step(unit.number, f"read lesson {unit.number}, {title}", reading.minutes(lesson), ESSENTIAL))
         if unit.notebook.exists():
             found.append(Step(unit.number, f"run notebook {unit.number}", _notebook_minutes(unit), USEFUL))
         for task in tasks:

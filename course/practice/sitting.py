@@ -119,6 +119,7 @@ def _part(interview: Interview, answers: Answers, console: Console) -> str:
         if said.isdecimal() and int(said) in allowed:
             interview.rate(int(said))
             return ""
+        console.print(f"[yellow]{escape(repr(said))} is not one of the keys.[/yellow]")
 
 
 def _took(interview: Interview) -> str:

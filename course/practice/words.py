@@ -83,5 +83,5 @@ def console() -> Console:
 
 
 def keys(**named: str) -> str:
-    """What can be typed: ``keys(Enter="short answer", q="quit")``."""
-    return "  ".join(f"[bold]{key}[/bold] {meaning}" for key, meaning in named.items()) + " "
+    """What can be typed: ``keys(Enter="short answer", q="quit")``. Colons, or "Enter short answer" reads as an order to type one."""
+    return " · ".join(f"[bold]{key}[/bold]: {meaning}" for key, meaning in named.items()) + " > "

@@ -73,10 +73,8 @@ def _build(root: Path, folder: Path, before_page: Callable[[Path], None]) -> Non
     here = Path(__file__).parent
     with patch_docutils(here), docutils_namespace():  # what Sphinx registers is forgotten again, for the next build
         app = Sphinx(source, here, folder, folder / WORK / "read", "html", confoverrides=settings, status=None, warning=said)
-        # which myst-nb would put beside the site, among the course's own folders
-        app.env.mystnb_config = app.env.mystnb_config.copy(
-            output_folder=str(folder / WORK / "outputs"), execution_cache_path=str(folder / WORK)
-        )
+        outputs = str(folder / WORK / "outputs")  # as it comes they go beside the site, which is the repository's root
+        app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=outputs)
         app.connect("html-page-context", lambda app, page, *rest: before_page(Path(page)))
         app.build()
     (folder / WORK / "warnings.txt").write_text(said.getvalue(), encoding="utf-8")

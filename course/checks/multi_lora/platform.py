@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from course.checking import Check, NotYet, Seen, but
 from reference.memory.recipes import QLORA, weights
@@ -126,7 +127,10 @@ def observe(answer, seed: int) -> Seen:
             raise NotYet(f"your function returned {type(result).__name__}: return a dictionary with the keys {', '.join(PARTS)}")
         yield f"the numbers for {p.shape.name}", {part: "there" for part in result}
         for part in PARTS:
-            yield f"{part} for {p.shape.name}", result.get(part)
+            value = result.get(part)
+            if part == "adapters_on_card" and isinstance(value, Real) and value < 0:
+                value = 0  # a mistake in the cache can leave no room; some then write 0, some go below
+            yield f"{part} for {p.shape.name}", value
 
 
 check = Check(

@@ -26,8 +26,7 @@ class Pool:
             return None
         for victim in victims:
             del self.sizes[victim]
-        self.sizes[name] = size
-        self.users[name] += 1
+        self.sizes[name], self.users[name] = size, 1
         return victims
 
     def touch(self, name: str) -> None:
@@ -162,14 +161,16 @@ STORIES: dict[str, tuple[int, list[Event]]] = {
 
 
 def played(pool, events: list[Event]) -> list:
-    """What every acquire returned."""
-    found = []
+    """What every acquire returned. What a pool says it doesn't hold is not released: an error there would hide who went wrongly."""
+    found, held = [], []
     for kind, name, size in events:
-        if kind == "-":
-            pool.release(name)
-        else:
+        if kind == "+":
             gone = pool.acquire(name, size)
             found.append("wait" if gone is None else list(gone) if isinstance(gone, (list, tuple)) else gone)
+            if isinstance(found[-1], list):
+                held = [each for each in held if each not in found[-1]] + [name]
+        elif name in held:
+            pool.release(name)
     return found
 
 

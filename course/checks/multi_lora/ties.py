@@ -67,6 +67,8 @@ def observe(answer, seed: int) -> Seen:
         yield f"the merge of {adapters} updates, weights {weights}, density {density}", answer(deltas, weights, density)
     one = [torch.randn(3, 4, generator=g)]
     yield "the merge of a single update with density 1", answer(one, [1.0], 1.0)
+    level = torch.randint(1, 9, (3, 4), generator=g).float()  # whole numbers: totals are 0 exactly
+    yield "the merge of an update and its negative, where every total is 0", answer([level, -level], [1.0, 1.0], 1.0)
 
 
 check = Check(
@@ -81,6 +83,7 @@ check = Check(
         "the sign was elected after the weights were applied: here, as in peft, the vote is over the trimmed updates": but(
             elect=lambda trimmed, w: torch.where((w * trimmed).sum(0) >= 0, 1.0, -1.0)
         ),
+        "a total of 0 elected no sign, so the entry was lost: here it counts as plus": but(elect=lambda trimmed, w: trimmed.sum(0).sign()),
         "the sum is divided by the number of adapters: divide each entry by how many agree with its sign there": but(
             count=lambda agrees, w: torch.full(agrees.shape[1:], float(len(agrees)))
         ),
