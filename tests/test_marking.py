@@ -1,6 +1,7 @@
 """A class of thirty is judged side by side: what hangs, crashes, fills memory, prints without end or cheats costs nobody else anything."""
 
 import csv
+import importlib
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ import pytest
 from nbformat import v4
 from rich.console import Console
 
-from course import build, classroom, cli, grading, marking
+from course import ROOT, build, classroom, cli, grading, marking, witness
 from course.notebooks import as_text, marks, read
 from course.running import Limits
 from course.units import CourseError, Unit, find, units
@@ -233,6 +234,15 @@ def test_worked_answers_earn_nothing(cheats: dict, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # from inside nbgrader
+@pytest.mark.parametrize("topic, check", [("lora", "forward"), ("lora", "merge"), ("qlora", "product"), ("peft_family", "fusion")])
+def test_only_the_course_s_own_code_is_a_worked_answer(topic: str, check: str):
+    """Its environment may lie within the course's folder, and every answer runs torch."""
+    watched = witness.Worked(getattr(importlib.import_module(f"course.checks.{topic}"), check))
+    assert watched.code
+    own = (ROOT / "course", ROOT / "reference")
+    assert [code for code in watched.code if not any(Path(code.co_filename).is_relative_to(folder) for folder in own)] == []
+
+
 def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_path: Path):
     from nbgrader.api import Gradebook
 
