@@ -176,7 +176,7 @@ def test_the_pages_work_from_a_server_too(page, site: Path):
     try:
         page.goto(f"http://127.0.0.1:{server.server_port}/lessons/02_lora.html")
         page.click("nav.bd-links li.current a:has-text('Notebook')")
-        assert page.url.endswith("/notebooks/02_lora.html")
+        page.wait_for_url("**/notebooks/02_lora.html")
         page.goto(f"http://127.0.0.1:{server.server_port}/search.html?q=NF4")
         page.wait_for_selector("#search-results li .context")
     finally:
@@ -252,7 +252,8 @@ def test_questions_are_chosen_and_unfold_for_paper(page, site: Path):
     assert 0 < hard == rows.count() < everything
     assert page.inner_text(".filters output") == f"{hard} of {everything}"
     rows.first.locator("a").click()
-    assert "/lessons/interview/" in page.url and page.locator("section:target, :target").count()
+    page.wait_for_url("**/lessons/interview/*.html#*")  # when it is loaded
+    page.locator(":target").first.wait_for(state="attached")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0 < page.locator("details.answer").count()
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
