@@ -62,7 +62,7 @@ c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 c.Spawner.default_url = "/lab/tree/notebooks/00_memory_budget.ipynb"
 c.Spawner.pre_spawn_hook = before_start
 c.Spawner.start_timeout = c.Spawner.http_timeout = 300  # thirty at once on two cores take their time
-c.JupyterHub.concurrent_spawn_limit = 10
+c.JupyterHub.concurrent_spawn_limit = 100
 c.JupyterHub.cleanup_servers = True
 
 c.JupyterHub.db_url = f"sqlite:///{FOLDER / 'jupyterhub.sqlite'}"
