@@ -28,7 +28,7 @@ import torch
 from benchmarks.cli import message, options, rounded
 from course.capstone import audit, base, data, evaluate, plan, rule, train
 from course.capstone.run import run
-from course.lab import recorded
+from course.lab import models, recorded
 from course.units import CourseError
 from reference.instruct import read_conversations
 
@@ -48,6 +48,14 @@ REAL = {
     "settings": {"steps": 120, "max_length": 192, "new_tokens": 40, "ask": 120, "checkpoint_every": 60},
 }
 QUICK = {"steps": 2, "ask": 8, "new_tokens": 4, "batch": 4}
+
+
+def decoded(model: str, folder: Path) -> str:
+    """The model in a folder of its own in 32 bits: every run reads it from there, where decoding a GGUF file takes most of a minute."""
+    whole, tokenizer = models.load(model, where=torch.device("cpu"))
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def data_files(folder: Path) -> dict[str, str]:
@@ -141,8 +149,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         settings = scale["settings"] | ({} if given.model == "tiny" else data_files(folder)) | (QUICK if given.smoke else {})
+        start = given.model if given.model == "tiny" else decoded(given.model, folder / "start")
         if "search" not in result:
-            result["search"] = search(given.model, folder, settings, scale["rates"])
+            result["search"] = search(start, folder, settings, scale["rates"])
         rates = result["search"]["chosen"]
         result["rows"] = [row for row in result["rows"] if row.get("lr") == rates[PLANS[row["plan"]]["method"]]]
         done = {(row["plan"], row["seed"]) for row in result["rows"]}
@@ -152,14 +161,14 @@ def main() -> None:
                     continue
                 print(f"{name}, seed {seed}", flush=True)
                 try:
-                    result["rows"].append(one(given.model, name, seed, folder, settings, rates))
+                    result["rows"].append(one(start, name, seed, folder, settings, rates))
                 except Exception as error:  # the other plans go on
                     traceback.print_exc()
                     result["rows"].append({"plan": name, "seed": seed, "error": message(error)})
                 gc.collect()
                 torch.cuda.empty_cache()
                 if name == next(iter(PLANS)) and seed == 0:
-                    result |= checked(given.model, folder, 16 if given.smoke else 400)
+                    result |= checked(start, folder, 16 if given.smoke else 400)
                 recorded.save(f"capstone_{given.model}", rounded(result), given.out, given.device)
         print("saved to", recorded.save(f"capstone_{given.model}", rounded(result), given.out, given.device))
     finally:

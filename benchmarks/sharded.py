@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from benchmarks.cases import ALPHA, PEERS, RANK, Case, build, random_weights
 from benchmarks.cli import message, options
@@ -38,6 +37,7 @@ from reference.lora import inject_lora
 from reference.memory import received_bytes, sharded_memory
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_70B, ModelShape
 from reference.sharded import on_first, processes, quantize_and_shard
+from reference.sharded.engine import fully_shard
 
 RATE, PEFT = 1e-4, "peft"
 Task = tuple[ModelShape, int, int]  # shape, rows on each card, tokens of a row
@@ -73,9 +73,9 @@ def dense(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> Llama:
             parameter.normal_(std=0.02)
         if part not in outer:
             inject_lora(part, RANK, ALPHA)
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh)
     model.tie_weights()
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh)
     return model
 
 
@@ -83,8 +83,8 @@ def library(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> nn.Mod
     """Packed whole on every card, then sharded; bitsandbytes keeps the scales whole in its layers."""
     model = build(PEERS, Case(shape, True, ()), device, Extra(Meter(device)))
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh)
+    fully_shard(model, mesh)
     return model
 
 

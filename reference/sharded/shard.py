@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from reference.lora import inject_lora, replace_layers
+from reference.sharded.engine import fully_shard
 from reference.sharded.group import on_first
 from reference.sharded.layer import RowwiseNF4Linear
 
@@ -92,9 +92,9 @@ def quantize_and_shard(
         adapted = inject_lora(layer, r, lora_alpha, target_modules, lora_dropout)
         names += [f"{prefix}.{name}" for name in adapted]
         _send([*layer.parameters(), *layer.buffers()])
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh)
     _send(_fill(model, "", weights, mesh))
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh)
     return names
 
 

@@ -70,6 +70,7 @@ def fill(table: Table, factors: Sequence) -> None:
 
 
 def _entries(layers: Sequence[Sequence], device: torch.device, room: int) -> Tensor:
+    device = torch.empty(0, device=device).device  # "cuda" is one of them: "cuda:0"
     count = max([1, room, *(len(factors) for factors in layers)])  # an empty tile reads the first
     entries = torch.zeros(len(layers), count, FIELDS, dtype=torch.int64)
     scales = torch.zeros(len(layers), count, dtype=torch.float64)
