@@ -50,6 +50,7 @@ def fisher_diagonal(
     forward: Forward = logits,
     generator: torch.Generator | None = None,
     chunk: int = 256,
+    check: bool = True,
 ) -> dict[str, Tensor]:
     """The diagonal of F for every parameter that requires gradients: name -> tensor of its shape.
 
@@ -64,6 +65,8 @@ def fisher_diagonal(
         forward: ``forward(model, inputs)`` gives outputs (rows, [positions,] classes).
         generator: draws the answers of "sampled".
         chunk: how many answers of exact go backward together; more take more memory.
+        check: compare once with autograd's own gradient, which costs a backward pass: a parameter
+            that is used outside of its module is refused, where F would be wrong.
 
     Raises:
         ValueError: nothing is trained, no batch, targets that are needed and missing or do not fit,
@@ -80,7 +83,7 @@ def fisher_diagonal(
     check_integer("chunk", chunk, 1)
     trained = trained_parameters(model)
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
-    squares, count, was_training = Squares(model, trained), 0, model.training
+    squares, count, was_training = Squares(model, trained, check), 0, model.training
     model.eval()
     try:
         for inputs, targets in batches:

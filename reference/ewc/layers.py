@@ -55,7 +55,8 @@ def squares_of_linear(call: Call, s: Tensor) -> Iterator[tuple[str, Tensor]]:
         if local == "bias":
             yield name, sum_of_squares(s.sum(2))
         elif positions == 1:
-            yield name, s.square().sum(0).flatten(0, 1).T @ a.square().flatten(0, 1)
+            over_k = s[0].square() if k == 1 else torch.linalg.vector_norm(s, dim=0).square()
+            yield name, over_k.flatten(0, 1).T @ a.square().flatten(0, 1)
         elif positions * (k + width) < 2 * k * width:
             pairs = torch.einsum("knpo,knqo->nopq", s, s)
             yield name, torch.einsum("nopi,npi->oi", torch.matmul(pairs, a[:, None]), a)

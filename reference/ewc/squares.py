@@ -9,6 +9,7 @@ so all rows go at once. What a layer makes of the two is in :mod:`reference.ewc.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,14 @@ from reference.ewc.layers import (
 
 
 class Squares:
-    """Adds up squared per-row gradients of ``trained``, the parameters of ``model``, by name."""
+    """Adds up squared per-row gradients of ``trained``, the parameters of ``model``, by name.
 
-    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    ``check``: compare the first batch's gradient with autograd's own, one more backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, trained: Mapping[str, nn.Parameter], check: bool = True
+    ) -> None:
         self.trained = dict(trained)
         of = {id(p): name for name, p in trained.items()}
         owned = {
@@ -39,7 +45,7 @@ class Squares:
         }
         self.owners = {module: names for module, names in owned.items() if names}
         self.calls: list[Call] = []
-        self.proven = False
+        self.proven = not check
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -70,9 +76,11 @@ class Squares:
         if not self.proven:
             self._prove(outputs)
         into = [call.output for call in self.calls]
-        signals = torch.autograd.grad(
-            outputs, into, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        grad = partial(torch.autograd.grad, outputs, into, retain_graph=True, allow_unused=True)
+        if len(columns) == 1:  # nothing to vectorise over
+            signals = _one(grad(columns[0]))
+        else:
+            signals = grad(columns, is_grads_batched=True)
         self._each(signals, len(outputs), lambda name, g: total[name].add_(g), squared=True)
 
     def add_whole(
@@ -131,8 +139,7 @@ class Squares:
         )
         signals, own = both[: len(into)], both[len(into) :]
         found: dict[str, Tensor] = {}
-        once = tuple(None if s is None else s[None] for s in signals)
-        self._each(once, len(outputs), found.__setitem__, squared=False)
+        self._each(_one(signals), len(outputs), found.__setitem__, squared=False)
         all_of_it = torch.stack([g.norm() for g in own if g is not None]).norm()
         for name, g in zip(self.trained, own, strict=True):
             g = torch.zeros_like(self.trained[name]) if g is None else g
@@ -142,3 +149,8 @@ class Squares:
                     f"model: the gradient of {name!r} comes from outside of its module's forward"
                 )
         self.proven = True
+
+
+def _one(signals: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients (rows, ...) as (1, rows, ...)."""
+    return tuple(None if s is None else s[None] for s in signals)
