@@ -17,10 +17,12 @@ rank stacked, their LoRAKernelMeta made before and not timed, as many programs a
 "Ratios" are a contestant's time over ours, for each mix: the median of the cells and the least of them, which is the one that ours does
 worst in. The floor's ratio says which share of the roofline is reached.
 
-*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors. *Swap*: adapters from
+*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and the ways of
+:mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from
 pinned RAM through the pool, bytes per second, beside one large pinned copy.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -35,6 +37,7 @@ if not torch.cuda.is_available():
 import peft
 from torch import Tensor, nn
 
+from benchmarks.candidates_multi_lora import WAYS, OneRow
 from benchmarks.cli import message, record, rounded
 from benchmarks.lora_layer import replayed
 from course.lab.devices import device
@@ -210,7 +213,7 @@ def beside_peft(width: int, batch_size: int, r: int, mix: str, where: torch.devi
     return {"batch": batch_size, "r": r, "mix": mix, "difference": difference, "milliseconds": times}
 
 
-def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) -> dict:
+def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int, repeats: int, ways: dict[str, Callable]) -> dict:
     """A generated token's way through a chain of layers, per layer: bare, and with one adapter that is not merged."""
     bases = [nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(depth)]
     layers = [MultiLoRALinear(base) for base in bases]
@@ -223,21 +226,42 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) ->
     for layer in unmerged:
         nn.init.normal_(layer.lora_B)
     chains = {"base": nn.Sequential(*bases), "one adapter": nn.Sequential(*layers), "LoRALinear": nn.Sequential(*unmerged)}
+    rows = [OneRow(layer.weight, layer.adapters["t"].A, layer.adapters["t"].B, 1e-3) for layer in layers]
+    problems: dict[str, str] = {}
     with torch.no_grad():
+        for name, way in ways.items():
+            try:
+                check_row(way, rows[0], x, adapted=not name.startswith("base"))
+            except Exception as problem:
+                problems[name] = message(problem)
+                continue
+            chains[name] = lambda x, way=way: functools.reduce(lambda y, row: way(row, y), rows, x)
         for chain in chains.values():
             chain(x)  # what is compiled or put on the device once
         graphs = {name: replayed(lambda chain=chain: chain(x), where) for name, chain in chains.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):
             for name, graph in graphs.items():
-                times[name].append(milliseconds(graph, where=where) / depth)
+                times[name].append(milliseconds(graph, repeats, where=where) / depth)
     found = {name: statistics.median(values) for name, values in times.items()}
     return {
         "width": width,
         "r": r,
         "milliseconds": found,
         "cost": {name: time / found["base"] - 1 for name, time in found.items() if name != "base"},
+        "problems": problems,
     }
+
+
+def check_row(way: Callable, row: OneRow, x: Tensor, adapted: bool) -> None:
+    """Raise unless it gives, twice, what float64 does."""
+    right = x.double() @ row.weight.double().T
+    if adapted:
+        right += row.scaling * (x.double() @ row.A.double().T) @ row.B.double().T
+    for _ in range(2):
+        error = ((way(row, x).double() - right).abs().max() / right.abs().max()).item()
+        if not error < WRONG:
+            raise ArithmeticError(f"differs by {error:.1g}")
 
 
 def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> dict:
@@ -294,12 +318,13 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
         shapes, batches, ranks, repeats, most, width, depth = ((32, 48),), (1, 4), (8,), 2, 2, 64, 2
     else:
         shapes, batches, ranks, repeats, most, width, depth = SHAPES, BATCHES, RANKS, 20, 16, 4096, 8
+    ways = dict(list(WAYS.items())[3::3]) if small else WAYS
     rate = copy_rate(where, 1 << (20 if small else 30))
     with torch.no_grad():
         cells = [cell(s, n, r, mix, where, rate, repeats, most) for s in shapes for n in batches for r in ranks for mix in MIXES]
     found = {"copy_bytes_per_second": rate, "peft_version": peft.__version__, "cells": cells}
     found["peft"] = [beside_peft(width, n, ranks[0], mix, where, repeats) for n in batches[1:] for mix in MIXES]
-    found["one_row"] = [one_row(width, depth, r, where, 2 if small else 7) for r in ranks]
+    found["one_row"] = [one_row(width, depth, r, where, 1 if small else 7, repeats, ways) for r in ranks]
     found["swap"] = swap(width, 4 if small else 128, 16, where, repeats)
     found["ratios"] = ratios(found)
     found["largest_error"] = {name: max((c["error"][name] for c in cells if name in c["error"]), default=None) for name in CONTESTANTS}
@@ -313,8 +338,13 @@ def table(result: dict) -> str:
         lines.append(f"{label(row):38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
     lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
     for row in result["one_row"]:
-        costs = ", ".join(f"{name} {cost:+.1%}" for name, cost in row["cost"].items())
-        lines.append(f"one row, r {row['r']}, over the base: {costs}")
+        lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it, the best of each way:")
+        best: dict[str, tuple[float, str]] = {}
+        for name, cost in row["cost"].items():
+            way = name.rsplit(", ", 2)[0]
+            best[way] = min(best.get(way, (math.inf, "")), (cost, name))
+        lines += [f"    {name:50}{cost:+8.1%}" for cost, name in best.values()]
+        lines += [f"    {name:50}{problem}" for name, problem in row["problems"].items()]
     lines.append(f"swap: {result['swap']['share_of_bus']:.0%} of the bus")
     lines.append("time over ours" + " " * 14 + f"{'cells':>6}{'median':>9}{'below 1':>9}{'least':>8}")
     for row in result["ratios"]:
