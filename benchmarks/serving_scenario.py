@@ -124,7 +124,10 @@ def record_steps(engine: Engine, names: Sequence[str | None], setting: Setting, 
 
 
 class Base:
-    """The base's codes and scales in RAM, from which they are copied back before another adapter is merged."""
+    """The base's codes and scales in RAM, from which they are copied back before another adapter is merged.
+
+    On the device they stay where they lie: recorded steps read them there.
+    """
 
     PARTS = ("weight", "absmax", "nested_absmax", "offset")
 
@@ -135,11 +138,13 @@ class Base:
             for name, layer in self.layers.items()
         }
 
+        self.places = {name: {part: getattr(self.layers[name], part) for part in parts} for name, parts in self.kept.items()}
+
     @torch.no_grad()
     def restore(self) -> None:
         for name, parts in self.kept.items():
             for part, kept in parts.items():
-                getattr(self.layers[name], part).copy_(kept)
+                self.places[name][part].copy_(kept)
 
     @torch.no_grad()
     def merge(self, adapter: dict[str, Factors]) -> float:
@@ -149,6 +154,9 @@ class Base:
         for name, layer in self.layers.items():
             assert isinstance(layer, NF4Linear)
             layer.merge_delta(adapter[name].to(layer.weight.device).delta())
+            for part, place in self.places[name].items():
+                place.copy_(getattr(layer, part))
+                setattr(layer, part, place)
         if layer.weight.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began

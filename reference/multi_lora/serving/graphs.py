@@ -9,7 +9,8 @@ changes from step to step lies in memory of its own, which is filled before the 
     entries             where each adapter's factors lie, its rank and scale, for every layer
 
 A row that pads writes to slot 0 and uses no adapter. A graph is recorded for each size that occurs,
-and for each width that ranks are rounded up to. An adapter may come, go, and be in any rows.
+and for each width that ranks are rounded up to. An adapter may come, go, and be in any rows. The
+base's weights must stay where they lay: after ``to`` or ``merge_delta``, make a new engine.
 """
 
 from collections.abc import Sequence
