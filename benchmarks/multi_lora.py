@@ -1,4 +1,4 @@
-"""Updates of many adapters in one batch: the grouped kernels beside a loop, gather + bmm, grouped_mm and peft; one row; a swap.
+"""Updates of many adapters in one batch: the grouped kernels beside a loop, gather + bmm, grouped_mm, vLLM and peft; one row; a swap.
 
     python -m benchmarks.multi_lora             # a CUDA device, some minutes; saves the recorded result "multi_lora"
     python -m benchmarks.multi_lora --smoke     # small, also on a CPU; saves to a temporary folder
@@ -9,10 +9,21 @@ a chain of layers with factors of their own, so that no factor waits in the cach
 and of x, y and y', over the rate that a copy reaches here. "Error" is the largest distance from float64, relative to the largest entry.
 peft's mixed batch, which loops over names and does more than a graph can hold, is timed whole, against our whole layer.
 
-*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors. *Swap*: adapters from
+vLLM's kernels (shrink and expand, Apache-2.0) are measured where they can be imported, else their row says "not installed". They need an
+environment with vLLM, or its wheel unpacked anywhere outside this repository: `pip download --no-deps vllm==0.20.2` (that version is for
+torch 2.11), then run with the folder that holds vllm/lora/ops/triton_ops on PYTHONPATH. They get what they ask for: the factors of one
+rank stacked, their LoRAKernelMeta made before and not timed, as many programs as there are adapters, and their own choice of sizes.
+
+"Ratios" are a contestant's time over ours, for each mix: the median of the cells and the least of them, which is the one that ours does
+worst in. The floor's ratio says which share of the roofline is reached.
+
+*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and the ways of
+:mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from
 pinned RAM through the pool, bytes per second, beside one large pinned copy.
 """
 
+import functools
+import importlib
 import math
 import os
 import statistics
@@ -26,6 +37,7 @@ if not torch.cuda.is_available():
 import peft
 from torch import Tensor, nn
 
+from benchmarks.candidates_multi_lora import WAYS, OneRow
 from benchmarks.cli import message, record, rounded
 from benchmarks.lora_layer import replayed
 from course.lab.devices import device
@@ -39,6 +51,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192))  # out, in
 BATCHES, RANKS, MIXES = (1, 4, 16, 64, 256), (8, 16, 32, 64), ("distinct", "uniform", "zipf", "identical")
 COLD = 192 << 20  # bytes of factors in a chain, more than any cache holds
 SCALE = 2.0
+WRONG = 2**-5  # an error above it is no rounding
+VLLM = "vllm.lora.ops.triton_ops"
 
 
 def mixed(mix: str, batch: int, seed: int = 0) -> list[int]:
@@ -72,6 +86,7 @@ class Batch:
         self.which = torch.tensor(rows, device=where)
         self.order = torch.cat(self.indices)
         self.ends = torch.tensor([len(group) for group in self.groups], device=where).cumsum(0).to(torch.int32)
+        self.vllm: list[Tensor] | None = None  # what vLLM's kernels are told: made at their first call
 
 
 def groups_of(rows: list[int]) -> list[list[int]]:
@@ -99,7 +114,29 @@ def grouped_mm(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
     y.index_add_(0, batch.order, product(h, layer.B.transpose(1, 2), offs=batch.ends), alpha=SCALE)
 
 
-CONTESTANTS: dict[str, Callable] = {"ours": ours, "loop": loop, "gather + bmm": gather_bmm, "grouped_mm": grouped_mm}
+def vllm(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    ops = importlib.import_module(VLLM)
+    if batch.vllm is None:
+        count = len(layer.A)
+        meta = ops.LoRAKernelMeta.make(count, len(x), x.device, captured_lora_counts=[count])
+        meta.prepare_tensors(batch.which.to(torch.int32))
+        batch.vllm = meta.meta_args(len(x), True)
+    h = torch.empty(1, len(x), layer.A.shape[1], device=x.device)  # float32, as there
+    ops.lora_shrink(x, [layer.A], h, *batch.vllm, SCALE)
+    ops.lora_expand(h, [layer.B], y, *batch.vllm, offset_start=0, add_inputs=True)
+
+
+def forget_vllm() -> None:
+    """Its kernels keep every factor that they have seen, as a server never lets go of its stacks."""
+    try:
+        utils = importlib.import_module(f"{VLLM}.utils")
+    except Exception:
+        return
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        getattr(utils, name, {}).clear()
+
+
+CONTESTANTS: dict[str, Callable] = {"ours": ours, "loop": loop, "gather + bmm": gather_bmm, "grouped_mm": grouped_mm, "vLLM": vllm}
 
 
 def copy_rate(where: torch.device, count: int) -> float:
@@ -138,13 +175,17 @@ def cell(shape: tuple[int, int], batch_size: int, r: int, mix: str, where: torch
         try:
             y = start.clone()
             work(y, x, layers[0], batch)
-            found["error"][name] = ((y.double() - exact).abs().max() / exact.abs().max()).item()
+            found["error"][name] = error = ((y.double() - exact).abs().max() / exact.abs().max()).item()
+            if not error < WRONG:
+                raise ArithmeticError(f"differs by {error:.1g}")
             chain = replayed(lambda work=work, y=y: [work(y, x, layer, batch) for layer in layers], where)
             found["milliseconds"][name] = milliseconds(chain, repeats=repeats, warmup=2, where=where) / depth
-        except Exception as error:
+        except Exception as problem:
             if name == "ours":
                 raise
-            found["milliseconds"][name] = message(error)
+            missing = isinstance(problem, ModuleNotFoundError)
+            found["milliseconds"][name] = "not installed" if missing else message(problem)
+    forget_vllm()
     return found
 
 
@@ -172,7 +213,7 @@ def beside_peft(width: int, batch_size: int, r: int, mix: str, where: torch.devi
     return {"batch": batch_size, "r": r, "mix": mix, "difference": difference, "milliseconds": times}
 
 
-def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) -> dict:
+def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int, repeats: int, ways: dict[str, Callable]) -> dict:
     """A generated token's way through a chain of layers, per layer: bare, and with one adapter that is not merged."""
     bases = [nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(depth)]
     layers = [MultiLoRALinear(base) for base in bases]
@@ -185,21 +226,42 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int) ->
     for layer in unmerged:
         nn.init.normal_(layer.lora_B)
     chains = {"base": nn.Sequential(*bases), "one adapter": nn.Sequential(*layers), "LoRALinear": nn.Sequential(*unmerged)}
+    rows = [OneRow(layer.weight, layer.adapters["t"].A, layer.adapters["t"].B, 1e-3) for layer in layers]
+    problems: dict[str, str] = {}
     with torch.no_grad():
+        for name, way in ways.items():
+            try:
+                check_row(way, rows[0], x, adapted=not name.startswith("base"))
+            except Exception as problem:
+                problems[name] = message(problem)
+                continue
+            chains[name] = lambda x, way=way: functools.reduce(lambda y, row: way(row, y), rows, x)
         for chain in chains.values():
             chain(x)  # what is compiled or put on the device once
         graphs = {name: replayed(lambda chain=chain: chain(x), where) for name, chain in chains.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):
             for name, graph in graphs.items():
-                times[name].append(milliseconds(graph, where=where) / depth)
+                times[name].append(milliseconds(graph, repeats, where=where) / depth)
     found = {name: statistics.median(values) for name, values in times.items()}
     return {
         "width": width,
         "r": r,
         "milliseconds": found,
         "cost": {name: time / found["base"] - 1 for name, time in found.items() if name != "base"},
+        "problems": problems,
     }
+
+
+def check_row(way: Callable, row: OneRow, x: Tensor, adapted: bool) -> None:
+    """Raise unless it gives, twice, what float64 does."""
+    right = x.double() @ row.weight.double().T
+    if adapted:
+        right += row.scaling * (x.double() @ row.A.double().T) @ row.B.double().T
+    for _ in range(2):
+        error = ((way(row, x).double() - right).abs().max() / right.abs().max()).item()
+        if not error < WRONG:
+            raise ArithmeticError(f"differs by {error:.1g}")
 
 
 def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> dict:
@@ -225,6 +287,30 @@ def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> 
     return {"bytes": size, "milliseconds": time, "copy_milliseconds": copy, "share_of_bus": copy / time}
 
 
+def label(row: dict) -> str:
+    """What a cell is called."""
+    shape = f"{row['out']}×{row['in']}, " if "out" in row else ""
+    return f"{shape}{row['batch']} rows, r {row['r']}, {row['mix']}"
+
+
+def ratios(result: dict) -> list[dict]:
+    """For each peer and mix, and for all mixes: its time over ours, the median of the cells and the one where ours does worst."""
+    cells = [(cell, cell["milliseconds"] | {"floor": cell["floor"]}) for cell in result["cells"]]
+    cells += [(cell, cell["milliseconds"]) for cell in result["peft"]]
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for cell, times in cells:
+        for peer, time in times.items():
+            if peer != "ours" and isinstance(time, float):
+                for mix in (cell["mix"], "all"):
+                    found.setdefault((peer, mix), []).append((time / times["ours"], label(cell)))
+    rows = []
+    for (peer, mix), known in found.items():
+        least, where = min(known)
+        rows.append({"peer": peer, "mix": mix, "cells": len(known), "median": statistics.median(r for r, _ in known)})
+        rows[-1] |= {"least": least, "least_at": where, "below_1": sum(r < 1 for r, _ in known)}
+    return sorted(rows, key=lambda row: (row["peer"], [*MIXES, "all"].index(row["mix"])))
+
+
 def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """All of it; ``small`` for a machine without a GPU."""
     where = where or device()
@@ -232,27 +318,40 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
         shapes, batches, ranks, repeats, most, width, depth = ((32, 48),), (1, 4), (8,), 2, 2, 64, 2
     else:
         shapes, batches, ranks, repeats, most, width, depth = SHAPES, BATCHES, RANKS, 20, 16, 4096, 8
+    ways = dict(list(WAYS.items())[3::3]) if small else WAYS
     rate = copy_rate(where, 1 << (20 if small else 30))
     with torch.no_grad():
         cells = [cell(s, n, r, mix, where, rate, repeats, most) for s in shapes for n in batches for r in ranks for mix in MIXES]
     found = {"copy_bytes_per_second": rate, "peft_version": peft.__version__, "cells": cells}
     found["peft"] = [beside_peft(width, n, ranks[0], mix, where, repeats) for n in batches[1:] for mix in MIXES]
-    found["one_row"] = [one_row(width, depth, r, where, 2 if small else 7) for r in ranks]
+    found["one_row"] = [one_row(width, depth, r, where, 1 if small else 7, repeats, ways) for r in ranks]
     found["swap"] = swap(width, 4 if small else 128, 16, where, repeats)
+    found["ratios"] = ratios(found)
+    found["largest_error"] = {name: max((c["error"][name] for c in cells if name in c["error"]), default=None) for name in CONTESTANTS}
     return rounded(found)
 
 
 def table(result: dict) -> str:
     lines = ["microseconds a layer" + " " * 18 + "".join(f"{name:>14}" for name in (*CONTESTANTS, "floor"))]
     for row in result["cells"]:
-        label = f"{row['out']}×{row['in']}, {row['batch']} rows, r {row['r']}, {row['mix']}"
         times = [row["milliseconds"][name] for name in CONTESTANTS] + [row["floor"]]
-        lines.append(f"{label:38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
+        lines.append(f"{label(row):38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
     lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
     for row in result["one_row"]:
-        costs = ", ".join(f"{name} {cost:+.1%}" for name, cost in row["cost"].items())
-        lines.append(f"one row, r {row['r']}, over the base: {costs}")
+        lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it, the best of each way:")
+        best: dict[str, tuple[float, str]] = {}
+        for name, cost in row["cost"].items():
+            way = name.rsplit(", ", 2)[0]
+            best[way] = min(best.get(way, (math.inf, "")), (cost, name))
+        lines += [f"    {name:50}{cost:+8.1%}" for cost, name in best.values()]
+        lines += [f"    {name:50}{problem}" for name, problem in row["problems"].items()]
     lines.append(f"swap: {result['swap']['share_of_bus']:.0%} of the bus")
+    lines.append("time over ours" + " " * 14 + f"{'cells':>6}{'median':>9}{'below 1':>9}{'least':>8}")
+    for row in result["ratios"]:
+        name = f"{row['peer']}, {row['mix']}"
+        lines.append(f"{name:28}{row['cells']:6}{row['median']:9.2f}{row['below_1']:9}{row['least']:8.2f}  at {row['least_at']}")
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in result["largest_error"].items() if error is not None)
+    lines.append(f"largest error: {errors}")
     return "\n".join(lines)
 
 

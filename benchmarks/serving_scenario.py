@@ -12,6 +12,9 @@ adapter in its codes and no other. "in turn" serves five tenants by merging: the
 merged, its requests are served. Tokens per second count generated ones. Times are the host's clock: a request's first token, and the gaps
 after it, over all requests.
 
+Tokens after the first come from CUDA graphs (reference.multi_lora.serving.graphs), which are recorded before anything is timed.
+"no graphs" is one number of live adapters served without.
+
 "costs" are what reference.multi_lora.simulation asks for, fitted to single steps ("steps"), with the largest error of the fit.
 """
 
@@ -46,6 +49,7 @@ class Setting:
     kv: int
     tenants: int = 100
     live: tuple[int, ...] = (1, 5, 25, 100)
+    without_graphs: int = 25
     in_turn: int = 5
     r: int = 16
     rows: int = 32
@@ -62,7 +66,7 @@ def smoke() -> Setting:
     """The tiny model's shape, and a pool that holds three of its six adapters."""
     shape = replace(tiny_shape(), layers=2)
     adapter = 2 * shape.adapter_parameters(4)
-    return Setting(shape, 10**9, 3 * adapter + 1000, 10**6, 6, (1, 6), 2, 4, 3, 6, 5, 3, 2)
+    return Setting(shape, 10**9, 3 * adapter + 1000, 10**6, 6, (1, 6), 3, 2, 4, 3, 6, 5, 3, 2)
 
 
 def build(setting: Setting, where: torch.device) -> Llama:
@@ -111,8 +115,19 @@ def serve(engine: Engine, names: Sequence[str | None], setting: Setting, where: 
     }
 
 
+def record_steps(engine: Engine, names: Sequence[str | None], setting: Setting, where: torch.device) -> None:
+    """Requests that make a step of each size that will occur, which is compiled or recorded at its first time."""
+    rows = setting.rows
+    while rows:
+        serve(engine, names, replace(setting, requests=rows, new=2), where)
+        rows //= 2
+
+
 class Base:
-    """The base's codes and scales in RAM, from which they are copied back before another adapter is merged."""
+    """The base's codes and scales in RAM, from which they are copied back before another adapter is merged.
+
+    On the device they stay where they lie: recorded steps read them there.
+    """
 
     PARTS = ("weight", "absmax", "nested_absmax", "offset")
 
@@ -123,11 +138,13 @@ class Base:
             for name, layer in self.layers.items()
         }
 
+        self.places = {name: {part: getattr(self.layers[name], part) for part in parts} for name, parts in self.kept.items()}
+
     @torch.no_grad()
     def restore(self) -> None:
         for name, parts in self.kept.items():
             for part, kept in parts.items():
-                getattr(self.layers[name], part).copy_(kept)
+                self.places[name][part].copy_(kept)
 
     @torch.no_grad()
     def merge(self, adapter: dict[str, Factors]) -> float:
@@ -137,6 +154,9 @@ class Base:
         for name, layer in self.layers.items():
             assert isinstance(layer, NF4Linear)
             layer.merge_delta(adapter[name].to(layer.weight.device).delta())
+            for part, place in self.places[name].items():
+                place.copy_(getattr(layer, part))
+                setattr(layer, part, place)
         if layer.weight.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -167,15 +187,18 @@ def measure(setting: Setting = FULL, where: torch.device | None = None) -> dict:
     pool = AdapterPool(served, setting.pool, (setting.tenants + 1) * (size + 4096 * len(served.layers)))
     for name, adapter in tenants.items():
         pool.register(name, adapter)
-    engine = Engine(served, pool, setting.rows, setting.kv)
+    engine = Engine(served, pool, setting.rows, setting.kv, cuda_graphs=True)
     names = list(tenants)
-    serve(engine, [None], replace(setting, requests=setting.rows, new=2), where)  # what is compiled or made once
-    serve(engine, names[:1], replace(setting, requests=setting.rows, new=2), where)
+    for who in ([None], names[:1]):
+        record_steps(engine, who, setting, where)
     found["base"] = serve(engine, [None], setting, where)
     found["unmerged"] = []
     for live in setting.live:
         found["unmerged"].append(serve(engine, names[:live], setting, where))
         print(found["unmerged"][-1], flush=True)
+    graphs, engine.graphs = engine.graphs, None
+    found["no_graphs"] = serve(engine, names[: setting.without_graphs], setting, where)
+    engine.graphs = graphs
     for name in pool.resident:
         pool.evict(name)  # what follows has adapters of its own on the device
     on_device = [{name: f.to(where) for name, f in tenants[t].items()} for t in names[: setting.rows]]
@@ -183,7 +206,9 @@ def measure(setting: Setting = FULL, where: torch.device | None = None) -> dict:
     merge = base.merge(tenants[names[0]])
     found["merged"] = serve(engine, [None], setting, where)
     found["in_turn"] = in_turn(engine, base, tenants, setting, where)
-    costs, steps = measured_costs(served, on_device, setting.prompt, copy_rate(served, tenants[names[0]]), merge, repeats=setting.repeats)
+    costs, steps = measured_costs(
+        served, on_device, setting.prompt, copy_rate(served, tenants[names[0]]), merge, None, setting.repeats, True
+    )
     explained = [costs.base + costs.row * s["rows"] + costs.adapter * s["distinct"] for s in steps]
     worst = max(abs(1e3 * e / s["milliseconds"] - 1) for e, s in zip(explained, steps, strict=True))
     found |= {"costs": vars(costs), "steps": steps, "fit_error": worst}
@@ -197,6 +222,7 @@ def table(result: dict) -> str:
     lines = [f"{'':22}{'req/s':>9}{'tokens/s':>10}{'first p50':>11}{'p99':>9}{'gap p50':>10}{'p99':>9}{'loads':>7}"]
     named = {"base alone": result["base"], "merged": result["merged"]}
     named |= {f"{row['live']} live": row for row in result["unmerged"]}
+    named[f"{result['no_graphs']['live']} live, no graphs"] = result["no_graphs"]
     for name, row in named.items():
         first, gap = row["first_token"], row["between_tokens"]
         times = f"{first['p50']:11.3f}{first['p99']:9.3f}{gap['p50']:10.4f}{gap['p99']:9.4f}"

@@ -1,6 +1,7 @@
 """What unit 11's notebook and benchmarks stand on: merged updates, tenants that can be told apart, costs fitted to steps, dry runs."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,3 +86,20 @@ def test_a_dry_run_saves_its_result(benchmark, monkeypatch, tmp_path):
     assert [row["live"] for row in result["unmerged"]] == [1, 6]
     assert result["unmerged"][1]["loads"] >= 5 and result["base"]["loads"] == 0
     assert len(result["in_turn"]["merge_seconds"]) == 2 and result["costs"]["base"] + result["costs"]["row"] > 0
+
+
+def test_a_base_that_adapters_are_merged_into_stays_where_it_lies():
+    """Recorded steps read it there."""
+    setting = serving_scenario.smoke()
+    served = MultiLoRA(serving_scenario.build(setting, torch.device("cpu")))
+    a, b = list(serving_scenario.tenants_of(served, setting).values())[:2]
+    base, layers = serving_scenario.Base(served), [layer.base for layer in served.layers.values()]
+    where, plain = [layer.weight.data_ptr() for layer in layers], [layer.weight.clone() for layer in layers]
+    a, b = ({name: replace(f, B=1000 * f.B) for name, f in adapter.items()} for adapter in (a, b))
+    base.merge(a)
+    merged = [layer.weight.clone() for layer in layers]
+    base.merge(b)
+    assert [layer.weight.data_ptr() for layer in layers] == where and all(layer.weight is not None for layer in layers)
+    assert not any(torch.equal(x, y) for x, y in zip(merged, plain, strict=True))
+    base.restore()
+    assert all(torch.equal(layer.weight, x) for layer, x in zip(layers, plain, strict=True))

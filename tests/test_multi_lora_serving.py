@@ -13,8 +13,8 @@ from reference.adapter_format import save_adapter
 from reference.llama import Llama
 from reference.lora import LoRALinear, inject_lora, merge_lora
 from reference.model_shapes import ModelShape
-from reference.multi_lora import Factors, MultiLoRA, Route, bytes_of, factors_of
-from reference.multi_lora.serving import AdapterPool, Engine, KVCache, PoolFull, Request, generate, next_logits, token_bytes
+from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear, Route, bytes_of, factors_of
+from reference.multi_lora.serving import AdapterPool, Engine, KVCache, PoolFull, Request, generate, graphs, next_logits, token_bytes
 from reference.multi_lora.serving.cache import padded
 from reference.qlora import quantize_linears
 
@@ -65,6 +65,17 @@ def engine(base, tenants, rows=4, slots=200, device_bytes=1 << 20, **settings):
     for name, adapter in tenants.items():
         pool.register(name, adapter)
     return Engine(served, pool, rows, slots * TOKEN, **settings)
+
+
+def served_in_steps(base, tenants, wanted, **settings):
+    """Everybody's tokens, where requests come while others run."""
+    server, ended = engine(base, tenants, **settings), []
+    requests = [Request(name, prompt, 2 + i % 5) for i, (name, prompt) in enumerate(zip(wanted, prompts(len(wanted)), strict=True))]
+    for request in requests:
+        server.submit(request)
+        ended += server.step()
+    server.run()
+    return [request.tokens for request in requests], server
 
 
 # ---- cache
@@ -396,3 +407,53 @@ def test_over_a_base_in_four_bits_everybody_gets_what_he_gets_alone(base):
     for request, (name, prompt) in zip(requests, asked, strict=True):
         with alone.rows(name):
             assert request.tokens == generate(alone.model, [prompt], 6)[0]
+
+
+# ---- decode steps from graphs
+
+
+WANTED = ["a", None, "b", "a", "c", "c", "b", None, "a", "b", "c", "a"]
+
+
+def three_tenants(base, dtype=torch.float32):
+    """Of other ranks; one has no adapter in some layers."""
+    made = {"a": tenant(base, 2, 1)[0], "b": tenant(base, 4, 2, ["q_proj", "down_proj"])[0], "c": tenant(base, 3, 3)[0]}
+    return {name: {layer: f.to(dtype) for layer, f in adapter.items()} for name, adapter in made.items()}
+
+
+def test_steps_from_memory_of_their_own_give_the_same_tokens(base):
+    tenants = three_tenants(base)
+    right, _ = served_in_steps(base, tenants, WANTED, rows=3)
+    found, server = served_in_steps(base, tenants, WANTED, rows=3, cuda_graphs=True)
+    assert found == right and {key[0] for key in server.graphs.steps} == {1, 2, 4}
+    assert all(layer._route is None for layer in server.served.layers.values())
+
+
+def test_tables_of_a_step_follow_adapters_that_come_and_go(base, monkeypatch):
+    """As on a GPU, without the recording: kernels read what a step's tables and plan say, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton exists for Linux on x86-64")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process: the next test replays them")
+    monkeypatch.setattr(graphs, "kernels_for", lambda device: True)
+    monkeypatch.setattr(MultiLoRALinear, "_takes_kernels", lambda *_: True)
+    base, tenants = base.half(), three_tenants(base, torch.float16)
+    right, server = served_in_steps(base, tenants, WANTED, rows=3)
+    tight = 2 * max(held.nbytes for held in server.pool.tenants.values())
+    found, server = served_in_steps(base, tenants, WANTED, rows=3, cuda_graphs=True, device_bytes=tight)
+    assert found == right and server.pool.counts["loads"] > 3  # evicted, and loaded to another place
+    assert any(rank == 16 and dtype is torch.float16 for _, _, rank, dtype in server.graphs.steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+def test_on_a_gpu_replayed_steps_give_the_same_tokens(base, quantized):
+    tenants = three_tenants(base, torch.bfloat16)
+    base = base.bfloat16().cuda()
+    if quantized:
+        quantize_linears(base, block_size=8)
+    right, server = served_in_steps(base, tenants, WANTED, rows=3)
+    tight = 2 * max(held.nbytes for held in server.pool.tenants.values())
+    found, server = served_in_steps(base, tenants, WANTED, rows=3, device_bytes=tight, cuda_graphs=True)
+    assert all(step.graph is not None for step in server.graphs.steps.values())
+    same = sum(a == b for a, b in zip(found, right, strict=True))  # a padded batch may round otherwise
+    assert same >= len(right) - 2

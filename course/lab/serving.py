@@ -22,6 +22,8 @@ from reference.model_shapes import ModelShape
 from reference.multi_lora import Adapter, Factors, MultiLoRA, Route, bytes_of, factors_of
 from reference.multi_lora.serving import KVCache, next_logits
 from reference.multi_lora.serving.cache import padded
+from reference.multi_lora.serving.graphs import DecodeGraphs
+from reference.multi_lora.serving.host import Held
 from reference.multi_lora.simulation import Costs
 
 QUESTION = "where does mira live ?"
@@ -76,14 +78,19 @@ def random_adapter(served: MultiLoRA, r: int, dtype: torch.dtype = torch.float32
 class Steps:
     """Decode steps of rows that have ``context`` tokens in the cache already, again and again at the same place."""
 
-    def __init__(self, served: MultiLoRA, rows: int, context: int):
+    def __init__(self, served: MultiLoRA, rows: int, context: int, cuda_graphs: bool = False):
         self.served, weight = served, served.model.model.embed_tokens.weight
         self.where, self.context = weight.device, context
         self.cache = KVCache(served.model.shape, rows * (context + 1), weight.dtype, weight.device)
-        self.slots = padded([self.cache.take(context + 1) for _ in range(rows)], weight.device)
+        self.lists = [self.cache.take(context + 1) for _ in range(rows)]
+        self.slots = padded(self.lists, weight.device)
+        self.graphs = DecodeGraphs(served, self.cache) if cuda_graphs else None
+        self.held: dict[int, Held] = {}
 
     def milliseconds(self, adapters: Sequence[Adapter | None], repeats: int = 5) -> float:
         """Median time of one step in which row i uses ``adapters[i]``."""
+        if self.graphs:
+            return self._from_graphs(self.graphs, adapters, repeats)
         rows = len(adapters)
         slots = self.slots[:rows]
         ids, count = torch.ones(rows, 1, dtype=torch.int64, device=self.where), torch.ones(rows, dtype=torch.int64, device=self.where)
@@ -98,6 +105,11 @@ class Steps:
         finally:
             self.served.use(None)
 
+    def _from_graphs(self, graphs: DecodeGraphs, adapters: Sequence[Adapter | None], repeats: int) -> float:
+        held = [a if a is None else self.held.setdefault(id(a), Held("", None, adapter=a)) for a in adapters]
+        ids, start, slots = [1] * len(held), [self.context] * len(held), self.lists[: len(held)]
+        return milliseconds(lambda: graphs.logits(ids, slots, start, held).argmax(-1).tolist(), repeats, warmup=2, where=self.where)
+
     def prompt_milliseconds(self, tokens: int, repeats: int = 3) -> float:
         """Median time of reading one prompt of so many tokens."""
         ids, slots = torch.ones(1, tokens, dtype=torch.int64, device=self.where), self.slots[:1, :tokens]
@@ -107,10 +119,10 @@ class Steps:
         )
 
 
-def step_table(served: MultiLoRA, adapters: Sequence[Adapter], context: int, repeats: int = 5) -> list[dict]:
+def step_table(served: MultiLoRA, adapters: Sequence[Adapter], context: int, repeats: int = 5, cuda_graphs: bool = False) -> list[dict]:
     """Milliseconds of steps with few and many rows, and no, one, some and only distinct adapters."""
     most, found = len(adapters), []
-    steps = Steps(served, most, context)
+    steps = Steps(served, most, context, cuda_graphs)
     for rows in sorted({1, max(1, most // 4), most}):
         for distinct in sorted({0, 1, max(1, rows // 4), rows}):
             chosen = [adapters[i % distinct] if distinct else None for i in range(rows)]
@@ -128,7 +140,14 @@ def fitted(table: Sequence[dict]) -> tuple[float, float, float]:
 
 
 def measured_costs(
-    served: MultiLoRA, adapters: Sequence[Adapter], context: int, bus: float, merge: float, prompt: int | None = None, repeats: int = 5
+    served: MultiLoRA,
+    adapters: Sequence[Adapter],
+    context: int,
+    bus: float,
+    merge: float,
+    prompt: int | None = None,
+    repeats: int = 5,
+    cuda_graphs: bool = False,
 ) -> tuple[Costs, list[dict]]:
     """What the simulation needs, and the table of steps that it was fitted to.
 
@@ -137,8 +156,9 @@ def measured_costs(
         context: tokens of a request that are in the cache.
         bus, merge: measured elsewhere: bytes per second, seconds.
         prompt: tokens of the prompt that is timed; default: ``context``.
+        cuda_graphs: steps as the engine's of that setting.
     """
-    table = step_table(served, adapters, context, repeats)
+    table = step_table(served, adapters, context, repeats, cuda_graphs)
     base, row, adapter = fitted(table)
     prompt = prompt or context
     reading = Steps(served, 1, prompt).prompt_milliseconds(prompt) / 1e3

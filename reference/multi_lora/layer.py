@@ -136,6 +136,11 @@ class MultiLoRALinear(nn.Module):
         self._factors, self._table = list(factors), table
         self._dtype = common_dtype(factors)
 
+    def use_table(self, route: object, table: object) -> None:
+        """The same for a CUDA graph: its kernels read adapters from a table and rows from a plan,
+        whatever these hold at a replay (:mod:`reference.multi_lora.serving.graphs`)."""
+        self._route, self._factors, self._table, self._dtype = route, [], table, table.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, ..., in), or of any shape where one adapter is selected for all."""
         y = self.base(x)

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 from reference.arguments import check_integer
 from reference.llama.model import Llama
 from reference.multi_lora.model import MultiLoRA
 from reference.multi_lora.route import Route
 from reference.multi_lora.serving.cache import KVCache, next_logits, padded, token_bytes
+from reference.multi_lora.serving.graphs import DecodeGraphs
 from reference.multi_lora.serving.pool import AdapterPool
 from reference.multi_lora.serving.scheduler import Request, Scheduler
 
@@ -32,6 +34,7 @@ class Engine:
         rows: requests in a batch at most.
         kv_bytes: for keys and values.
         ahead: tenants that wait whose adapters are fetched before their turn.
+        cuda_graphs: give tokens from recorded steps (:mod:`.graphs`); prompts are read without.
         clock: seconds; for measurements.
 
     Raises:
@@ -46,6 +49,7 @@ class Engine:
         rows: int,
         kv_bytes: int,
         ahead: int = 2,
+        cuda_graphs: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if not isinstance(served.model, Llama):
@@ -59,6 +63,7 @@ class Engine:
         self.cache = KVCache(served.model.shape, slots, weight.dtype, weight.device)
         self.scheduler = Scheduler(pool, self.cache, rows)
         self.device = weight.device
+        self.graphs = DecodeGraphs(served, self.cache) if cuda_graphs else None
 
     @property
     def busy(self) -> bool:
@@ -98,7 +103,11 @@ class Engine:
         texts = [request.tokens[-1:] or request.prompt for request in batch]
         before = [len(r.prompt) + len(r.tokens) - 1 if r.tokens else 0 for r in batch]
         longest = max(b + len(t) for b, t in zip(before, texts, strict=True))
-        slots = padded([request.slots[:longest] for request in batch], self.device)
+        slots = [request.slots[:longest] for request in batch]
+        if self.graphs and all(request.tokens for request in batch):
+            ids, held = [text[0] for text in texts], [request.held for request in batch]
+            return self._give(batch, self.graphs.logits(ids, slots, before, held))
+        slots = padded(slots, self.device)
         start, count = (torch.tensor(n, device=self.device) for n in (before, [*map(len, texts)]))
         self.served.use(Route([r.held and r.held.adapter for r in batch]))
         try:
@@ -106,6 +115,9 @@ class Engine:
             logits = next_logits(self.served.model, self.cache, ids, slots, start, count)
         finally:
             self.served.use(None)
+        self._give(batch, logits)
+
+    def _give(self, batch: list[Request], logits: Tensor) -> None:
         tokens, now = logits.argmax(-1).tolist(), self.clock()
         for request, token in zip(batch, tokens, strict=True):
             request.tokens.append(token)
