@@ -76,11 +76,12 @@ def measure() -> dict:
 
     found = {"triton": triton.__version__, "side": SIDE, "clock": CLOCK}
     row = {"BIAS": False, "PTX": True, "ODD": 0, "EVEN": True, "W": nf4_vector.WARPS}
-    rows = {"BIAS": False, "PTX": True, "ROWS_X": 16, "ROWS": nf4_rows.ROWS, "W": nf4_rows.WARPS}
-    few = {"num_warps": nf4_rows.WARPS, "num_stages": 1}
+    tile, warps, _ = nf4_rows.SIZES[16]
+    rows = {"BIAS": False, "PTX": True, "ROWS_X": 16, "ROWS": tile, "W": warps}
+    few = {"num_warps": warps, "num_stages": 1}
     kernels = {  # and how many weights a program decodes in one turn of the loop
         "1 row": (nf4_vector._vector_kernel, row, nf4_vector.OPTIONS, nf4_vector.ROWS * nf4_vector.FEATURES * nf4_vector.WARPS),
-        "16 rows": (nf4_rows._rows_kernel, rows, few, nf4_rows.ROWS * BLOCK),
+        "16 rows": (nf4_rows._rows_kernel, rows, few, tile * BLOCK),
     }
     for name, (kernel, constants, options, weights) in kernels.items():
         for double in (False, True):

@@ -124,7 +124,7 @@ def test_every_scale_finds_its_own_scale():
 
 @few
 @given(
-    st.sampled_from((1, 2, 5, 16, 17, 64, 65)),
+    st.sampled_from((1, 2, 5, 16, 17, 64, 65, 128, 129)),
     st.integers(1, 70),
     st.sampled_from(((64, 64), (192, 64), (1280, 64), (384, 128), (96, 32), (100, 64), (512, 256))),
     st.booleans(),

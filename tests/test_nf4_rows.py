@@ -36,7 +36,7 @@ def parts(count: int, in_features: int = 4096, out_features: int = 256):
 
 
 @gpu
-@pytest.mark.parametrize("count", [2, 16, 33, 64])
+@pytest.mark.parametrize("count", [2, 16, 33, 64, 65, 128])
 def test_the_same_bits_every_time(count):
     """Whichever part of the features is done last."""
     x, q = parts(count)
@@ -79,13 +79,14 @@ def test_in_two_graphs_recorded_before_either_runs():
 # Triton's interpreter can't multiply matrices of bfloat16
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
 @pytest.mark.parametrize("block_size", nf4_rows.BLOCK_SIZES)
-def test_every_row_and_feature_meets_its_own(dtype, block_size):
+@pytest.mark.parametrize("count", nf4_rows.SIZES)
+def test_every_row_and_feature_meets_its_own(dtype, block_size, count):
     """x with one feature each shows a column of the weight, exactly: the level in 16 bits, times its block's scale, rounded once."""
     weight = torch.randn(200, 512, device=DEVICE, dtype=dtype)
     q = quantize_nf4(weight, block_size)
-    columns = torch.randperm(512)[:64]
-    x = torch.zeros(64, 512, device=DEVICE, dtype=dtype)
-    x[torch.arange(64), columns] = 1
+    columns = torch.randperm(512)[:count]
+    x = torch.zeros(count, 512, device=DEVICE, dtype=dtype)
+    x[torch.arange(count), columns] = 1
     flat = q.packed.view(-1).long()
     codes = torch.stack([flat >> 4, flat & 15], 1).view(200, 512)
     exact = NF4_CODEBOOK.to(dtype).float().to(DEVICE)[codes] * q.absmax.view(200, -1).repeat_interleave(block_size, 1)

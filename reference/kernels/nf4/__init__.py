@@ -7,7 +7,8 @@ Then every instruction counts that is spent on a weight:
 
 - quantize: fifteen comparisons become one. [−1, 1] is cut into equal cells, none of which holds two
   midpoints, so a value's cell says all of its code but whether the value lies above the cell's
-  midpoint.
+  midpoint. bfloat16 has so few digits that two weights are quantized in one word
+  (:mod:`reference.kernels.nf4.bfloat16`).
 - dequantize: sixteen levels lie in sixteen banks of shared memory (or in the lanes of a warp),
   where any codes are looked up at once.
 - linear: up to ``FUSED_ROWS`` rows the weight is read once and decoded on the way to the tensor

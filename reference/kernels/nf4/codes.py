@@ -9,15 +9,16 @@ from torch import Tensor
 
 from reference.blockwise import check_finite, check_tensor, midpoints
 from reference.kernels.launch import on
+from reference.kernels.nf4 import bfloat16
 from reference.kernels.nf4.scales import nested, read_scales, scale_tensors
 from reference.nf4 import NF4_CODEBOOK, NF4Tensor, check_packable
 from reference.nf4 import dequantize_nf4 as dequantize_with_torch
 from reference.nf4 import quantize_nf4 as quantize_with_torch
 
 CELLS = 32
-# Values in a tile and warps of a program: what was fastest on an H100
-QUANTIZE = dict(tile=2048, num_warps=2)
-DEQUANTIZE = dict(tile=4096, num_warps=2)
+# Values in a tile and warps of a program: what was fastest on an H200
+QUANTIZE = dict(tile=1024, num_warps=1)
+DEQUANTIZE = dict(tile=2048, num_warps=2)
 
 
 @lru_cache
@@ -64,6 +65,16 @@ def _quantize_kernel(
     tl.store(packed_ptr + byte, (high << 4 | low).to(tl.uint8), mask)
 
 
+def _quantize_any(
+    flat: Tensor, packed: Tensor, absmax: Tensor, bad: Tensor, blocks: int, block_size: int
+) -> None:
+    rows = max(1, QUANTIZE["tile"] // block_size)
+    _quantize_kernel[(-(blocks // -rows),)](
+        flat, packed, absmax, bad, *_cells(flat.device), blocks, block_size, rows, CELLS,
+        num_warps=QUANTIZE["num_warps"],
+    )  # fmt: skip
+
+
 def quantize_nf4(weight: Tensor, block_size: int = 64, check: bool = True) -> NF4Tensor:
     """As :func:`reference.nf4.quantize_nf4`, for CUDA.
 
@@ -78,14 +89,12 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, check: bool = True) -> NF
     n, blocks = len(flat), len(flat) // block_size
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(n // -block_size), device=flat.device)
-    bad = torch.zeros((), dtype=torch.int32, device=flat.device)
+    # Zero takes a launch, so only for somebody who looks.
+    bad = (torch.zeros if check else torch.empty)((), dtype=torch.int32, device=flat.device)
     if blocks:
-        rows = max(1, QUANTIZE["tile"] // block_size)
+        write = bfloat16.quantize_pairs if bfloat16.takes(flat) else _quantize_any
         with on(flat):
-            _quantize_kernel[(-(blocks // -rows),)](
-                flat, packed, absmax, bad, *_cells(flat.device), blocks, block_size, rows, CELLS,
-                num_warps=QUANTIZE["num_warps"],
-            )  # fmt: skip
+            write(flat, packed, absmax, bad, blocks, block_size)
     if blocks * block_size < n:  # a short last block, with a rounding of its own
         try:
             rest = quantize_with_torch(flat[blocks * block_size :], block_size)

@@ -7,11 +7,11 @@ from torch.nn.functional import linear
 from reference.capability import has_bfloat16
 from reference.kernels.launch import on
 from reference.kernels.nf4.codes import dequantize_nf4
-from reference.kernels.nf4.rows import BLOCK_SIZES, PROGRAMS, rows_product
+from reference.kernels.nf4.rows import BLOCK_SIZES, SIZES, rows_product
 from reference.kernels.nf4.vector import takes, vector_product
 from reference.nf4 import NF4Tensor
 
-FUSED_ROWS = max(PROGRAMS)  # rows of x
+FUSED_ROWS = max(SIZES)  # rows of x
 
 
 def linear_nf4(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,10 +17,10 @@ from reference.kernels.nf4.permute import byte_table, look_up, own
 from reference.kernels.nf4.scales import decode_scales, fetch_scales, nested, scale_tensors
 from reference.nf4 import NF4Tensor
 
-ROWS, WARPS = 64, 4  # of a program: rows of the weight, and warps
 BLOCK_SIZES = 32, 64, 128
-# Rows of x -> programs for each multiprocessor: what was fastest on an H100
-PROGRAMS = {16: 6, 32: 4, 64: 6}
+# Rows of x -> rows of the weight for a program, its warps, and programs for each multiprocessor:
+# what was fastest on an H200
+SIZES = {16: (64, 4, 6), 32: (64, 4, 4), 64: (128, 8, 2), 128: (64, 4, 2)}
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _rows_kernel(
 
 
 def rows_product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias, 1 to 64 rows; a row of the weight is a number of whole blocks.
+    """x · Wᵀ + bias, 1 to 128 rows; a row of the weight is a number of whole blocks.
 
     Args:
         x: (rows, in_features), contiguous, 16 bits.
@@ -119,15 +119,17 @@ def rows_product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
         (rows, out_features) in the dtype of x. Levels are rounded to it, sums are float32.
     """
     (M, K), (N, _), block = x.shape, q.shape, q.block_size
-    rows_x, tiles = max(16, triton.next_power_of_2(M)), -(N // -ROWS)
-    parts = max(1, min(PROGRAMS[rows_x] * multiprocessors(x.device) // tiles, K // block))
+    rows_x = max(16, triton.next_power_of_2(M))
+    rows, warps, programs = SIZES[rows_x]
+    tiles = -(N // -rows)
+    parts = max(1, min(programs * multiprocessors(x.device) // tiles, K // block))
     # Without parts their sums are not touched.
     shares = torch.empty(parts, M, N, device=x.device) if parts > 1 else x
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _rows_kernel[(tiles, parts)](
         x, q.packed.view(-1).view(torch.int32), *scale_tensors(q), byte_table(x.device, x.dtype),
         x if bias is None else bias, shares, counters(tiles, x.device), out, M, N, K // block,
-        block, *nested(q), bias is not None, PTX, rows_x, ROWS, WARPS,
-        num_warps=WARPS, num_stages=1,
+        block, *nested(q), bias is not None, PTX, rows_x, rows, warps,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
