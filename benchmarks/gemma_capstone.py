@@ -1,6 +1,6 @@
 """The capstone by several plans: what each learns, forgets, and loses in its merge and exports; and what the 2 % rule says.
 
-    python -m benchmarks.gemma_capstone --model gemma-3-270m     # one GPU: "capstone_gemma-3-270m"
+    python -m benchmarks.gemma_capstone --model gemma-3-270m     # one GPU, six processes: "capstone_gemma-3-270m"
     python -m benchmarks.gemma_capstone --model tiny             # a CPU, about ten minutes: "capstone_tiny"
     python -m benchmarks.gemma_capstone --resume a.json          # what a result still lacks
     python -m benchmarks.gemma_capstone --smoke                  # the tiny model, a few steps: every path, no meaning
@@ -12,23 +12,33 @@ other words. Only the first seed is exported.
 Each method gets its own learning rate before any plan is run, by a search at seed 0: train on three quarters of the training rows, split by
 prompt, and take the rate with the lowest loss on the last quarter. No question of the held-out rows is in either part. The search starts
 with three rates around a default and goes on outwards while the best is at an end. Plans of one method share its rate.
+
+On a GPU several processes share it (``--workers``), since one run alone leaves it idle most of the time: a run's seconds are then those of
+a run among others. Each process loads and prepares once what runs have in common. The results are those of one process.
 """
 
+import copy
+import dataclasses
+import functools
 import gc
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
-import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import options, rounded
+from benchmarks.spread import Spread
 from course.capstone import audit, base, data, evaluate, plan, rule, train
-from course.capstone.run import run
+from course.capstone.run import Start, run
 from course.lab import models, recorded
+from course.lab.devices import device
 from course.units import CourseError
 from reference.instruct import read_conversations
 
@@ -45,8 +55,9 @@ FACTORS, WIDEST, VALIDATION = (1 / 3, 1.0, 3.0), 5, 0.25  # of the search: aroun
 TINY = {"rates": {"lora": 1e-3, "qlora": 1e-3, "full": 1e-3}, "settings": {}}
 REAL = {
     "rates": {"lora": 5e-4, "qlora": 5e-4, "full": 3e-5},
-    "settings": {"steps": 120, "max_length": 192, "new_tokens": 40, "ask": 120, "checkpoint_every": 60},
+    "settings": {"steps": 120, "max_length": 192, "new_tokens": 40, "ask": 120, "checkpoint_every": 120},
 }
+SHARE = 0.95  # of the GPU's memory, for all processes together
 QUICK = {"steps": 2, "ask": 8, "new_tokens": 4, "batch": 4}
 
 
@@ -73,8 +84,64 @@ def data_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def search(model: str, folder: Path, settings: dict, defaults: dict[str, float], seed: int = 0) -> dict:
-    """The rate of each method: what was tried, [rate, validation loss] each with None for a loss that became NaN, and what is chosen."""
+# What the runs of a process have in common
+
+
+@functools.cache
+def kept(name: str, dtype: str) -> tuple[base.Base, str]:
+    """A base on the CPU, and its hash; it is copied and never changed."""
+    found = base.load(name, dtype)
+    digest = base.weights_hash(found.model)
+    found.model.to("cpu")
+    return found, digest
+
+
+def copied(found: base.Base) -> base.Base:
+    return dataclasses.replace(found, model=copy.deepcopy(found.model).to(device()))
+
+
+@functools.cache
+def prepared(shared: plan.Plan) -> tuple[data.Rows, evaluate.Measured | None]:
+    """Rows, and what the base does with them, of a plan that ``alike`` made equal for many runs."""
+    found = copied(kept(shared.base, shared.dtype)[0])
+    rows = data.load(shared, found)
+    return rows, evaluate.measure(found.model, found, rows, shared.new_tokens) if shared.exports else None
+
+
+def alike(given: plan.Plan, measured: bool) -> plan.Plan | None:
+    """What ``prepared`` is called with. None if runs share nothing: the tiny base gets marks by the seed, and its rows are drawn by it."""
+    if given.base == "tiny" or not given.held_out:
+        return None
+    names = ("base", "dtype", "data", "held_out", "old", "batch", "max_length", "overflow", "ask", "new_tokens", "folder")
+    return plan.Plan(**{name: getattr(given, name) for name in names}, exports=("merged",) if measured else ())
+
+
+def start_of(given: plan.Plan) -> Start | None:
+    if (shared := alike(given, True)) is None:
+        return None
+    rows, before = prepared(shared)
+    found, digest = kept(given.base, given.dtype)
+    return Start(copied(found), rows, digest, before)
+
+
+# The search
+
+
+def search(
+    model: str,
+    folder: Path,
+    settings: dict,
+    defaults: dict[str, float],
+    seed: int = 0,
+    spread: Spread | None = None,
+    settled: Callable[[str], None] = lambda method: None,
+) -> dict:
+    """The rate of each method: what was tried, [rate, validation loss] each with None for a loss that became NaN, and what is chosen.
+
+    Args:
+        spread: where the runs go; what is returned is filled when it is drained. None runs them here.
+        settled: called with a method whose rate is chosen.
+    """
     own = Path(settings["data"]) if "data" in settings else data.write_course(folder / "course.jsonl", seed)
     tests = read_conversations(Path(settings["held_out"]))[0] if "held_out" in settings else data.asked_of_the_course(plan.Plan().ask)
     asked = {data.prompt(row) for row in tests}
@@ -84,33 +151,60 @@ def search(model: str, folder: Path, settings: dict, defaults: dict[str, float],
     for name, rows in parts.items():
         Path(files[name]).write_text("".join(json.dumps({"messages": list(row.messages)}) + "\n" for row in rows), encoding="utf-8")
     found = {"prompts": {name: len({data.prompt(row) for row in rows}) for name, rows in parts.items()}, "tried": {}, "chosen": {}}
+    runs, tried, asked_for = spread or Spread(), {method: {} for method in METHODS}, dict.fromkeys(METHODS, 0)
+
+    def ask(method: str, rates: list[float], first: bool = False) -> None:
+        for rate in rates:
+            given = {"base": model, "seed": seed, "method": method, "lr": float(f"{rate:.2g}"), **settings, **files}
+            each = plan.Plan(out=str(folder / f"search-{method}-{rate:.2g}"), **given)
+            asked_for[method] += 1
+            runs.submit(validation_loss, each, then=functools.partial(answered, method, given["lr"]), first=first)
+
+    def answered(method: str, rate: float, loss: float | None, error: str | None) -> None:
+        if error:
+            found.setdefault("errors", []).append({"method": method, "lr": rate, "error": error})
+        tried[method][rate] = math.inf if error else loss
+        print(f"search: {method} at {rate:.2g}: " + (error or f"validation loss {loss:.4f}"), flush=True)
+        found["tried"][method] = [[each, loss if math.isfinite(loss) else None] for each, loss in sorted(tried[method].items())]
+        if len(tried[method]) < asked_for[method]:
+            return
+        best = min(tried[method], key=lambda each: (tried[method][each], each))
+        outwards = {min(tried[method]): best / 3, max(tried[method]): 3 * best}
+        if best in outwards and len(tried[method]) < WIDEST:
+            ask(method, [outwards[best]], first=True)
+        else:
+            found["chosen"][method] = best
+            settled(method)
+
     for method in METHODS:
-        tried = {}
-        waiting = [defaults[method] * factor for factor in FACTORS]
-        while waiting:
-            for rate in waiting:
-                given = {"base": model, "seed": seed, "method": method, "lr": float(f"{rate:.2g}"), **settings, **files}
-                tried[given["lr"]] = validation_loss(plan.Plan(out=str(folder / f"search-{method}-{rate:.2g}"), **given))
-                print(f"search: {method} at {rate:.2g}: validation loss {tried[given['lr']]:.4f}", flush=True)
-            best, ends = min(tried, key=tried.get), (min(tried), max(tried))
-            outwards = {ends[0]: best / 3, ends[1]: 3 * best}
-            waiting = [outwards[best]] if best in outwards and len(tried) < WIDEST else []
-        found["tried"][method] = [[rate, loss if math.isfinite(loss) else None] for rate, loss in sorted(tried.items())]
-        found["chosen"][method] = best
+        ask(method, [defaults[method] * factor for factor in FACTORS])
+    if spread is None:
+        runs.drain()
     return found
 
 
 def validation_loss(given: plan.Plan) -> float:
-    """Nats per target of the plan's held-out rows after training; infinite if it diverged. Nothing is exported."""
-    start = base.load(given.base, given.dtype, given.path("out"), given.seed)
-    rows = data.load(given, start)
-    model = base.adapt(start, given)
+    """Nats per target of the plan's held-out rows after training; infinite if it diverged. Nothing is exported or kept."""
+    given = within_share(given)
+    if shared := alike(given, False):
+        start, rows = copied(kept(given.base, given.dtype)[0]), prepared(shared)[0]
+    else:
+        start = base.load(given.base, given.dtype, given.path("out"), given.seed)
+        rows = data.load(given, start)
     try:
-        train.train(model, given, rows, given.path("out") / "checkpoints", "search", start.tokenizer.pad_token_id, False)
+        model = base.adapt(start, given)
+        train.train(model, given, rows, None, "search", start.tokenizer.pad_token_id, False)
+        losses, targets = evaluate.row_losses(model, [each.example for each in rows.asked], start.tokenizer.pad_token_id)
     except CourseError:  # the loss is NaN
         return math.inf
-    losses, targets = evaluate.row_losses(model, [each.example for each in rows.asked], start.tokenizer.pad_token_id)
+    finally:
+        shutil.rmtree(given.path("out"), ignore_errors=True)
+        model = start = None
+        release()
     return ((losses * targets).sum() / targets.sum()).item()
+
+
+# The runs
 
 
 def one(model: str, name: str, seed: int, folder: Path, settings: dict, rates: dict) -> dict:
@@ -120,7 +214,16 @@ def one(model: str, name: str, seed: int, folder: Path, settings: dict, rates: d
     exports = ("adapter", "merged", "gguf") if seed == 0 else ()
     given = {"base": model, "out": str(out), "seed": seed, "licence": "other", "exports": exports} | settings | changes
     given["lr"] = rates[changes["method"]]
-    result = run(plan.Plan(**given), lambda words: print("  ", words, flush=True), False)
+    whole = within_share(plan.Plan(**given))
+    start = start_of(whole)
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        result = run(whole, lambda words: print(f"  {name}, seed {seed}: {words}", flush=True), False, start)
+    finally:
+        start = None
+        shutil.rmtree(out / "checkpoints" if list(PLANS).index(name) == seed == 0 else out, ignore_errors=True)
+        release()
     row = {"plan": name, "seed": seed, "method": changes["method"], "lr": given["lr"], "loss": result["training"]["losses"][-1]}
     row |= {key: result[key] for key in ("learned", "forgotten", "merge", "peak", "seconds")}
     row |= {"predicted": result["memory"]["peak"], "trained": result["training"]["trained"], "train_seconds": result["training"]["seconds"]}
@@ -137,42 +240,108 @@ def checked(model: str, folder: Path, rows: int) -> dict:
     return {"audit": found.as_dict()["counts"], "rule": {"choice": verdict.choice, "safe": verdict.safe, "found": measures}}
 
 
+def release() -> None:
+    """Give back to the device what a run held: the others need it."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# The processes
+
+_share = 1.0
+
+
+def begin(threads: int, share: float | None) -> None:
+    """In each process: its threads, and its share of the GPU's memory, so that one that wants more fails alone."""
+    global _share
+    torch.set_num_threads(threads)
+    if share is not None:
+        _share = share
+        torch.cuda.set_per_process_memory_fraction(share)
+        torch.zeros(1, device="cuda")  # the context, while the base is decoded elsewhere
+
+
+def within_share(given: plan.Plan) -> plan.Plan:
+    """The process's share as the plan's budget: what is free at the moment is what the others happen to leave."""
+    if _share == 1.0:
+        return given
+    return dataclasses.replace(given, memory_gb=_share * torch.cuda.get_device_properties(0).total_memory / 1e9)
+
+
 def main() -> None:
     given = options(
-        "gemma_capstone", __doc__, gpu=False, model={"default": "tiny"}, minutes={"type": float, "default": 12.0}, resume={"type": Path}
+        "gemma_capstone",
+        __doc__,
+        gpu=False,
+        model={"default": "tiny"},
+        minutes={"type": float, "default": 12.0, "help": "no run starts after so many (default 12)"},
+        resume={"type": Path, "help": "a result: what it lacks or failed is run"},
+        workers={"type": int, "help": "processes that share the device (default: 6 on a GPU, 1 on a CPU)"},
     )
     deadline = time.monotonic() + 60 * given.minutes
+    gpu = given.device.type == "cuda"
+    workers = (6 if gpu else 1) if given.workers is None else given.workers
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    threads = min(4, max(1, (os.cpu_count() or 1) // workers)) if workers > 1 else torch.get_num_threads()
     scale = TINY if given.model == "tiny" else REAL
     result: dict = {"model": given.model, "rows": [], "seeds": 1 if given.smoke else len(SEEDS)}
     if given.resume:
         result = json.loads(given.resume.read_text())["result"]
+    result |= {"workers": workers, "threads": threads, "timing": "each run alone" if workers == 1 else "runs share the device"}
+    if gpu:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read by the processes as they start
     folder = Path(tempfile.mkdtemp())
+    spread = Spread(workers, begin, (threads, SHARE / workers if gpu else None), deadline)
     try:
-        settings = scale["settings"] | ({} if given.model == "tiny" else data_files(folder)) | (QUICK if given.smoke else {})
-        start = given.model if given.model == "tiny" else decoded(given.model, folder / "start")
-        if "search" not in result:
-            result["search"] = search(start, folder, settings, scale["rates"])
+        measure(result, given, scale, folder, spread)
+    finally:
+        spread.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread) -> None:
+    """Fill ``result``, and save it after each run."""
+    settings = scale["settings"] | ({} if given.model == "tiny" else data_files(folder)) | (QUICK if given.smoke else {})
+    start = given.model if given.model == "tiny" else decoded(given.model, folder / "start")
+
+    def save() -> Path:
+        result["rows"].sort(key=lambda row: (row["seed"], list(PLANS).index(row["plan"])))
+        return recorded.save(f"capstone_{given.model}", rounded(result), given.out, given.device)
+
+    def finished(name: str, seed: int, row: dict | None, error: str | None) -> None:
+        print(f"{name}, seed {seed}: {error or 'done'}", flush=True)
+        result["rows"].append(row or {"plan": name, "seed": seed, "error": error})
+        save()
+        if row and seed == 0 and name == next(iter(PLANS)):
+            spread.submit(checked, start, folder, 16 if given.smoke else 400, then=judged, first=True)
+
+    def judged(found: dict | None, error: str | None) -> None:
+        result.update(found or {"audit": {"error": error}})
+        save()
+
+    def settled(method: str) -> None:
+        """Its plans may begin; the first seed, which is exported and takes longest, before the others."""
         rates = result["search"]["chosen"]
-        result["rows"] = [row for row in result["rows"] if row.get("lr") == rates[PLANS[row["plan"]]["method"]]]
+        result["rows"] = [row for row in result["rows"] if PLANS[row["plan"]]["method"] != method or row.get("lr") == rates[method]]
+        if "audit" not in result or "error" in result["audit"]:  # it needs the files of the first plan's first run
+            result["rows"] = [row for row in result["rows"] if (row["plan"], row["seed"]) != (next(iter(PLANS)), 0)]
         done = {(row["plan"], row["seed"]) for row in result["rows"]}
         for seed in SEEDS[: result["seeds"]]:
-            for name in PLANS:
-                if (name, seed) in done or (result["rows"] and time.monotonic() > deadline):
-                    continue
-                print(f"{name}, seed {seed}", flush=True)
-                try:
-                    result["rows"].append(one(start, name, seed, folder, settings, rates))
-                except Exception as error:  # the other plans go on
-                    traceback.print_exc()
-                    result["rows"].append({"plan": name, "seed": seed, "error": message(error)})
-                gc.collect()
-                torch.cuda.empty_cache()
-                if name == next(iter(PLANS)) and seed == 0:
-                    result |= checked(start, folder, 16 if given.smoke else 400)
-                recorded.save(f"capstone_{given.model}", rounded(result), given.out, given.device)
-        print("saved to", recorded.save(f"capstone_{given.model}", rounded(result), given.out, given.device))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            for name, changes in PLANS.items():
+                if changes["method"] == method and (name, seed) not in done:
+                    arguments = start, name, seed, folder, settings, {method: rates[method]}
+                    spread.submit(one, *arguments, then=functools.partial(finished, name, seed), first=seed == 0)
+
+    if set(result.get("search", {}).get("chosen", ())) == set(METHODS):
+        for method in METHODS:
+            settled(method)
+    else:
+        result["search"] = search(start, folder, settings, scale["rates"], 0, spread, settled)
+    if left := spread.drain():
+        print(f"{left} runs did not start before the deadline: --resume the result for them", flush=True)
+    print("saved to", save())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from course.capstone.base import Base
 from course.capstone.plan import Plan
 from course.lab import instructions, text
 from course.units import CourseError
-from reference.instruct import Conversation, Example, encode, fit, prepare, read_conversations
+from reference.instruct import Conversation, Example, encode, fit, prepare, read_conversations, special_tokens
 
 SHARE, FEWEST = 0.1, 8  # of the prompts is held out, where no file is; below 8 items there is no interval
 COURSE_ROWS, OLD_ROWS, OLD_LENGTH = 240, 64, 48
@@ -169,10 +169,10 @@ def _encoded(rows: list[Conversation], plan: Plan, base: Base, words: list[str])
 
 
 def _questions(rows: list[Conversation], plan: Plan, base: Base, words: list[str]) -> list[Question]:
-    found = []
+    found, reserved = [], special_tokens(base.tokenizer)
     for row in rows:
         try:
-            whole = encode(base.tokenizer, row.messages, "last")
+            whole = encode(base.tokenizer, row.messages, "last", reserved=reserved)
         except ValueError as error:
             raise CourseError(f"held-out rows, line {row.line}: {error}") from None
         if (example := fit(whole, plan.max_length)) is None:

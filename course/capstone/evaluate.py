@@ -15,9 +15,9 @@ from course.capstone.base import Base
 from course.capstone.data import Question, Rows
 from course.lab import instructions, probes
 from course.lab.evaluation import Interval, compare_answers, compare_losses, facts_right, sequence_losses
-from reference.instruct import IGNORED, pad_batch, render_ids
+from reference.instruct import IGNORED, Example, pad_batch, render_ids
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE, LOGITS_AT_ONCE, ROWS_AT_ONCE = 4096, 2**29, 128  # in a forward pass; logits are 4 bytes each
 
 
 @dataclass
@@ -61,9 +61,10 @@ def row_losses(model: nn.Module, examples: list, pad: int) -> tuple[Tensor, Tens
     model.eval()
     losses, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.long)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.config.vocab_size)
     while order:
         longest = len(examples[order[-1]].ids)
-        part = [order.pop() for _ in range(min(len(order), max(1, TOKENS_AT_ONCE // longest)))]
+        part = [order.pop() for _ in range(min(len(order), max(1, at_once // longest)))]
         given = {name: tensor.to(where) for name, tensor in pad_batch([examples[i] for i in part], pad).items()}
         labels = given.pop("labels")[:, 1:]
         logits = model(**given, use_cache=False).logits[:, :-1].float()
@@ -76,16 +77,17 @@ def row_losses(model: nn.Module, examples: list, pad: int) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def answers(model: nn.Module, tokenizer, asked: list[Question], new_tokens: int) -> list[tuple[str, bool]]:
-    """Greedy answers; prompts of one length together, so that no padding is between a model and its answer."""
+    """Greedy answers, many prompts at a time: padded on the left, where a mask keeps the padding out of attention and of the positions."""
     was_training, where = model.training, next(model.parameters()).device
     model.eval()
     end, prompts, said = tokenizer.eos_token_id, [render_ids(tokenizer, each.messages, True) for each in asked], {}
-    for length in sorted({len(prompt) for prompt in prompts}):
-        places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        ids = torch.tensor([prompts[i] for i in places], device=where)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for places in (order[i : i + ROWS_AT_ONCE] for i in range(0, len(order), ROWS_AT_ONCE)):
+        given = pad_batch([Example(tuple(prompts[i]), tuple(prompts[i])) for i in places], tokenizer.pad_token_id, "left")
+        length = given["input_ids"].shape[1]
         out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=given["input_ids"].to(where),
+            attention_mask=given["attention_mask"].to(where),
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=end,

@@ -39,6 +39,7 @@ class Trained:
 
     logits: list[Tensor]
     losses: Tensor
+    targets: Tensor
     said: list[tuple[str, bool]]
 
 
@@ -81,18 +82,20 @@ def some_logits(model: nn.Module, rows: Rows) -> list[Tensor]:
     ]
 
 
-def trained(model: nn.Module, base: Base, rows: Rows, new_tokens: int) -> Trained:
-    losses, _ = evaluate.row_losses(model, [each.example for each in rows.asked], base.tokenizer.pad_token_id)
-    return Trained(some_logits(model, rows), losses, evaluate.answers(model, base.tokenizer, rows.asked, new_tokens))
+def trained(model: nn.Module, base: Base, rows: Rows, new_tokens: int, measured: evaluate.Measured | None = None) -> Trained:
+    """Of a model that was measured already, only the logits are asked for."""
+    if measured is not None:
+        return Trained(some_logits(model, rows), measured.losses, measured.targets, measured.said)
+    losses, targets = evaluate.row_losses(model, [each.example for each in rows.asked], base.tokenizer.pad_token_id)
+    return Trained(some_logits(model, rows), losses, targets, evaluate.answers(model, base.tokenizer, rows.asked, new_tokens))
 
 
 def compare(kind: str, path: Path, model: nn.Module, base: Base, rows: Rows, new_tokens: int, wanted: Trained) -> Export:
     now = trained(model.eval(), base, rows, new_tokens)
     far = max((one - other).abs().max().item() for one, other in zip(now.logits, wanted.logits, strict=True))
     changed = sum(one != other for one, other in zip(now.said, wanted.said, strict=True)) / len(now.said)
-    _, targets = evaluate.row_losses(model, [each.example for each in rows.asked], base.tokenizer.pad_token_id)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    return Export(kind, str(path), size, far, changed, compare_losses(wanted.losses, now.losses, targets))
+    return Export(kind, str(path), size, far, changed, compare_losses(wanted.losses, now.losses, now.targets))
 
 
 # The adapter

@@ -20,11 +20,22 @@ from reference.lora import trainable_parameters
 SAMPLES, FINGERPRINTS = 4, 4
 
 
-def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -> dict:
+@dataclasses.dataclass
+class Start:
+    """What several runs of one base on the same rows may share. ``base.model`` is changed by the run: a copy for each."""
+
+    base: bases.Base
+    rows: data.Rows
+    base_hash: str
+    before: evaluate.Measured
+
+
+def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True, start: Start | None = None) -> dict:
     """Do all of it; the report is also in ``out/report.json`` and ``out/report.html``.
 
     Args:
         say: told what happens, a sentence at a time.
+        start: what was loaded, prepared and measured before, for this plan's base, rows and questions; None does it here.
 
     Raises:
         CourseError: whatever the user can mend: a plan that does not fit, data that are wrong, a disk that is full, a loss that is NaN.
@@ -32,17 +43,17 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
             was written before stays, and the same command goes on from there.
     """
     began, out = time.perf_counter(), plan.path("out")
-    base = bases.load(plan.base, plan.dtype, out, plan.seed)
+    base = start.base if start else bases.load(plan.base, plan.dtype, out, plan.seed)
     plan, memory = choose(plan, shape_of(base.model.config), free_memory())
     say(f"plan: {memory.title}: {memory.peak / 1e9:.3g} GB at the fullest moment ({memory.moment})")
     for words in base.words:
         say(f"base: {words}")
-    rows = data.load(plan, base)
+    rows = start.rows if start else data.load(plan, base)
     for words in rows.words:
         say(f"data: {words}")
-    base_hash = bases.weights_hash(base.model)
+    base_hash = start.base_hash if start else bases.weights_hash(base.model)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    before = evaluate.measure(base.model, base, rows, plan.new_tokens)
+    before = start.before if start else evaluate.measure(base.model, base, rows, plan.new_tokens)
     say(f"before: {100 * before.right.double().mean():.0f} % of {len(rows.asked)} answers right")
     original = {name: tensor.clone() for name, tensor in base.model.state_dict().items()} if plan.method == "qlora" else None
     model = bases.adapt(base, plan)
@@ -70,7 +81,7 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
         "forgotten": [change.as_dict() for change in forgotten],
         "samples": samples(rows, before, after),
     }
-    merged, exports = deliver(model, base, plan, rows, result, original, say)
+    merged, exports = deliver(model, base, plan, rows, result, original, after, say)
     result |= {"merge": dataclasses.asdict(merged), "exports": [each.as_dict() for each in exports]}
     peak = torch.cuda.max_memory_allocated() if device().type == "cuda" else process_peak()
     result |= {"peak": peak, "seconds": time.perf_counter() - began}
@@ -99,11 +110,11 @@ def samples(rows: data.Rows, before: evaluate.Measured, after: evaluate.Measured
 
 
 def deliver(
-    model, base: bases.Base, plan: Plan, rows: data.Rows, result: dict, original, say: Callable[[str], None]
+    model, base: bases.Base, plan: Plan, rows: data.Rows, result: dict, original, after: evaluate.Measured, say: Callable[[str], None]
 ) -> tuple[merge.Merge, list[export.Export]]:
     """Write what was asked for, merge between, and load each again."""
     out, card = plan.path("out"), report.card(result)
-    wanted = export.trained(model, base, rows, plan.new_tokens)
+    wanted = export.trained(model, base, rows, plan.new_tokens, after)
     exports: list[export.Export] = []
 
     def add(kind: str, make: Callable[[], export.Export]) -> None:

@@ -46,7 +46,7 @@ def train(
     model: nn.Module,
     plan: Plan,
     rows: Rows,
-    folder: Path,
+    folder: Path | None,
     base_hash: str,
     pad: int,
     progress: bool = True,
@@ -55,7 +55,7 @@ def train(
     """Train what requires a gradient, from the newest checkpoint in ``folder`` or from the start.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints; None writes none, and starts anew.
         base_hash: of the weights under the adapter; a checkpoint of another base is refused.
         after_step: called with the number of steps done; for tests that interrupt.
 
@@ -68,7 +68,7 @@ def train(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=plan.lr, weight_decay=0.0)
     run = identity(plan, rows, base_hash)
-    found, words = checkpoint.newest(folder)
+    found, words = checkpoint.newest(folder) if folder else (None, [])
     losses: list[float] = []
     if found is not None:
         check_same(found.run, run, folder)
@@ -95,7 +95,7 @@ def train(
         optimizer.step()
         losses.append(value)
         bar.set_postfix(loss=f"{value:.3f}")
-        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+        if folder and ((step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps):
             checkpoint.write(folder, step + 1, losses, state(trained, optimizer), run)
         if after_step:
             after_step(step + 1)
@@ -179,8 +179,8 @@ def check_same(before: dict, now: dict, folder: Path) -> None:
         raise CourseError(f"{folder} holds a run with another plan ({changed}): give another --out, or take the plan back")
 
 
-def diverged(value: float, step: int, plan: Plan, folder: Path, what: str = "loss") -> str:
-    found, _ = checkpoint.newest(folder)
+def diverged(value: float, step: int, plan: Plan, folder: Path | None, what: str = "loss") -> str:
+    found = checkpoint.newest(folder)[0] if folder else None
     kept = f"step {found.step} is kept in {folder}" if found else "no checkpoint was written yet"
     lower = dataclasses.replace(plan, lr=plan.lr / 3)
     return (

@@ -53,6 +53,7 @@ def encode(
     messages: Sequence[Message],
     train_on: str = "assistant",
     boundaries: str = "rendered",
+    reserved: Sequence[str] | None = None,
 ) -> Example:
     """A conversation as ids and labels.
 
@@ -61,6 +62,7 @@ def encode(
         train_on: the tokens of every turn of the "assistant", of the "last" one, or "all" tokens.
         boundaries: "rendered" finds turns by rendering the conversation up to them; "markers"
             trusts the template's {% generation %} blocks.
+        reserved: texts that no turn may hold; None asks the tokenizer, once for every call.
 
     Raises:
         ValueError: the conversation is malformed, the template does not render it, writes its
@@ -70,7 +72,7 @@ def encode(
         raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
     if boundaries not in BOUNDARIES:
         raise ValueError(f"boundaries must be one of {', '.join(BOUNDARIES)}, got {boundaries!r}")
-    check_conversation(messages, special_tokens(tokenizer))
+    check_conversation(messages, special_tokens(tokenizer) if reserved is None else reserved)
     ids = render_ids(tokenizer, messages)  # (n,)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reference.arguments import check_integer
 from reference.instruct.conversation import Conversation, Dropped, Report
-from reference.instruct.masks import IGNORED, Example, encode
+from reference.instruct.masks import IGNORED, Example, encode, special_tokens
 
 OVERFLOW = ("drop", "keep_start", "keep_end")
 
@@ -64,10 +64,11 @@ def prepare(
         raise ValueError(f"on_error must be 'raise' or 'drop', got {on_error!r}")
     stop = tokenizer.eos_token_id if stop is None else stop
     examples, report = [], Report()
+    reserved = special_tokens(tokenizer)  # Gemma has thousands: listed once, not for each row
     for each in conversations:
         reason = "not encoded"
         try:
-            whole = encode(tokenizer, each.messages, train_on, boundaries)
+            whole = encode(tokenizer, each.messages, train_on, boundaries, reserved)
             reason = "no end of turn"
             check_stop(whole, stop)
         except ValueError as error:
