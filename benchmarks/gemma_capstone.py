@@ -153,12 +153,12 @@ def search(
     found = {"prompts": {name: len({data.prompt(row) for row in rows}) for name, rows in parts.items()}, "tried": {}, "chosen": {}}
     runs, tried, asked_for = spread or Spread(), {method: {} for method in METHODS}, dict.fromkeys(METHODS, 0)
 
-    def ask(method: str, rates: list[float], first: bool = False) -> None:
+    def ask(method: str, rates: list[float]) -> None:
         for rate in rates:
             given = {"base": model, "seed": seed, "method": method, "lr": float(f"{rate:.2g}"), **settings, **files}
             each = plan.Plan(out=str(folder / f"search-{method}-{rate:.2g}"), **given)
             asked_for[method] += 1
-            runs.submit(validation_loss, each, then=functools.partial(answered, method, given["lr"]), first=first)
+            runs.submit(validation_loss, each, then=functools.partial(answered, method, given["lr"]))
 
     def answered(method: str, rate: float, loss: float | None, error: str | None) -> None:
         if error:
@@ -171,7 +171,7 @@ def search(
         best = min(tried[method], key=lambda each: (tried[method][each], each))
         outwards = {min(tried[method]): best / 3, max(tried[method]): 3 * best}
         if best in outwards and len(tried[method]) < WIDEST:
-            ask(method, [outwards[best]], first=True)
+            ask(method, [outwards[best]])
         else:
             found["chosen"][method] = best
             settled(method)
@@ -315,14 +315,14 @@ def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread)
         result["rows"].append(row or {"plan": name, "seed": seed, "error": error})
         save()
         if row and seed == 0 and name == next(iter(PLANS)):
-            spread.submit(checked, start, folder, 16 if given.smoke else 400, then=judged, first=True)
+            spread.submit(checked, start, folder, 16 if given.smoke else 400, then=judged, turn=1)
 
     def judged(found: dict | None, error: str | None) -> None:
         result.update(found or {"audit": {"error": error}})
         save()
 
     def settled(method: str) -> None:
-        """Its plans may begin; the first seed, which is exported and takes longest, before the others."""
+        """Its plans may begin, after what is left of the search; the first seed, which is exported and takes longest, before the others."""
         rates = result["search"]["chosen"]
         result["rows"] = [row for row in result["rows"] if PLANS[row["plan"]]["method"] != method or row.get("lr") == rates[method]]
         if "audit" not in result or "error" in result["audit"]:  # it needs the files of the first plan's first run
@@ -332,7 +332,7 @@ def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread)
             for name, changes in PLANS.items():
                 if changes["method"] == method and (name, seed) not in done:
                     arguments = start, name, seed, folder, settings, {method: rates[method]}
-                    spread.submit(one, *arguments, then=functools.partial(finished, name, seed), first=seed == 0)
+                    spread.submit(one, *arguments, then=functools.partial(finished, name, seed), turn=1 + seed)
 
     if set(result.get("search", {}).get("chosen", ())) == set(METHODS):
         for method in METHODS:

@@ -5,10 +5,11 @@ process has a pipe of its own here, and one that ends is replaced.
 """
 
 import contextlib
+import heapq
+import itertools
 import multiprocessing
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -27,20 +28,21 @@ class Spread:
 
     def __init__(self, workers: int = 1, begin: Callable[..., None] | None = None, given: tuple = (), deadline: float = float("inf")):
         self.begin, self.given, self.deadline = begin, given, deadline
-        self.waiting: deque[tuple[Callable, tuple, Callable]] = deque()
+        self.waiting: list[tuple[int, int, Callable, tuple, Callable]] = []  # a heap: turn, number, and the job
+        self.number = itertools.count()
         # Not forked: libraries may have started CUDA here, and a fork of such a process can't use it.
         self.context = multiprocessing.get_context("spawn")
         self.idle = [self._started() for _ in range(workers)] if workers > 1 else []
         self.busy: dict[Connection, tuple[Any, Callable]] = {}
         self.here = workers < 2
 
-    def submit(self, function: Callable, *arguments: Any, then: Callable[[Any, str | None], None], first: bool = False) -> None:
+    def submit(self, function: Callable, *arguments: Any, then: Callable[[Any, str | None], None], turn: int = 0) -> None:
         """``then(result, None)``, or ``then(None, words)`` if it failed; both are called here, and may submit more.
 
         Args:
-            first: before all that wait.
+            turn: those of a lower one go before it, those of the same in order.
         """
-        (self.waiting.appendleft if first else self.waiting.append)((function, arguments, then))
+        heapq.heappush(self.waiting, (turn, next(self.number), function, arguments, then))
 
     def drain(self) -> int:
         """Until nothing runs and nothing may start; returns how many jobs the deadline left out."""
@@ -49,11 +51,11 @@ class Spread:
             if late and not self.busy:
                 break
             if self.here:
-                function, arguments, then = self.waiting.popleft()
+                *_, function, arguments, then = heapq.heappop(self.waiting)
                 then(*_outcome(function, arguments))
                 continue
             while self.waiting and self.idle and not late:
-                function, arguments, then = self.waiting.popleft()
+                *_, function, arguments, then = heapq.heappop(self.waiting)
                 process, pipe = self.idle.pop(0)
                 self.busy[pipe] = process, then
                 with contextlib.suppress(OSError):  # it has ended; its end is read below
