@@ -185,14 +185,15 @@ def search(
 
 def validation_loss(given: plan.Plan) -> float:
     """Nats per target of the plan's held-out rows after training; infinite if it diverged. Nothing is exported or kept."""
+    release()  # of a run that failed
     given = within_share(given)
     if shared := alike(given, False):
         start, rows = copied(kept(given.base, given.dtype)[0]), prepared(shared)[0]
     else:
         start = base.load(given.base, given.dtype, given.path("out"), given.seed)
         rows = data.load(given, start)
+    model = base.adapt(start, given)
     try:
-        model = base.adapt(start, given)
         train.train(model, given, rows, None, "search", start.tokenizer.pad_token_id, False)
         losses, targets = evaluate.row_losses(model, [each.example for each in rows.asked], start.tokenizer.pad_token_id)
     except CourseError:  # the loss is NaN
@@ -214,6 +215,7 @@ def one(model: str, name: str, seed: int, folder: Path, settings: dict, rates: d
     exports = ("adapter", "merged", "gguf") if seed == 0 else ()
     given = {"base": model, "out": str(out), "seed": seed, "licence": "other", "exports": exports} | settings | changes
     given["lr"] = rates[changes["method"]]
+    release()  # of a run that failed
     whole = within_share(plan.Plan(**given))
     start = start_of(whole)
     if device().type == "cuda":
@@ -290,8 +292,6 @@ def main() -> None:
     if given.resume:
         result = json.loads(given.resume.read_text())["result"]
     result |= {"workers": workers, "threads": threads, "timing": "each run alone" if workers == 1 else "runs share the device"}
-    if gpu:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read by the processes as they start
     folder = Path(tempfile.mkdtemp())
     spread = Spread(workers, begin, (threads, SHARE / workers if gpu else None), deadline)
     try:
@@ -325,8 +325,9 @@ def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread)
         """Its plans may begin, after what is left of the search; the first seed, which is exported and takes longest, before the others."""
         rates = result["search"]["chosen"]
         result["rows"] = [row for row in result["rows"] if PLANS[row["plan"]]["method"] != method or row.get("lr") == rates[method]]
-        if "audit" not in result or "error" in result["audit"]:  # it needs the files of the first plan's first run
-            result["rows"] = [row for row in result["rows"] if (row["plan"], row["seed"]) != (next(iter(PLANS)), 0)]
+        first = next(iter(PLANS))
+        if method == PLANS[first]["method"] and "choice" not in result.get("rule", {}):  # the audit needs the files of that run
+            result["rows"] = [row for row in result["rows"] if (row["plan"], row["seed"]) != (first, 0)]
         done = {(row["plan"], row["seed"]) for row in result["rows"]}
         for seed in SEEDS[: result["seeds"]]:
             for name, changes in PLANS.items():

@@ -1,5 +1,6 @@
 """The capstone: memory before anything runs, data, resuming, exports that are loaded again, and everything that people get wrong."""
 
+import argparse
 import dataclasses
 import errno
 import json
@@ -19,6 +20,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from typer.testing import CliRunner
 
 from benchmarks import gemma_capstone
+from benchmarks.spread import Spread
 from course import ROOT
 from course.capstone import base as bases
 from course.capstone import checkpoint, data, evaluate, export, gguf_file, merge, plan, report, run, train
@@ -504,3 +506,37 @@ def assert_apart(settings: Plan, tests: list, counts: dict) -> None:
     trained_on, validation = ({data.prompt(row) for row in read_conversations(settings.path(name))[0]} for name in ("data", "held_out"))
     assert counts == {"data": len(trained_on), "held_out": len(validation)} and len(validation) > 30
     assert not trained_on & validation and not (trained_on | validation) & {data.prompt(row) for row in tests}
+
+
+def test_a_resumed_benchmark_runs_what_is_lacking(tmp_path, monkeypatch):
+    """A row that failed, one of another rate, and all that was not begun; the others stay as they are. A failure costs its own row."""
+    begun, plans = [], list(gemma_capstone.PLANS)
+    rates = dict.fromkeys(gemma_capstone.METHODS, 1e-3)
+
+    def one(model, name, seed, folder, settings, chosen):
+        begun.append((name, seed))
+        if name == plans[1]:
+            raise MemoryError("too much")
+        return {"plan": name, "seed": seed, "lr": 1e-3, "again": True}
+
+    monkeypatch.setattr(gemma_capstone, "one", one)
+    monkeypatch.setattr(gemma_capstone, "checked", lambda *_: {"audit": {}, "rule": {"choice": "4 bits"}})
+    kept = {"plan": plans[3], "seed": 0, "lr": 1e-3}
+    rows = [kept, {"plan": plans[4], "seed": 0, "lr": 1e-4}, {"plan": plans[2], "seed": 0, "error": "x"}]
+    result = {"model": "tiny", "seeds": 1, "search": {"chosen": rates}, "rows": rows}
+    given = argparse.Namespace(model="tiny", smoke=True, out=tmp_path, device=torch.device("cpu"))
+    gemma_capstone.measure(result, given, gemma_capstone.TINY, tmp_path, Spread())
+    assert begun == [(plans[i], 0) for i in (0, 1, 2, 4)]
+    assert [row["plan"] for row in result["rows"]] == plans and kept in result["rows"]
+    assert result["rows"][1] == {"plan": plans[1], "seed": 0, "error": "MemoryError: too much"}
+    assert recorded.load("capstone_tiny", folder=tmp_path)["result"] == result
+
+
+def test_answers_do_not_depend_on_the_padding(tmp_path):
+    """Prompts of several lengths together, and each alone."""
+    settings = quick(tmp_path)
+    base = bases.load("tiny", "float32", tmp_path, 0)
+    asked = data.load(dataclasses.replace(settings, ask=24), base).asked
+    assert len({len(each.example.ids) for each in asked}) > 1
+    together = evaluate.answers(base.model, base.tokenizer, asked, 8)
+    assert together == [evaluate.answers(base.model, base.tokenizer, [each], 8)[0] for each in asked]
