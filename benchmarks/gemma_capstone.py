@@ -109,11 +109,13 @@ def prepared(shared: plan.Plan) -> tuple[data.Rows, evaluate.Measured | None]:
 
 
 def alike(given: plan.Plan, measured: bool) -> plan.Plan | None:
-    """What ``prepared`` is called with. None if runs share nothing: the tiny base gets marks by the seed, and its rows are drawn by it."""
+    """What ``prepared`` is called with; None if runs share nothing. The tiny base gets its marks by the seed, and held-out rows may be drawn
+    by it."""
     if given.base == "tiny" or not given.held_out:
         return None
     names = ("base", "dtype", "data", "held_out", "old", "batch", "max_length", "overflow", "ask", "new_tokens", "folder")
-    return plan.Plan(**{name: getattr(given, name) for name in names}, exports=("merged",) if measured else ())
+    seed = given.seed if kept(given.base, given.dtype)[0].in_the_world else 0  # whose old text is drawn
+    return plan.Plan(**{name: getattr(given, name) for name in names}, seed=seed, exports=("merged",) if measured else ())
 
 
 def start_of(given: plan.Plan) -> Start | None:

@@ -540,3 +540,19 @@ def test_answers_do_not_depend_on_the_padding(tmp_path):
     assert len({len(each.example.ids) for each in asked}) > 1
     together = evaluate.answers(base.model, base.tokenizer, asked, 8)
     assert together == [evaluate.answers(base.model, base.tokenizer, [each], 8)[0] for each in asked]
+
+
+def test_what_runs_share_does_not_change_them(tmp_path, monkeypatch):
+    """A base in a folder: loaded, prepared and measured once for two runs, and each is as one that did all of it itself."""
+    base = bases.load("tiny", "float32", tmp_path / "made", 0)
+    files = {"data": tmp_path / "data.jsonl", "held_out": tmp_path / "held_out.jsonl"}
+    for file, seed in zip(files.values(), (0, 5), strict=True):
+        data.write_course(file, seed, 60)
+    settings = gemma_capstone.QUICK | {name: str(file) for name, file in files.items()}
+    arguments = base.name, "full fine-tuning, 10 % replay", 1, tmp_path, settings, {"full": 1e-3}
+    first, second = gemma_capstone.one(*arguments), gemma_capstone.one(*arguments)
+    assert gemma_capstone.kept.cache_info().misses == gemma_capstone.prepared.cache_info().misses == 1
+    monkeypatch.setattr(gemma_capstone, "start_of", lambda given: None)
+    alone = gemma_capstone.one(*arguments)
+    timed = {"peak", "seconds", "train_seconds"}
+    assert all(first[key] == second[key] == alone[key] for key in alone.keys() - timed)
