@@ -109,7 +109,7 @@ def prepared(shared: plan.Plan) -> tuple[data.Rows, evaluate.Measured | None]:
 
 
 def alike(given: plan.Plan, measured: bool) -> plan.Plan | None:
-    """What ``prepared`` is called with; None if runs share nothing. The tiny base gets its marks by the seed, and held-out rows may be drawn."""
+    """What ``prepared`` is called with. None if runs share nothing: the tiny base's marks depend on the seed, and so do drawn questions."""
     if given.base == "tiny" or not given.held_out:
         return None
     names = ("base", "dtype", "data", "held_out", "old", "batch", "max_length", "overflow", "ask", "new_tokens", "folder")
