@@ -16,6 +16,7 @@ from course.capstone.plan import Plan
 from course.cli import app
 from course.lab import models
 from course.units import CourseError
+from reference.adapter_format import load_adapter
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,37 @@ def test_the_rule_over_an_adapter_and_ones_own_questions(sound, tmp_path):
     assert verdict.choice == "not enough data" and verdict.safe == "16-bit"
     with pytest.raises(CourseError, match="the adapter can't be loaded"):
         rule.rule(str(sound / "base"), tmp_path)
+    with pytest.raises(CourseError, match=r"rows must be at least 8, .* got 0"):
+        rule.rule("tiny", rows=0)
+    with pytest.raises(CourseError, match=r"tolerance must be a share above 0 and below 1, such as 0\.02, got -1"):
+        rule.rule("tiny", tolerance=-1)
+    items.write_text("")
+    with pytest.raises(CourseError, match=r"items\.jsonl holds 0 questions"):
+        rule.rule("tiny", items=items)
+
+
+def test_the_rule_is_not_asked_of_an_adapter_over_another_base(sound, tmp_path):
+    with pytest.raises(CourseError, match=f"no chat template .* trained on {sound / 'base'}: give --base"):
+        rule.tuned("tiny", sound / "adapter")
+    model, tokenizer = models.load(str(sound / "base"))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.001)
+    model.save_pretrained(tmp_path / "revision")
+    tokenizer.save_pretrained(tmp_path / "revision")
+    with pytest.raises(CourseError, match="its weights have another hash than the record's; the adapter was trained on"):
+        rule.tuned(str(tmp_path / "revision"), sound / "adapter")
+
+
+def test_the_rule_merges_a_qlora_adapter_into_dequantized_weights(tmp_path):
+    settings = Plan(out=str(tmp_path), method="qlora", steps=12, ask=8, licence="x", exports=("adapter",), lr=5e-3)
+    run.run(settings, lambda words: None, False)
+    beside = export.load_base(str(tmp_path / "base"), "qlora", "float32")
+    load_adapter(beside, tmp_path / "adapter")
+    ids = torch.arange(24).view(2, 12)
+    merged = rule.tuned(str(tmp_path / "base"), tmp_path / "adapter").model
+    with torch.no_grad():
+        wanted, got = (model.eval()(input_ids=ids).logits for model in (beside, merged))
+    assert torch.allclose(got, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(

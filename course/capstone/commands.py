@@ -111,6 +111,8 @@ def rule(
 
     logging.disable_progress_bar()
     verdict = ruling.rule(base, adapter, items, rows, tolerance)
-    Console(highlight=False).print(escape(str(verdict)), soft_wrap=True)
+    console = Console(highlight=False)
+    console.print("What is lost against 16 bits, with its interval; below zero something is gained. Unknown: not enough data.")
+    console.print(escape(str(verdict)), soft_wrap=True)
     if verdict.choice != "4-bit":
         raise typer.Exit(1)
