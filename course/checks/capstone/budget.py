@@ -83,7 +83,6 @@ check = Check(
             size=weights_alone
         ),
         "you added all kinds of tensors up: they do not meet, the peak is the fullest moment": but(size=all_lines),
-        "a GB is 10⁹ bytes, not 2³⁰": but(unit=2**30),
         "you planned for the whole card: libraries and the allocator's remainders need some of it, a tenth here": but(room=1.0),
         "you quantized where 16 bits fit: checkpointing costs time, four bits cost quality and a careful merge": but(
             ladder=((LORA, False), (QLORA, True))
@@ -99,6 +98,7 @@ check = Check(
         "the memory is not that of the brief: pass its batch and its sequence": but(
             size=lambda shape, recipe, on, brief: training_memory(shape, recipe, checkpointing=on).peak
         ),
+        "a GB is 10⁹ bytes, not 2³⁰": but(unit=2**30),
     },
     rtol=1e-6,
 )

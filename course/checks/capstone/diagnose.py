@@ -128,9 +128,6 @@ check = Check(
     misconceptions={
         "the two models were compared as if each had been asked other rows: take the differences row by row first": but(compare=unpaired),
         "you decided by the estimate alone: of ten rows it may be chance, judge by the interval": but(compare=estimate_alone),
-        "the tolerance is a share of perplexity, and your interval is in nats: `.rise` takes it from one to the other": but(
-            compare=in_nats
-        ),
         "the tolerance is a share of perplexity, exp(Δ) − 1, not a share of the loss": but(compare=share_of_loss),
         "the server was compared with the trained model and is blamed for the merge as well: compare it with the merged one": but(
             pair=against_trained, order=("serving", "merge", "forgetting")
@@ -144,6 +141,9 @@ check = Check(
         ),
         "forgetting was looked at first: what is lost after training is mended without training again": but(
             order=("forgetting", "merge", "serving")
+        ),
+        "the tolerance is a share of perplexity, and your interval is in nats: `.rise` takes it from one to the other": but(
+            compare=in_nats
         ),
     },
     rtol=1e-6,
