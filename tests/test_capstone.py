@@ -499,6 +499,15 @@ def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path):
     assert wrong > 100 * far  # the check above can fail
 
 
+def test_a_run_that_answers_nothing_rightly_is_not_ready(tmp_path):
+    def verdict(right: float) -> dict:
+        learned = [{"verdict": "better", "after": 1.0}, {"verdict": "no difference shown", "after": right}]
+        return run.verdict({"learned": learned, "forgotten": []}, [], quick(tmp_path))
+
+    assert verdict(0.1) == {"ready": True, "against": []}
+    assert not verdict(0.0)["ready"] and "not one held-out answer is the expected one" in verdict(0.0)["against"][0]
+
+
 def test_a_change_is_named_by_its_interval():
     before = evaluate.Measured(
         torch.rand(20, dtype=torch.float64) + 2, torch.full((20,), 3), [("a", True)] * 20, torch.zeros(20).bool(), torch.ones(9)

@@ -173,6 +173,8 @@ def verdict(result: dict, exports: list[export.Export], plan: Plan) -> dict:
     against = []
     if not any(change["verdict"] == "better" for change in result["learned"][:2]):
         against.append("nothing was shown to be learned: neither the held-out loss nor the answers are better beyond their intervals")
+    if result["learned"][1]["after"] == 0:
+        against.append("not one held-out answer is the expected one, word for word: read what it says before you ship it")
     if lost := [change["name"] for change in result["forgotten"] if change["verdict"] == "worse"]:
         against.append(f"something is forgotten ({', '.join(lost)}): decide whether that matters; more replay or a lower rate costs less")
     if far := [each.kind for each in exports if not each.within(plan.tolerance)]:
