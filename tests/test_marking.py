@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import miniature
@@ -240,7 +241,19 @@ def test_only_the_course_s_own_code_is_a_worked_answer(topic: str, check: str):
     watched = witness.Worked(getattr(importlib.import_module(f"course.checks.{topic}"), check))
     assert watched.code
     own = (ROOT / "course", ROOT / "reference")
-    assert [code for code in watched.code if not any(Path(code.co_filename).is_relative_to(folder) for folder in own)] == []
+    assert [file for file, _ in watched.code if not any(Path(file).is_relative_to(folder) for folder in own)] == []
+
+
+def test_a_copy_of_the_worked_code_under_another_name_is_seen():
+    check = importlib.import_module("course.checks.capstone").diagnose
+    code = check.reference.__code__.replace(co_name="mine")
+    copy = types.FunctionType(code, check.reference.__globals__, "mine")
+    copy.__kwdefaults__ = check.reference.__kwdefaults__
+    watched = witness.Worked(check)
+    watched.observed(check.observe, lambda *given: copy(*given), 1)
+    assert watched.ran
+    watched.observed(check.observe, lambda measured, tolerance: {"do": "ship"}, 1)
+    assert not watched.ran
 
 
 def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_path: Path):
