@@ -17,7 +17,7 @@ from course.website.api import docstring
 from course.website.cells import page_notebook
 from course.website.javascript import translate
 from course.website.recorded import pages as recorded_pages
-from course.website.texts import Links, outside_code
+from course.website.texts import Links, outside_code, with_units
 
 
 class Page(HTMLParser):
@@ -309,6 +309,12 @@ def test_an_unknown_formula_stays_as_it_is():
 def test_code_is_left_alone():
     text = "a <!--gone--> b `<!--kept-->`\n\n```\n<!--kept too-->\n```\n"
     assert outside_code(text, lambda text: text.replace("<!--gone-->", "").upper()) == "A  B `<!--kept-->`\n\n```\n<!--kept too-->\n```\n"
+
+
+def test_a_number_and_its_unit_stay_on_one_line():
+    text = "# 10 % off\n\n| 0.068 ms | **1.28** × | 8 × 8 | 3 sorts | $2 s$ | 4 bits, 96 % |"
+    expected = "# 10 % off\n\n| 0.068~ms | **1.28**~× | 8 × 8 | 3 sorts | $2 s$ | 4~bits, 96~% |"
+    assert with_units(text) == expected.replace("~", "\u00a0")
 
 
 def test_a_docstring_keeps_its_formulas_and_names_its_arguments():

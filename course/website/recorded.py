@@ -101,6 +101,8 @@ def _table(rows: list[dict], name: str) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return f"<td>{ {True: 'yes', False: 'no', None: ''}[value] }</td>"
+    if value == []:
+        return "<td>none</td>"
     if isinstance(value, (int, float)):
         return f'<td class="number" data-value="{value!r}" title="{value!r}">{_number(value)}</td>'
     if isinstance(value, list):
