@@ -257,8 +257,8 @@ def test_the_command(unit: Unit, tmp_path: Path, monkeypatch, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "ada.ipynb").write_text(filled(unit, **RIGHT))
-    monkeypatch.setattr(cli, "ROOT", unit.root)
-    monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+    monkeypatch.setattr(cli.shared, "ROOT", unit.root)
+    monkeypatch.setattr(cli.shared, "console", Console(width=160, highlight=False))
     table = tmp_path / "out.csv"
 
     def course(*words: str) -> tuple[int, str]:
