@@ -9,7 +9,7 @@ import miniature
 import pytest
 from nbformat import v4
 
-from course import build, website
+from course import ROOT, build, website
 from course.notebooks import as_text, read
 from course.reading import HIDDEN
 from course.units import CourseError, Unit
@@ -343,6 +343,11 @@ def test_a_result_of_any_form_becomes_tables(tmp_path: Path):
     for words in ("a&lt;b", 'data-value="0.0678"', "<th>deep · x</th>", "<td>yes</td>", "<td>1, 2</td>", "8,192"):
         assert words in made["speed"], words
     assert 'href="speed.html#a-card"' in made["index"]
+
+
+def test_every_recorded_result_says_what_was_measured():
+    listed = recorded_pages(ROOT)["index"]
+    assert listed.count("<tr>") > 20 and "<td></td>" not in listed
 
 
 def test_python_without_a_translation_is_refused_by_file_and_line(tmp_path: Path):
