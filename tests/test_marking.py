@@ -316,6 +316,23 @@ def test_worked_answers_earn_nothing(cheats: dict, tmp_path: Path):
     assert report.score == 0
 
 
+def test_worked_answers_earn_nothing_through_a_module_beside_the_notebook_either(tmp_path: Path):
+    lora = find("lora")
+    path, notebook = tmp_path / "in" / "ada" / lora.stem, build.exercise(read(lora.solution))
+    solution = str(lora.solution)
+    beside(path, "helper.py", "from course.checks import lora\n\n\nclass Own(lora.merge.reference):\n    pass\n")
+    beside(path, "reader.py", f"def inject(*a, **k):\n    exec(open({solution!r}).read())\n")
+    beside(path, "course/checks/lora.py", EVIL)
+    beside(path, "reference/lora.py", EVIL)
+    sources = {"merge-answer": "from helper import Own as Mergeable", "inject-answer": "from reader import inject as inject"}
+    for cell in notebook.cells:
+        cell.source = sources.get(marks(cell).get("grade_id"), cell.source)
+    beside(path, f"{lora.stem}.ipynb", as_text(notebook))
+    (mark,) = marking.mark_all(marking.submissions(tmp_path / "in"), grading.LIMITS)
+    assert mark.score == 0 and mark.notes[0] == "brought along: helper.py, reader.py" and "course/checks/lora.py" in mark.notes[1]
+    assert "runs the worked one" in " ".join(mark.wrong) and "can't be read" in " ".join(mark.wrong)
+
+
 # nbgrader's classroom
 
 
