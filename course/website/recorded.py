@@ -23,7 +23,12 @@ def pages(root: Path) -> dict[str, str]:
         said = about.get(_measurement(name, about, root), "")
         made[name] = "\n\n".join([f"# {_words(name)}", html.escape(said), *(_device(path, entry, root) for path, entry in found)]) + "\n"
         rows += [
-            (f'<a href="{name}.html#{_slug(entry["device"])}">{_words(name)}</a>', html.escape(said), entry["device"], entry["day"])
+            (
+                f'<a href="{name}.html#{_slug(entry["device"])}">{_words(name)}</a>',
+                html.escape(said),
+                entry["device"],
+                f"<time>{entry['day']}</time>",
+            )
             for _, entry in found
         ]
     body = (f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
