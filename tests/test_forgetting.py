@@ -95,7 +95,7 @@ def test_what_the_lesson_says_of_gemma():
     assert claims.gemma_forgotten(*ewc, 2, "least") > claims.gemma_forgotten(*ewc, -1, "most")  # it comes back
     ends = [claims.gemma_left(*plan) for plan in (ewc, replay, low)]
     assert max(ends) < 1.1 * min(ends)
-    assert 0.53 <= min(claims.gemma_forgotten(*plan, -1, "least") for plan in (ewc, replay, low))
+    assert min(claims.gemma_forgotten(*plan, -1, "least") for plan in (ewc, replay, low)) >= 0.53
     assert max(claims.gemma_forgotten(*plan, -1, "most") for plan in (ewc, replay, low)) < 0.725
     assert claims.gemma_scaled(1e-3, 0.5, "new") == pytest.approx(claims.gemma_level(), abs=0.01)
     assert claims.gemma_scaled(1e-3, 0.5) < 0.25 * claims.gemma_lost_first(*lora) and claims.gemma_base_is_back()
