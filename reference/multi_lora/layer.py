@@ -95,15 +95,19 @@ class MultiLoRALinear(nn.Module):
         """Forget an adapter; what has selected it keeps it until its next selection."""
         del self.adapters[known(name, self.adapters)]
 
-    def check(self, factors: Factors) -> None:
-        """Raise unless the factors fit this layer."""
+    def check(self, factors: Factors, anywhere: bool = False) -> None:
+        """Raise unless the factors fit this layer.
+
+        Args:
+            anywhere: they may be on another device, from which they will be copied.
+        """
         if not isinstance(factors, Factors):
             raise TypeError(f"factors must be Factors, got {type(factors).__name__}")
         sizes = self.out_features, self.in_features
         if factors.sizes != sizes:
             words = f"the factors are for a layer of sizes (out, in) = {factors.sizes}"
             raise ValueError(f"{words}; {describe(self.base)} has {sizes}")
-        if factors.A.device != self.base.weight.device:
+        if not anywhere and factors.A.device != self.base.weight.device:
             devices = f"the factors are on {factors.A.device}, the base on"
             raise ValueError(f"{devices} {self.base.weight.device}: factors.to(device)")
 

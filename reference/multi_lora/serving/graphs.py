@@ -8,9 +8,9 @@ changes from step to step lies in memory of its own, which is filled before the 
     plan                which rows use which adapter
     entries             where each adapter's factors lie, its rank and scale, for every layer
 
-A row that pads writes to slot 0 and uses no adapter. A graph is recorded for each size that occurs,
-and for each width that ranks are rounded up to. An adapter may come, go, and be in any rows. The
-base's weights must stay where they lay: after ``to`` or ``merge_delta``, make a new engine.
+A row that pads writes to slot 0 and uses no adapter. A graph is recorded for each size that occurs
+and each width of rounded ranks. An adapter may come, go, and be in any rows. The base's weights
+must stay where they lay: after ``to`` or ``merge_delta``, make a new engine.
 """
 
 from collections.abc import Sequence
@@ -58,9 +58,8 @@ class Step:
     """
 
     def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, device):
-        self.ids, self.slots = (
-            torch.zeros(rows, n, dtype=torch.int64, device=device) for n in (1, slots)
-        )
+        whole = dict(dtype=torch.int64, device=device)
+        self.ids, self.slots = torch.zeros(rows, 1, **whole), torch.zeros(rows, slots, **whole)
         self.start, self.count = torch.zeros_like(self.ids[:, 0]), torch.ones_like(self.ids[:, 0])
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
@@ -68,7 +67,7 @@ class Step:
         self.rank = rank
         if rank:
             sizes = len(served.layers), rows, 4
-            self.entries = torch.zeros(sizes, dtype=torch.int64, device=device)
+            self.entries = torch.zeros(sizes, **whole)
             self.tables = [kernels().Table(part, dtype, rank, ()) for part in self.entries]
             self.plan = kernels().Plan([[0]], rows, 1, device)
 
