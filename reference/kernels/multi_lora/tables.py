@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 TILES = 16, 32, 64  # tokens; the first is the least that a tensor core takes
+USUAL = 32  # tiles, where a plan will be filled again
 FIELDS = 4  # of a table's entry
 
 
@@ -102,26 +103,40 @@ class Plan:
         groups: row numbers of each adapter, as in :class:`reference.multi_lora.route.Route`.
         rows: of the batch.
         tokens: of each row.
+        refilled: room for any other groups of such a batch, which :meth:`fill` puts in place.
 
     Attributes:
         order: (rows · tokens,) int32, tokens of the flattened batch by adapter.
         tiles: (most tiles, 3) int32: adapter, place in ``order``, tokens (0 where there is none).
+        busy: how many tiles have tokens; of a plan to be refilled, at most ``USUAL`` are expected.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[int]], rows: int, tokens: int, device: torch.device
+        self,
+        groups: Sequence[Sequence[int]],
+        rows: int,
+        tokens: int,
+        device: torch.device,
+        refilled: bool = False,
     ):
         self.rows, self.tokens, self.n = rows, tokens, rows * tokens
         longest = max((len(group) for group in groups), default=1) * tokens
         self.tile = next((tile for tile in TILES if tile >= longest), TILES[-1])
         self.order = torch.zeros(self.n, dtype=torch.int32, device=device)
-        # Worst case: each row has an adapter of its own.
-        most = rows * -(-tokens // self.tile)
+        if refilled:  # worst case: each row has an adapter of its own
+            most = rows * -(-tokens // self.tile)
+            self.busy = min(most, USUAL)
+        else:
+            self.busy = most = max(1, sum(-(-len(g) * tokens // self.tile) for g in groups))
         self.tiles = torch.zeros(most, 3, dtype=torch.int32, device=device)
         self.fill(groups)
 
     def fill(self, groups: Sequence[Sequence[int]]) -> None:
-        """Other groups of a batch of the same size, in place."""
+        """Other groups of a batch of the same size, in place.
+
+        Raises:
+            ValueError: they need more tiles than the plan has.
+        """
         order, tiles = [], []
         for adapter, group in enumerate(groups):
             start, count = len(order), len(group) * self.tokens
@@ -130,6 +145,9 @@ class Plan:
             tiles += [
                 (adapter, start + i, min(self.tile, count - i)) for i in range(0, count, self.tile)
             ]
+        if len(tiles) > len(self.tiles):
+            words = f"{len(tiles)} tiles for a plan of {len(self.tiles)}"
+            raise ValueError(f"{words}: make it with refilled=True")
         order += [0] * (self.n - len(order))
         tiles += [(0, 0, 0)] * (len(self.tiles) - len(tiles))
         self.order.copy_(torch.tensor(order, dtype=torch.int32))

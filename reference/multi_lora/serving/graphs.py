@@ -70,7 +70,7 @@ class Step:
             sizes = len(served.layers), rows, 4
             self.entries = torch.zeros(sizes, dtype=torch.int64, device=device)
             self.tables = [kernels().Table(part, dtype, rank, ()) for part in self.entries]
-            self.plan = kernels().Plan([[0]], rows, 1, device)
+            self.plan = kernels().Plan([[0]], rows, 1, device, refilled=True)
 
     def fill(self, ids: list[int], slots: list[list[int]], start: list[int]) -> None:
         more, width = len(self.ids) - len(ids), self.slots.shape[1]
