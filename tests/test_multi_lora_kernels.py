@@ -138,6 +138,30 @@ def test_tables_take_other_adapters_and_plans_other_rows_in_place():
         fill(table, [factors(3, 24, 40, torch.bfloat16)])
 
 
+def test_a_plan_has_the_tiles_of_its_groups_or_room_for_any():
+    plan = Plan([[0, 1, 2, 3]], 4, 1, DEVICE)
+    assert len(plan.tiles) == plan.busy == 1
+    with pytest.raises(ValueError, match=r"2 tiles for a plan of 1: make it with refilled=True"):
+        plan.fill([[0], [1]])
+    assert plan.tiles.tolist() == [[0, 0, 4]]
+    plan = Plan([[0]], 256, 1, DEVICE, refilled=True)
+    assert len(plan.tiles) == 256 and plan.busy < 256
+    plan.fill([[i] for i in range(256)])
+    assert plan.tiles[:, 2].tolist() == [1] * 256
+
+
+def test_shares_fill_a_gpu_and_are_few():
+    from reference.kernels.multi_lora.sizes import TABLE, sizes
+
+    for tile, rank in TABLE:
+        size = sizes(tile, rank, 2)
+        shares = [size.splits(tiles, 4096, 132) for tiles in (1, 16, 256)]
+        assert shares == sorted(shares, reverse=True) and shares[0] <= size.shares and shares[2] <= 4
+        assert all(n & (n - 1) == 0 for n in shares)
+        assert size.splits(1, 48, 132) == 1
+        assert sizes(tile, 128, 4).shrink["COLUMNS"] < size.shrink["COLUMNS"]
+
+
 def test_one_copy_makes_the_tables_of_all_layers():
     layers = [[factors(2, 24, 40), None], [factors(5, 9, 24), factors(1, 9, 24)]]
     found = tables(layers, DEVICE)
@@ -260,6 +284,65 @@ def test_an_unmerged_lora_layer_takes_them_at_generation(monkeypatch):
         expected = layer(x) if not CUDA else layer.base(x) + (layer.scaling * x.float() @ layer.lora_A.T @ layer.lora_B.T).bfloat16()
         monkeypatch.setattr(generation, "takes_kernels", lambda *_: True)
         near(layer(x).view(2, 24), expected.view(2, 24).double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), TYPES[1:])
+@pytest.mark.parametrize(("n_out", "n_in", "r"), [(24, 40, 5), (33, 100, 16), (300, 17, 70), (7, 9000, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_through_base_and_adapter_in_two_launches(bias, n_out, n_in, r, dtype, kept):
+    """NaN lies right behind whatever is read."""
+    from reference.kernels.multi_lora import single
+
+    def surrounded(tensor):
+        memory = torch.full((tensor.numel() + 40_000,), torch.nan, dtype=tensor.dtype, device=DEVICE)
+        memory[: tensor.numel()] = tensor.flatten()
+        return memory[: tensor.numel()].view(tensor.shape)
+
+    base, f = nn.Linear(n_in, n_out, bias=bias).to(DEVICE, dtype), factors(r, n_out, n_in, kept)
+    A, B, W, x = (surrounded(each) for each in (f.A, f.B, base.weight.data, torch.randn(1, n_in, device=DEVICE).to(dtype)))
+    b = surrounded(base.bias.data) if bias else None
+    found = single.adapted_row(x, W, b, A, B, f.scaling)
+    exact = x.double() @ W.double().T + (b.double() if bias else 0)
+    near(found, by_loop(exact, x, [f], [0], 1), dtype)
+    assert torch.equal(found, single.adapted_row(x, W, b, A, B, f.scaling))
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+def test_layers_take_two_launches_at_one_row(kept, monkeypatch):
+    """An unmerged LoRA layer, and one of many adapters; packed, watched or wide bases and more rows go the other way."""
+    from reference.kernels.multi_lora import single
+    from reference.lora import LoRALinear, generation
+
+    base, f = nn.Linear(40, 24).to(DEVICE, torch.float16), factors(4, 24, 40, kept)
+    many, one = MultiLoRALinear(base), LoRALinear(base, 4, 6).eval()
+    one.lora_A.data, one.lora_B.data, one.scaling = f.A, f.B, f.scaling
+    many.add("t", f)
+    calls, real = [], single.adapted_row
+    monkeypatch.setattr(single, "adapted_row", lambda *given: calls.append(1) or real(*given))
+    monkeypatch.setattr(generation, "takes_kernels", lambda *_: True)
+    monkeypatch.setattr(many, "_takes_kernels", lambda *_: True)
+    wanted = 0
+    for x in (torch.randn(1, 1, 40), torch.randn(1, 40), torch.randn(3, 40)):
+        x = x.to(DEVICE, torch.float16)
+        right = by_loop(base(x).view(-1, 24), x.view(-1, 40), [f], [0] * (x.numel() // 40), 1)
+        for chosen in ("t", ["t"] * len(x)):
+            many.select(chosen)
+            with torch.no_grad():
+                for layer in (one, many):
+                    y = layer(x)
+                    assert y.shape == (*x.shape[:-1], 24)
+                    near(y.view(-1, 24), right, torch.float16)
+                    wanted += x.numel() == 40
+                    assert len(calls) == wanted
+    x = x[:1]
+    many.select([None])
+    with torch.no_grad():
+        assert torch.equal(many(x), base(x)) and len(calls) == wanted
+    assert generation.plain(base, x) and not generation.plain(base, x.float()) and not generation.plain(nn.Bilinear(40, 1, 24), x)
+    handle = base.register_forward_hook(lambda *_: None)
+    assert not generation.plain(base, x), "a hook waits"
+    handle.remove()
+    assert generation.plain(base, x)
 
 
 def test_when_a_layer_takes_them(monkeypatch):

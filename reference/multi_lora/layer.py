@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.lora import generation
 from reference.lora.base import Wrapper
 from reference.lora.mixed import add_update
 from reference.lora.weights import check_linear, check_weight, describe
@@ -143,10 +144,14 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, ..., in), or of any shape where one adapter is selected for all."""
-        y = self.base(x)
         if self._route is None:
-            return y
+            return self.base(x)
         self._route.check(len(x) if x.dim() > 1 else 1)
+        if self._route.whole and generation.plain(self.base, x):
+            f = self._factors[0]
+            if generation.takes_kernels(x, f.A, f.B):
+                return generation.forward(self.base, x, f.A, f.B, f.scaling)
+        y = self.base(x)
         if self._takes_kernels(x, y):
             return self._with_kernels(y, x)
         if self._route.whole:

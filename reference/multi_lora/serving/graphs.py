@@ -40,6 +40,7 @@ class Planned:
     """A route for the kernels alone, whose plan is filled again for each batch."""
 
     filled: object
+    whole = False  # who has which row changes
 
     def check(self, rows: int) -> None:
         """Raise unless a batch of ``rows`` rows is what the plan is for."""
