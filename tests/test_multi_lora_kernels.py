@@ -162,6 +162,23 @@ def test_shares_fill_a_gpu_and_are_few():
         assert sizes(tile, 128, 4).shrink["COLUMNS"] < size.shrink["COLUMNS"]
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_aligned_factors_are_said_to_be_and_others_read_too(kept):
+    even, odd = [factors(r, 24, 48, kept) for r in (8, 16)], factors(3, 24, 48, kept)
+    moved = torch.zeros(8 * 48 + 1, dtype=kept, device=DEVICE)[1:].view(8, 48).copy_(even[0].A)
+    shifted = Factors(moved, even[0].B, even[0].scaling)
+    for adapters, aligned in ((even, True), ([*even, odd], False), ([shifted, even[1]], False)):
+        (table,) = tables([adapters], DEVICE)
+        assert table.aligned == aligned
+        x, y = (torch.randn(3, width, device=DEVICE).to(kept) for width in (48, 24))
+        near(run(y, x, adapters, [1, 0, 1], 1), by_loop(y, x, adapters, [1, 0, 1], 1), kept)
+    (table,) = tables([even], DEVICE)
+    fill(table, even[:1])
+    for other in (odd, shifted):
+        with pytest.raises(ValueError, match="addresses of whole 16 bytes: make another one"):
+            fill(table, [other])
+
+
 def test_one_copy_makes_the_tables_of_all_layers():
     layers = [[factors(2, 24, 40), None], [factors(5, 9, 24), factors(1, 9, 24)]]
     found = tables(layers, DEVICE)

@@ -54,9 +54,19 @@ def _entry(table_ptr, tiles_ptr, order_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _factor(address_ptr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """A or B. An address from a table says nothing of itself: without ``ALIGNED`` it is read number
+    by number."""
+    factor = tl.load(address_ptr).to(tl.pointer_type(FACTOR))
+    if ALIGNED:
+        factor = tl.multiple_of(factor, 16)
+    return factor
+
+
+@triton.jit
 def _shrink_kernel(
     x_ptr, h_ptr, table_ptr, tiles_ptr, order_ptr, n, K, SPLITS: tl.constexpr,
-    FACTOR: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
     TILE: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if AHEAD:
@@ -64,7 +74,7 @@ def _shrink_kernel(
     entry, place, token, live, count = _entry(table_ptr, tiles_ptr, order_ptr, TILE)
     R, split = tl.load(entry + 2), tl.program_id(1)
     if count * R > 0:  # else the tile or the adapter is empty
-        a_ptr = tl.load(entry).to(tl.pointer_type(FACTOR))
+        a_ptr = _factor(entry, FACTOR, ALIGNED)
         k = tl.arange(0, RANK)
         h = tl.zeros((TILE, RANK), tl.float32)
         for start in range(split * COLUMNS, K, SPLITS * COLUMNS):
@@ -88,13 +98,16 @@ def _shrink_kernel(
 @triton.jit
 def _expand_kernel(
     h_ptr, y_ptr, table_ptr, tiles_ptr, order_ptr, n, N, SPLITS: tl.constexpr,
-    FACTOR: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
+    EXACT: tl.constexpr,
     TILE: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     entry, place, token, live, count = _entry(table_ptr, tiles_ptr, order_ptr, TILE)
     R = tl.load(entry + 2)
     if count * R > 0:
-        b_ptr = tl.load(entry + 1).to(tl.pointer_type(FACTOR))
+        b_ptr = _factor(entry + 1, FACTOR, ALIGNED)
+        if ALIGNED:
+            R = tl.multiple_of(R, 8)
         scale = tl.load(entry + 3).to(tl.float64, bitcast=True).to(tl.float32)
         k, column = tl.arange(0, RANK), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         b = tl.load(
@@ -137,10 +150,9 @@ def add_updates(y: Tensor, x: Tensor, table: Table, plan: Plan, splits: int | No
     size, early = sizes(plan.tile, rank, table.dtype.itemsize), ahead(x.device)
     splits = splits or size.splits(plan.busy, K, multiprocessors(x.device))
     h = torch.empty(splits, n, rank, dtype=torch.float32, device=x.device)
-    where, same = (
-        (table.entries, plan.tiles, plan.order),
-        dict(FACTOR=TYPES[table.dtype], WIDEN=WIDEN, AHEAD=early, TILE=plan.tile, RANK=rank),
-    )
+    where = table.entries, plan.tiles, plan.order
+    same = dict(FACTOR=TYPES[table.dtype], ALIGNED=table.aligned, WIDEN=WIDEN, AHEAD=early)
+    same |= dict(TILE=plan.tile, RANK=rank)
     exact = table.dtype == torch.float32  # h needs no splitting
     grid = len(plan.tiles), -(N // -size.expand["COLUMNS"])
     more = {"launch_pdl": True} if early else {}

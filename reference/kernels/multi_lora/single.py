@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reference.kernels.launch import ahead, on
 from reference.kernels.multi_lora.grouped import add_updates
-from reference.kernels.multi_lora.tables import TILES, Plan, Table
+from reference.kernels.multi_lora.tables import TILES, Plan, Table, together
 
 FEW = TILES[0]  # rows of one tile
 ROWS, WARPS = 2, 8  # rows of W for a program of the first launch: what was fastest on an H200
@@ -112,7 +112,7 @@ def _table(
 ) -> Table:
     """A table says where factors lie, so it is right for whatever lies there."""
     bits = torch.tensor(scaling, dtype=torch.float64).view(torch.int64).item()
-    return Table(torch.tensor([[a, b, r, bits]], device=device), dtype, r, ())
+    return Table(torch.tensor([[a, b, r, bits]], device=device), dtype, r, (), together(a, b, r))
 
 
 @lru_cache(maxsize=64)

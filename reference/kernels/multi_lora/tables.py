@@ -25,12 +25,14 @@ class Table:
         dtype: of all factors.
         rank: at least the largest.
         factors: what the addresses are of, which must not be freed.
+        aligned: whether all of them are as :func:`aligned` says.
     """
 
     entries: Tensor
     dtype: torch.dtype
     rank: int
     factors: Sequence
+    aligned: bool = False
 
 
 def tables(layers: Sequence[Sequence], device: torch.device, room: int = 0) -> list[Table]:
@@ -49,7 +51,8 @@ def tables(layers: Sequence[Sequence], device: torch.device, room: int = 0) -> l
     for rows, factors in zip(entries.to(device), layers, strict=True):
         there = [f for f in factors if f is not None]
         dtype = there[0].A.dtype if there else torch.float32  # which fits every x
-        found.append(Table(rows, dtype, max((f.r for f in there), default=1), list(factors)))
+        rank, even = max((f.r for f in there), default=1), all(map(aligned, there))
+        found.append(Table(rows, dtype, rank, list(factors), even))
     return found
 
 
@@ -58,7 +61,7 @@ def fill(table: Table, factors: Sequence) -> None:
 
     Raises:
         ValueError: there are more than it has room for, one of a larger rank than the graph was
-            recorded for, or of another dtype.
+            recorded for, or of another dtype, or one that is not ``aligned``.
     """
     there = [f for f in factors if f is not None]
     if len(factors) > len(table.entries):
@@ -66,6 +69,9 @@ def fill(table: Table, factors: Sequence) -> None:
     if any(width(f.r) > width(table.rank) or f.A.dtype != table.dtype for f in there):
         words = "was made for rank"
         raise ValueError(f"the table {words} {table.rank} and {table.dtype}: make another one")
+    if table.aligned and not all(map(aligned, there)):
+        words = "was made for ranks of 8, 16, 24, … and addresses of whole 16 bytes"
+        raise ValueError(f"the table {words}: make another one")
     table.entries.copy_(_entries([factors], table.entries.device, len(table.entries))[0])
     table.factors = list(factors)
 
@@ -89,6 +95,16 @@ def _entries(layers: Sequence[Sequence], device: torch.device, room: int) -> Ten
             scales[i, j] = f.scaling
     entries[:, :, 3] = scales.view(torch.int64)
     return entries
+
+
+def aligned(f) -> bool:
+    """Whether rows of these factors can be read 16 bytes at a time: a kernel is told in advance."""
+    return together(f.A.data_ptr(), f.B.data_ptr(), f.r)
+
+
+def together(a: int, b: int, r: int) -> bool:
+    """The same for their addresses and rank."""
+    return r % 8 == 0 and (a | b) % 16 == 0
 
 
 def width(rank: int) -> int:

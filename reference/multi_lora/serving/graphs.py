@@ -55,10 +55,10 @@ class Step:
     """What a step of ``rows`` rows and ``slots`` slots reads, and its graph.
 
     Args:
-        rank, dtype: of the factors; 0 and None without adapters.
+        rank, dtype, aligned: of the factors; 0, None and False without adapters.
     """
 
-    def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, device):
+    def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, aligned, device):
         self.ids, self.slots = (
             torch.zeros(rows, n, dtype=torch.int64, device=device) for n in (1, slots)
         )
@@ -70,7 +70,7 @@ class Step:
         if rank:
             sizes = len(served.layers), rows, 4
             self.entries = torch.zeros(sizes, dtype=torch.int64, device=device)
-            self.tables = [kernels().Table(part, dtype, rank, ()) for part in self.entries]
+            self.tables = [kernels().Table(part, dtype, rank, (), aligned) for part in self.entries]
             self.plan = kernels().Plan([[0]], rows, 1, device, refilled=True)
 
     def fill(self, ids: list[int], slots: list[list[int]], start: list[int]) -> None:
@@ -105,8 +105,8 @@ class DecodeGraphs:
             held: each row's adapter.
         """
         distinct = list(dict.fromkeys(h for h in held if h is not None))
-        rank, dtype = self._kind(distinct)
-        key = bucket(len(ids)), bucket(max(map(len, slots)), SLOTS), rank, dtype
+        rank, *_ = kind = self._kind(distinct)
+        key = (bucket(len(ids)), bucket(max(map(len, slots)), SLOTS), *kind)
         if key not in self.steps:
             self.steps[key] = Step(self.served, *key, self.device)
         step = self.steps[key]
@@ -152,13 +152,14 @@ class DecodeGraphs:
 
     # ---- where adapters lie
 
-    def _kind(self, distinct: list[Held]) -> tuple[int, torch.dtype | None]:
-        """Columns of h and the factors' dtype; (0, None) if the kernels don't take them."""
+    def _kind(self, distinct: list[Held]) -> tuple[int, torch.dtype | None, bool]:
+        """Columns of h, dtype, whether all are aligned; (0, …) if the kernels don't take them."""
         known = [self._entry(held) for held in distinct] if self.by_kernels else []
         dtypes = {entry.dtype for entry in known}
         if len(dtypes) != 1 or not dtypes <= {self.cache.k.dtype, torch.float32}:
-            return 0, None
-        return bucket(max(entry.rank for entry in known), 16), dtypes.pop()
+            return 0, None, False
+        rank, even = max(entry.rank for entry in known), all(entry.aligned for entry in known)
+        return bucket(rank, 16), dtypes.pop(), even
 
     def _fill_entries(self, step: Step, distinct: list[Held]) -> None:
         """One copy for all layers, and none if the adapters are those of the step before."""
@@ -193,10 +194,12 @@ class Entry:
     layers: Tensor
     rank: int
     dtype: torch.dtype | None
+    aligned: bool
 
     @classmethod
     def of(cls, address: int, factors: Sequence[Factors | None]) -> "Entry":
         rows = [[f.A.data_ptr(), f.B.data_ptr(), f.r] if f else [0, 0, 0] for f in factors]
         scales = torch.tensor([f.scaling if f else 0 for f in factors], dtype=torch.float64)
         layers = torch.cat([torch.tensor(rows), scales.view(torch.int64)[:, None]], 1)
-        return cls(address, layers, max(row[2] for row in rows), common_dtype(factors))
+        even = all(r % 8 == 0 and (a | b) % 16 == 0 for a, b, r in rows)
+        return cls(address, layers, max(row[2] for row in rows), common_dtype(factors), even)
