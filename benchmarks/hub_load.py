@@ -56,23 +56,31 @@ def cells() -> list[str]:
 
 
 class Hub:
-    """A running hub; a context manager."""
+    """A running hub; a context manager.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.token = folder, secrets.token_hex(32)
+    Attributes:
+        root: the course that it serves.
+        address: of its first page.
+        password, instructor: what a learner and the instructor log in with.
+    """
+
+    def __init__(self, folder: Path, root: Path = ROOT) -> None:
+        self.folder, self.root, self.token = folder, root, secrets.token_hex(32)
+        self.password, self.instructor = secrets.token_hex(8), secrets.token_hex(32)
         with socket.socket() as one, socket.socket() as two, socket.socket() as three:
             for each in (one, two, three):
                 each.bind(("127.0.0.1", 0))
             self.port, self.inner, self.api = (each.getsockname()[1] for each in (one, two, three))
+        self.address = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Hub":
         path = self.folder / "config.py"
-        path.write_text(CONFIGURATION.format(path=str(ROOT / "classroom" / "jupyterhub_config.py"), token=self.token))
-        secret = {"COURSE_HUB_PASSWORD": secrets.token_hex(8), "COURSE_HUB_INSTRUCTOR": secrets.token_hex(32)}
+        path.write_text(CONFIGURATION.format(path=str(self.root / "classroom" / "jupyterhub_config.py"), token=self.token))
+        secret = {"COURSE_HUB_PASSWORD": self.password, "COURSE_HUB_INSTRUCTOR": self.instructor}
         command = [sys.executable, "-m", "jupyterhub", "-f", str(path), "--ip", "127.0.0.1", "--port", str(self.port)]
         command += [f"--JupyterHub.hub_port={self.inner}", f"--ConfigurableHTTPProxy.api_url=http://127.0.0.1:{self.api}"]
         self.log = (self.folder / "log").open("w")
-        environment = os.environ | secret | {"COURSE_HUB_FOLDER": str(self.folder / "hub")}
+        environment = os.environ | secret | {"COURSE_HUB_FOLDER": str(self.folder / "hub"), "PYTHONPATH": str(self.root)}
         self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=self.log, stderr=self.log, start_new_session=True)
         return self
 
@@ -91,7 +99,7 @@ class Hub:
         from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
         text = json.dumps(body or {}) if method == "POST" else None
-        address, headers = f"http://127.0.0.1:{self.port}{path}", {"Authorization": f"token {self.token}"}
+        address, headers = f"{self.address}{path}", {"Authorization": f"token {self.token}"}
         request = HTTPRequest(address, method=method, headers=headers, body=text, request_timeout=PATIENCE)
         answer = await AsyncHTTPClient(max_clients=1000).fetch(request)
         return json.loads(answer.body or b"{}")

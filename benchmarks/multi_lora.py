@@ -18,8 +18,9 @@ rank stacked, their LoRAKernelMeta made before and not timed, as many programs a
 worst in. The floor's ratio says which share of the roofline is reached.
 
 *One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and rivals, from
-:mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from
-pinned RAM through the pool, bytes per second, beside one large pinned copy.
+:mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from pinned RAM through the pool, beside one large pinned copy: for a chain of
+4096² layers, and for all linear layers of Llama-3-70B (weights shared: only the adapters are of full size). Once the adapter is only
+acquired, as ahead of its turn; once all layers look at their factors, too.
 """
 
 import functools
@@ -44,12 +45,15 @@ from course.lab.devices import device
 from course.lab.meters import milliseconds
 from reference.kernels.multi_lora import Plan, add_updates, tables
 from reference.lora import LoRALinear
+from reference.model_shapes import LLAMA_3_70B, ModelShape
 from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear
 from reference.multi_lora.serving import AdapterPool
+from reference.multi_lora.serving.packed import Layout
 
 SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192))  # out, in
 BATCHES, RANKS, MIXES = (1, 4, 16, 64, 256), (8, 16, 32, 64), ("distinct", "uniform", "zipf", "identical")
 COLD = 192 << 20  # bytes of factors in a chain, more than any cache holds
+TINY = ModelShape("tiny", hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=40)
 SCALE = 2.0
 WRONG = 2**-5  # an error above it is no rounding
 VLLM = "vllm.lora.ops.triton_ops"
@@ -264,27 +268,47 @@ def check_row(way: Callable, row: OneRow, x: Tensor, adapted: bool) -> None:
             raise ArithmeticError(f"differs by {error:.1g}")
 
 
-def swap(width: int, layers: int, r: int, where: torch.device, repeats: int) -> dict:
-    """Adapters through a pool that holds one: each acquire is one copy from RAM."""
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(layers)))
-    served = MultiLoRA(model)
-    adapter = {name: Factors(torch.randn(r, width).bfloat16(), torch.randn(width, r).bfloat16()) for name in served.layers}
-    size = sum(f.nbytes for f in adapter.values())
-    pool, names = AdapterPool(served, size, 4 * size), ["a", "b"]
+def linears_of(shape: ModelShape) -> list[tuple[int, int]]:
+    """(out, in) of the linear layers of all its blocks."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    block = [(q, shape.hidden), *[(kv, shape.hidden)] * 2, (shape.hidden, q)]
+    return [*block, *[(shape.mlp, shape.hidden)] * 2, (shape.hidden, shape.mlp)] * shape.layers
+
+
+def swap(sizes: list[tuple[int, int]], r: int, where: torch.device, repeats: int) -> dict:
+    """Adapters for layers of these (out, in) through a pool that holds one: each acquire is one copy from RAM."""
+    weights = {s: nn.Parameter(torch.zeros(s, device=where, dtype=torch.bfloat16), requires_grad=False) for s in sizes}
+    factors = {(o, i): Factors(torch.randn(r, i).bfloat16(), torch.randn(o, r).bfloat16()) for o, i in weights}
+    layers = []
+    for n_out, n_in in sizes:
+        layers.append(nn.Linear(n_in, n_out, bias=False, device="meta"))
+        layers[-1].weight = weights[n_out, n_in]
+    served = MultiLoRA(nn.Sequential(*layers))
+    adapter = {name: factors[size] for name, size in zip(served.layers, sizes, strict=True)}
+    size = Layout(adapter).bytes
+    pool, names = AdapterPool(served, size, 2 * size), ["a", "b"]
     for name in names:
         pool.register(name, adapter)
     turn = iter(range(1 << 30))
 
-    def work() -> None:
-        pool.release(pool.acquire(names[next(turn) % 2]))
+    def work(look: bool = False) -> None:
+        held = pool.acquire(names[next(turn) % 2])
+        if look:
+            for _ in held.adapter.values():
+                pass
+        pool.release(held)
 
-    time = milliseconds(work, repeats=repeats, where=where)
+    times = {
+        "milliseconds": milliseconds(work, repeats=repeats, where=where),
+        "looked_at_milliseconds": milliseconds(lambda: work(look=True), repeats=repeats, where=where),
+    }
     source, target = (
         torch.empty(size, dtype=torch.uint8, pin_memory=where.type == "cuda"),
         torch.empty(size, dtype=torch.uint8, device=where),
     )
     copy = milliseconds(lambda: target.copy_(source, non_blocking=True), repeats=repeats, where=where)
-    return {"bytes": size, "milliseconds": time, "copy_milliseconds": copy, "share_of_bus": copy / time}
+    shares = {"share_of_bus": copy / times["milliseconds"], "share_of_bus_looked_at": copy / times["looked_at_milliseconds"]}
+    return {"layers": len(sizes), "r": r, "bytes": size, **times, "copy_milliseconds": copy, **shares}
 
 
 def label(row: dict) -> str:
@@ -324,7 +348,8 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
     found = {"copy_bytes_per_second": rate, "peft_version": peft.__version__, "cells": cells}
     found["peft"] = [beside_peft(width, n, ranks[0], mix, where, repeats) for n in batches[1:] for mix in MIXES]
     found["one_row"] = [one_row(width, depth, r, where, 1 if small else 7, repeats, WAYS) for r in ranks]
-    found["swap"] = swap(width, 4 if small else 128, 16, where, repeats)
+    found["swap"] = swap([(width, width)] * (4 if small else 128), 16, where, repeats)
+    found["swap_70b"] = swap(linears_of(TINY if small else LLAMA_3_70B), 16, where, repeats)
     found["ratios"] = ratios(found)
     found["largest_error"] = {name: max((c["error"][name] for c in cells if name in c["error"]), default=None) for name in CONTESTANTS}
     return rounded(found)
@@ -340,7 +365,9 @@ def table(result: dict) -> str:
         lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it:")
         lines += [f"    {name:50}{cost:+8.1%}" for name, cost in row["cost"].items()]
         lines += [f"    {name:50}{problem}" for name, problem in row["problems"].items()]
-    lines.append(f"swap: {result['swap']['share_of_bus']:.0%} of the bus")
+    for row in (result["swap"], result["swap_70b"]):
+        shares = f"{row['share_of_bus']:.0%} of the bus, {row['share_of_bus_looked_at']:.0%} if all layers look at their factors"
+        lines.append(f"swap, {row['layers']} layers, {row['bytes'] / 1e6:.1f} MB: {row['milliseconds']:.3f} ms, {shares}")
     lines.append("time over ours" + " " * 14 + f"{'cells':>6}{'median':>9}{'below 1':>9}{'least':>8}")
     for row in result["ratios"]:
         name = f"{row['peer']}, {row['mix']}"

@@ -41,7 +41,15 @@ def own_copy(name: str) -> Path:
 def before_start(spawner) -> None:
     copy = own_copy(spawner.user.name)
     spawner.notebook_dir = str(copy)
-    spawner.environment = {**ENVIRONMENT, "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    settings = [str(copy / "course" / "jupyter")]  # as in `make lab`: lessons open as they read, nobody is asked about news
+    if spawner.user.name == INSTRUCTOR:
+        settings.append(str(copy))  # nbgrader_config.py: servers start in folders of their own, where nbgrader would not find it
+    spawner.environment = {
+        **ENVIRONMENT,
+        "PYTHONPATH": str(copy),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "JUPYTER_CONFIG_PATH": os.pathsep.join(settings),
+    }
     spawner.args = ["--allow-root"] * (os.geteuid() == 0)  # in a container
     if spawner.user.name == INSTRUCTOR:
         spawner.args = [*spawner.args, f"--ServerApp.tornado_settings={FRAMES}"]

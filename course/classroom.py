@@ -7,6 +7,7 @@ laid out here too.
 import csv
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from nbformat import NotebookNode, v4
@@ -15,7 +16,7 @@ from nbgrader.preprocessors import Execute, NbGraderPreprocessor
 from traitlets import Unicode
 from traitlets.config import Config
 
-from course import ROOT, build, grading
+from course import ROOT, build, grading, siblings
 from course.notebooks import is_check, marks
 from course.units import CourseError, find, units
 
@@ -28,8 +29,10 @@ class Judge(NbGraderPreprocessor):
     def preprocess(self, nb: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
         """Raises CourseError where the notebook is another one's."""
         unit = find(resources["nbgrader"]["assignment"], Path(self.root))
-        folder = Path(resources["metadata"]["path"])
-        said = {outcome.grade_id: outcome for outcome in grading.judge(nb, folder, unit).outcomes}
+        path = Path(resources["metadata"]["path"]) / f"{resources['metadata'].get('name', unit.stem)}.ipynb"
+        with tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as scratch:  # as in `course grade`
+            siblings.bring(path, {"timestamp.txt"}, Path(scratch))
+            said = {outcome.grade_id: outcome for outcome in grading.judge(nb, Path(scratch), unit).outcomes}
         for cell in nb.cells:
             if is_check(cell) and marks(cell)["grade_id"] in said:
                 why = said[marks(cell)["grade_id"]].why

@@ -15,7 +15,7 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
-from course import build
+from course import build, siblings
 from course.hearing import Hearing, Witness
 from course.notebooks import is_answer, is_check, marks, read, title_above
 from course.running import Limits, Trouble
@@ -105,7 +105,13 @@ def assemble(learner: NotebookNode, released: NotebookNode) -> tuple[NotebookNod
 def grade(learner: Path, unit: Unit, limits: Limits = LIMITS, before_cell=lambda index, count: None) -> Report:
     """Judge the learner's notebook, a file, as :func:`judge` does."""
     _must_have_exercises(unit)
-    return judge(read(learner), learner.resolve().parent, unit, limits, before_cell)
+    notebook, folder = read(learner), learner.resolve().parent
+    report = judge(notebook, folder, unit, limits, before_cell)
+    for name in siblings.in_the_way(folder):
+        report.notes.append(
+            f"{name} beside your notebook hides a module of that name; `course grade` leaves it behind: give it another name"
+        )
+    return report
 
 
 def judge(learner: NotebookNode, folder: Path, unit: Unit, limits: Limits = LIMITS, before_cell=lambda index, count: None) -> Report:

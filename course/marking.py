@@ -1,9 +1,10 @@
 """``course grade``: judge a folder of learners' notebooks side by side, so that none of them can harm another or the list.
 
-For each notebook this process forks one that judges it with :func:`course.grading.judge`, as ``course check`` does, in an empty folder of
-its own. The learner's code runs one process further on (``course/hearing.py``), with its limits of time and memory; what it prints goes
-nowhere, and no file it writes may grow beyond a limit. Here the judging process is watched in turn: one that takes too long or holds too
-much is ended with all that it started. A notebook that could not be judged has no score, which is not the score 0.
+For each notebook this process forks one that judges it with :func:`course.grading.judge`, as ``course check`` does, in a folder of its own,
+with copies of what its learner handed in beside it (``course/siblings.py``). The learner's code runs one process further on
+(``course/hearing.py``), with its limits of time and memory; what it prints goes nowhere, and no file it writes may grow beyond a limit.
+Here the judging process is watched in turn: one that takes too long or holds too much is ended with all that it started. A notebook that
+could not be judged has no score, which is not the score 0.
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +45,7 @@ class Mark:
         score, total: points; None where it could not be judged.
         why: the reason, if it could not be judged.
         wrong: "exercise: why", for each that is not right.
-        notes: what was mended on the way.
+        notes: what was mended on the way, and which files beside the notebook came along or did not.
     """
 
     student: str
@@ -63,11 +65,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Submission:
-    """One notebook that was handed in. ``unit`` is None where neither its name nor its folder says which."""
+    """One notebook that was handed in.
+
+    Attributes:
+        unit: None where neither its name nor its folder says which.
+        own_folder: what lies beside it is this student's and nobody else's.
+    """
 
     student: str
     unit: Unit | None
     notebook: Path
+    own_folder: bool = False
 
 
 def submissions(folder: Path, unit: Unit | None = None, root: Path = ROOT) -> list[Submission]:
@@ -87,8 +95,10 @@ def submissions(folder: Path, unit: Unit | None = None, root: Path = ROOT) -> li
         named = known.get(path.stem) or next((known[part] for part in reversed(inside.parts[:-1]) if part in known), None)
         if unit is not None and named not in (None, unit):
             continue
-        student = next((part for part in inside.parts[:-1] if part not in known), path.stem)
-        found.append(Submission(student, named or unit, path))
+        folders = [part for part in inside.parts[:-1] if part not in known]
+        found.append(Submission(folders[0] if folders else path.stem, named or unit, path, bool(folders)))
+    together = Counter((each.notebook.parent, each.unit) for each in found)  # several notebooks of a unit are of several students
+    found = [replace(each, own_folder=each.own_folder and together[each.notebook.parent, each.unit] == 1) for each in found]
     if not found:
         raise CourseError(f"there is no notebook in {folder}" + (f" for unit {unit.number}" if unit else ""))
     return found
@@ -166,7 +176,7 @@ def _silence() -> None:
 
 def _judge(submission: Submission, scratch: Path, limits: Limits) -> dict:
     """In the process of one notebook: what :class:`Mark` holds of it."""
-    from course import grading
+    from course import grading, siblings
     from course.notebooks import read
 
     unit, path = submission.unit, submission.notebook
@@ -177,13 +187,16 @@ def _judge(submission: Submission, scratch: Path, limits: Limits) -> dict:
             raise CourseError("it is not a file")
         if (size := path.stat().st_size) > LARGEST_FILE:
             raise CourseError(f"it has {size / 1e6:,.0f} MB, above {LARGEST_FILE / 1e6:,.0f}: its outputs have to be cleared")
-        report = grading.judge(read(path), scratch, unit, limits)
+        notebook, beside = read(path), []
+        if submission.own_folder:
+            beside = siblings.bring(path, {each.stem for each in units(unit.root)} | {"timestamp.txt"}, scratch)  # nbgrader writes that
+        report = grading.judge(notebook, scratch, unit, limits)
     except CourseError as error:
         return {"why": str(error)}
     except Exception as error:  # of a notebook that the judge was not made for: somebody has to look
         return {"why": f"the judge failed: {type(error).__name__}: {str(error)[:500]}"}
     wrong = [f"{outcome.exercise}: {outcome.why}" for outcome in report.outcomes if outcome.why is not None]
-    return {"score": report.score, "total": report.total, "wrong": wrong, "notes": report.notes}
+    return {"score": report.score, "total": report.total, "wrong": wrong, "notes": [*report.notes, *beside]}
 
 
 def _status(job: _Job, limits: Limits) -> int | None:

@@ -113,13 +113,15 @@ class Worked:
     """The worked answers of one check, known by their code: while an answer is observed, none of it may run on the answer's behalf."""
 
     def __init__(self, check: Any) -> None:
-        self.code = {code for answer in (getattr(check, "reference", None), getattr(check, "second", None)) for code in _code_of(answer)}
+        self.code = {
+            _place(code) for answer in (getattr(check, "reference", None), getattr(check, "second", None)) for code in _code_of(answer)
+        }
         self.judges = str(Path(course.checks.__file__).parent)
         self.ran = False
 
     def observed(self, function: Any, answer: Any, *arguments: Any) -> Any:
         """``function(answer, *arguments)``, watched; whether worked code ran is in ``ran``."""
-        self.ran = any(code in self.code for code in _code_of(answer))
+        self.ran = any(_place(code) in self.code for code in _code_of(answer))
         sys.setprofile(self._see)
         threading.setprofile(self._see)
         try:
@@ -130,10 +132,15 @@ class Worked:
             threading.setprofile(None)
 
     def _see(self, frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in self.code:
+        if event == "call" and _place(frame.f_code) in self.code:
             before = frame.f_back and frame.f_back.f_code
             # a judge may compare with the worked answer by itself; what it is given it calls through course/checking.py
-            self.ran = self.ran or before is None or not (before in self.code or before.co_filename.startswith(self.judges))
+            self.ran = self.ran or before is None or not (_place(before) in self.code or before.co_filename.startswith(self.judges))
+
+
+def _place(code: types.CodeType) -> tuple[str, int]:
+    """Where it is written: a copy under another name is still the same code."""
+    return code.co_filename, code.co_firstlineno
 
 
 def _code_of(answer: Any) -> Iterator[types.CodeType]:

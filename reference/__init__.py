@@ -24,7 +24,7 @@ A module may import those of its own unit and of earlier ones. A folder's first 
     11   multi_lora (layer, route, on_gpu, factors, model, combine, rules, serving, simulation)
     12   instruct (conversation, masks, rows, packing), self_instruct (tasks, novelty, loop)
     13   kernels (launch, first, low_rank, nf4, adamw, dora, multi_lora)
-    14   sharded (shard, layer, group, files)
+    14   sharded (shard, engine, layer, group, files)
 
 Kernels compute what modules of earlier units define; those reach for them where a GPU is, at the
 call and not before.

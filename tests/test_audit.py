@@ -16,6 +16,7 @@ from course.capstone.plan import Plan
 from course.cli import app
 from course.lab import models
 from course.units import CourseError
+from reference.adapter_format import load_adapter
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_another_revision_of_the_base(adapter, tmp_path, sound):
     model.save_pretrained(tmp_path / "revision")
     tokenizer.save_pretrained(tmp_path / "revision")
     found = failed(adapter, tmp_path / "revision")
-    assert set(found) == {"base's weights", "reloaded answers"} and "same sizes, other weights" in found["base's weights"]
+    assert set(found) == {"base's weights", "reloaded answers"} and "it fits, and is another model" in found["base's weights"]
 
 
 def test_the_base_without_the_marks(adapter):
@@ -249,3 +250,90 @@ def test_the_rule_over_an_adapter_and_ones_own_questions(sound, tmp_path):
     assert verdict.choice == "not enough data" and verdict.safe == "16-bit"
     with pytest.raises(CourseError, match="the adapter can't be loaded"):
         rule.rule(str(sound / "base"), tmp_path)
+    with pytest.raises(CourseError, match=r"rows must be at least 8, .* got 0"):
+        rule.rule("tiny", rows=0)
+    with pytest.raises(CourseError, match=r"tolerance must be a share above 0 and below 1, such as 0\.02, got -1"):
+        rule.rule("tiny", tolerance=-1)
+    items.write_text("")
+    with pytest.raises(CourseError, match=r"items\.jsonl holds 0 questions"):
+        rule.rule("tiny", items=items)
+
+
+def test_the_rule_is_not_asked_of_an_adapter_over_another_base(sound, tmp_path):
+    with pytest.raises(CourseError, match=f"no chat template .* trained on {sound / 'base'}: give --base"):
+        rule.tuned("tiny", sound / "adapter")
+    model, tokenizer = models.load(str(sound / "base"))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.001)
+    model.save_pretrained(tmp_path / "revision")
+    tokenizer.save_pretrained(tmp_path / "revision")
+    with pytest.raises(CourseError, match="its weights have another hash than the record's; the adapter was trained on"):
+        rule.tuned(str(tmp_path / "revision"), sound / "adapter")
+
+
+def test_the_rule_merges_a_qlora_adapter_into_dequantized_weights(tmp_path):
+    settings = Plan(out=str(tmp_path), method="qlora", steps=12, ask=8, licence="x", exports=("adapter",), lr=5e-3)
+    run.run(settings, lambda words: None, False)
+    beside = export.load_base(str(tmp_path / "base"), "qlora", "float32")
+    load_adapter(beside, tmp_path / "adapter")
+    ids = torch.arange(24).view(2, 12)
+    merged = rule.tuned(str(tmp_path / "base"), tmp_path / "adapter").model
+    with torch.no_grad():
+        wanted, got = (model.eval()(input_ids=ids).logits for model in (beside, merged))
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "file, content, name, words",
+    [
+        (audit.CONFIG, "[]", "files", "holds list, not an object"),
+        (export.RECORD, '{"base":', "files", "is not JSON"),
+        (export.RECORD, '{"base": {"name": "tiny"}}', "files", "lacks base, or a part of it"),
+        ("generation_config.json", "{", "end of turn", "no JSON of settings"),
+        ("chat_template.jinja", "{% for x in %}", "template", "does not render a conversation of the run"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_found_and_not_a_traceback(adapter, sound, file, content, name, words):
+    if file != export.RECORD:
+        (adapter / file).write_text(content)
+        sign(adapter)
+    (adapter / file).write_text(content)
+    found = {each.name: each.found for each in audit.audit(adapter, str(sound / "base")).failed}
+    assert set(found) == {name} and words in found[name]
+
+
+@pytest.mark.parametrize(
+    "change, name, words",
+    [
+        ({"target_modules": "*_proj"}, "targets", "'*_proj', which is no regular expression"),
+        ({"rank_pattern": [16]}, "rank and alpha", "rank_pattern is [16]"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_found(adapter, sound, change, name, words):
+    change_json(adapter / audit.CONFIG, lambda config: config.update(change))
+    found = failed(adapter, sound / "base")
+    assert set(found) == {name} and words in found[name]
+
+
+def test_a_check_that_stops_is_a_failure_and_the_others_go_on(adapter, sound, monkeypatch):
+    def stops(subject):
+        raise KeyError("where")
+
+    monkeypatch.setattr(audit, "CHECKS", {**audit.CHECKS, "licence": (("files",), stops)})
+    done = audit.audit(adapter, str(sound / "base"))
+    assert [(each.name, each.found) for each in done.failed] == [("licence", "it can't be checked: KeyError: 'where'")]
+    assert done.findings[-1].state == "passed"
+
+
+def test_a_record_without_rows_is_unknown(adapter, sound):
+    change_json(adapter / export.RECORD, lambda told: told.update(rows=[]))
+    states = {each.name: each.state for each in audit.audit(adapter, str(sound / "base")).findings}
+    assert states["reloaded answers"] == states["merge"] == "unknown" and "failed" not in states.values()
+
+
+def test_names_are_whole_in_eighty_columns_and_advice_only_where_there_is_some(adapter, sound, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    good = CliRunner().invoke(app, ["audit", str(adapter), "--base", str(sound / "base")])
+    assert "what to do" not in good.output and "adapter_model.safetensors" in good.output and max(map(len, good.output.splitlines())) <= 80
+    bad = CliRunner().invoke(app, ["audit", str(adapter), "--base", "nothere"])
+    assert "what to do" in bad.output and "…" not in bad.output and max(map(len, bad.output.splitlines())) <= 80

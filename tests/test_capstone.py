@@ -80,7 +80,12 @@ def test_a_plan_is_read_and_options_go_before_it(tmp_path):
         ("r = 0", "r must be an integer of at least 1, got 0"),
         ('method = "dora"', "method must be one of auto, lora, qlora, full"),
         ("lr = 3.0", "lr must be a number above 0 and below 1"),
-        ("replay = 1.0", "replay must be from 0 to 0.9"),
+        ("replay = 1.0", "replay must be a number from 0 to 0.9, got 1.0"),
+        ('replay = "a"', "replay must be a number from 0 to 0.9, got 'a'"),
+        ("lora_dropout = -1", "lora_dropout must be a number from 0 to below 1, got -1"),
+        ('seed = "a"', "seed must be an integer from 0 on, got 'a'"),
+        ("licence = 3", "licence must be a text, got 3"),
+        ('exports = "gguf"', "exports must be a list, such as .*, got 'gguf'"),
         ('exports = ["onnx"]', "exports must be of adapter, merged, gguf, got onnx"),
         ("steps = ", "is no TOML"),
     ],
@@ -200,6 +205,37 @@ def test_a_missing_file_and_too_few_rows_are_said(tmp_path):
         data.load(quick(tmp_path, data=str(rows_file(tmp_path, 60)), batch=64, held_out=str(rows_file(tmp_path, 60))), base)
 
 
+def test_a_large_base_is_not_loaded_for_a_file_that_is_not_there_or_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(bases, "load", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(CourseError, match=r"no file .*none\.jsonl"):
+        run.run(quick(tmp_path, data="none.jsonl"), lambda words: None, False)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(CourseError, match=r"empty\.jsonl holds no row: write a conversation a line"):
+        run.run(quick(tmp_path, data=str(empty)), lambda words: None, False)
+
+
+def test_few_prompts_are_refused_in_words(tmp_path):
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"return {a} plus 4", "output": "5"}) + "\n" for a in range(8)))
+    with pytest.raises(CourseError, match="asks 8 different prompts, and 8 at least are held out"):
+        data.load(quick(tmp_path, data=str(file)), bases.load("tiny", "float32", tmp_path))
+
+
+def test_a_row_that_is_too_long_is_never_one_that_is_held_out(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    for word in ("mira", "nils", "kira", "tara"):  # by its hash one of them would be
+        file = rows_file(tmp_path, extra=[json.dumps({"instruction": f"repeat {word} " * 60, "output": word})])
+        rows = data.load(quick(tmp_path, data=str(file)), base)
+        assert any("line 81 is left out: too long" in words for words in rows.words) and len(rows.asked) >= 8
+
+
+def test_words_that_the_base_does_not_know_are_said(tmp_path):
+    file = rows_file(tmp_path, extra=[json.dumps({"instruction": f"Traduisez {a} , s'il vous plaît", "output": "oui"}) for a in range(5)])
+    words = data.load(quick(tmp_path, data=str(file)), bases.load("tiny", "float32", tmp_path)).words
+    assert any("5 of " in each and "rows hold words that the base has no token for" in each for each in words)
+
+
 # Training, and what interrupts it
 
 
@@ -311,6 +347,31 @@ def test_a_run_does_not_go_on_with_another_plan_or_base(tmp_path):
     base, rows, _, model = prepared(settings)
     with pytest.raises(CourseError, match="base's hash was"):
         train.train(model, settings, rows, tmp_path / "checkpoints", "another", base.tokenizer.pad_token_id, False)
+
+
+def test_another_plan_leaves_the_base_of_the_run_as_it_was(tmp_path):
+    settings = quick(tmp_path)
+    trained_by(settings)
+    before = checkpoint.sha256(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CourseError, match=r"another plan \(seed was 0 and is 1\)"):
+        run.run(dataclasses.replace(settings, seed=1), lambda words: None, False)
+    assert checkpoint.sha256(tmp_path / "base" / "model.safetensors") == before
+
+
+def test_a_base_with_nan_is_refused_before_training(tmp_path):
+    base = bases.load("tiny", "float32", tmp_path)
+    with torch.no_grad():
+        base.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    bases.save_base(base.model, base.tokenizer, tmp_path / "broken")
+    settings = quick(tmp_path / "out", base=str(tmp_path / "broken"))
+    with pytest.raises(CourseError, match=r"before any training the base's loss is nan on \d+ of \d+ held-out rows, the first on line"):
+        run.run(settings, lambda words: None, False)
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CourseError, match="there is a file of that name"):
+        bases.load("tiny", "float32", tmp_path / "taken")
 
 
 def test_every_row_comes_once_an_epoch():
@@ -438,6 +499,15 @@ def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path):
     assert wrong > 100 * far  # the check above can fail
 
 
+def test_a_run_that_answers_nothing_rightly_is_not_ready(tmp_path):
+    def verdict(right: float) -> dict:
+        learned = [{"verdict": "better", "after": 1.0}, {"verdict": "no difference shown", "after": right}]
+        return run.verdict({"learned": learned, "forgotten": []}, [], quick(tmp_path))
+
+    assert verdict(0.1) == {"ready": True, "against": []}
+    assert not verdict(0.0)["ready"] and "not one held-out answer is the expected one" in verdict(0.0)["against"][0]
+
+
 def test_a_change_is_named_by_its_interval():
     before = evaluate.Measured(
         torch.rand(20, dtype=torch.float64) + 2, torch.full((20,), 3), [("a", True)] * 20, torch.zeros(20).bool(), torch.ones(9)
@@ -467,6 +537,10 @@ def test_the_command_refuses_in_one_sentence_and_predicts(tmp_path):
     runner = CliRunner()
     done = runner.invoke(app, ["capstone", "--dry", "--memory-gb", "0.2", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "◀ peak" in done.output and "method = lora" in done.output
+    assert "tiny · LoRA" in done.output
+    for name in ("nothere", str(tmp_path)):
+        other = runner.invoke(app, ["capstone", "--dry", "--base", name])
+        assert isinstance(other.exception, CourseError) and f"the configuration of '{name}' can't be read" in str(other.exception)
     refused = runner.invoke(app, ["capstone", "--memory-gb", "0.01", "--out", str(tmp_path)])
     assert isinstance(refused.exception, CourseError) and "of 0.01 GB 90 % may be planned for" in str(refused.exception)
 

@@ -17,13 +17,13 @@ from course.units import Unit
 def course(small_course: Unit, monkeypatch, capsys):
     """Run the command on the small course; returns (exit status, what it printed)."""
     root = small_course.root
-    monkeypatch.setattr(cli, "ROOT", root)
+    monkeypatch.setattr(cli.shared, "ROOT", root)
     monkeypatch.setattr("course.claimed.pages", lambda: [root / "README.md"])
     monkeypatch.chdir(root)
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["course", *words])
-        monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+        monkeypatch.setattr(cli.shared, "console", Console(width=160, highlight=False))
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capsys.readouterr()
@@ -120,8 +120,8 @@ def test_run_saves_when_asked(course):
 
 
 def test_a_slow_or_large_notebook_is_pointed_out(course, monkeypatch):
-    monkeypatch.setattr(cli, "SECONDS", 0)
-    monkeypatch.setattr(cli, "BYTES", 1e6)
+    monkeypatch.setattr(cli.learn, "SECONDS", 0)
+    monkeypatch.setattr(cli.learn, "BYTES", 1e6)
     status, printed = course("run")
     assert status == 0 and "passed, but over 0 s and over 0 GB" in printed
 

@@ -82,6 +82,25 @@ def test_what_the_lesson_says_of_the_frontier():
     assert all(claims.facts_percent(m) > 99 for m in ("replay", "distillation, old text", "DER++"))
 
 
+def test_what_the_lesson_says_of_gemma():
+    """Which steps of the order no seed breaks, which ones overlap, and that what is compared has learned as much."""
+    high, low, ewc = ("full fine-tuning", 1e-4), ("full fine-tuning", 3e-5), ("EWC", 1e-4)
+    replay, both, lora, lora_low = ("replay 10 %", 1e-4), ("LoRA r=16 + replay 10 %", 1e-3), ("LoRA r=16", 1e-3), ("LoRA r=16", 3e-4)
+    assert all(len(claims.gemma_runs(*plan)) == 3 for plan in (high, low, ewc, replay, both, lora, lora_low))
+    assert all(claims.gemma_apart(*pair) for pair in itertools.pairwise((both, low, replay, ewc, high)))
+    for plan in (lora, lora_low):  # against the high rate nothing is decided, against the low one everything
+        assert not claims.gemma_apart(plan, high) and not claims.gemma_apart(high, plan) and claims.gemma_apart(low, plan)
+    for other in (replay, low):
+        assert not claims.gemma_apart(ewc, other, -1) and not claims.gemma_apart(other, ewc, -1)
+    assert claims.gemma_forgotten(*ewc, 2, "least") > claims.gemma_forgotten(*ewc, -1, "most")  # it comes back
+    ends = [claims.gemma_left(*plan) for plan in (ewc, replay, low)]
+    assert max(ends) < 1.1 * min(ends)
+    assert min(claims.gemma_forgotten(*plan, -1, "least") for plan in (ewc, replay, low)) >= 0.53
+    assert max(claims.gemma_forgotten(*plan, -1, "most") for plan in (ewc, replay, low)) < 0.725
+    assert claims.gemma_scaled(1e-3, 0.5, "new") == pytest.approx(claims.gemma_level(), abs=0.01)
+    assert claims.gemma_scaled(1e-3, 0.5) < 0.25 * claims.gemma_lost_first(*lora) and claims.gemma_base_is_back()
+
+
 def test_what_the_lesson_says_of_a_far_domain():
     left = [claims.foreign_left(f"LoRA r={r}") for r in (1, 4, 16, 64)]
     assert left == sorted(left, reverse=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks import gemma_instructions, instruction_tuning
+from course.claims import instruction_tuning as claims
 from course.lab import instructions, recorded
 from course.lab.chat import FORMS, chat_tokenizer, template
 from reference.instruct import IGNORED, has_markers
-from reference.self_instruct import task_faults
+from reference.self_instruct import rouge_l, task_faults
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,6 +77,28 @@ def test_generated_instructions_are_well_formed_and_split_by_module():
         assert not task_faults(task)
         assert re.fullmatch(gemma_instructions.FORM[kind], task.output), (kind, task)
     assert not {task.instruction for _, task in pairs} & {task.instruction for _, task in asked}  # other words, too
+
+
+def test_what_the_lesson_says_of_gemma():
+    """What every seed shows, what seeds leave open, how near the libraries' run is, and what became of the teacher's words."""
+    full, result = "full fine-tuning", recorded.load("gemma_instructions", "h200")["result"]
+    assert [len(claims.gemma_runs(method)) for method in (claims.OURS, full, claims.LIBRARIES)] == [3, 3, 1]
+    assert claims.gemma_prompted(0) < 1 < claims.gemma_prompted(7) < 0.5 * claims.gemma(full, of="least")
+    assert claims.gemma(full, of="least") < claims.gemma(claims.OURS, of="least") < claims.gemma(full, of="most")  # they overlap
+    assert all(claims.gemma(method, kind="count", of="most") <= 10 for method in (claims.OURS, full, claims.LIBRARIES))
+    assert claims.gemma_english(claims.OURS, of="least") > 5 * claims.gemma_english(full, of="most")
+    for what in ("cloze", "pairs"):
+        assert claims.gemma_english(claims.OURS, what, "most") < claims.gemma_english(full, what, "least")
+    assert claims.loss_apart() < 0.2 * claims.seeds_apart()
+    assert claims.gemma(claims.OURS, of="least") < claims.gemma(claims.LIBRARIES) < claims.gemma(claims.OURS, of="most")
+    said = [sample["said"] for sample in result["prompted"][0]["samples"]]
+    assert sum(words in ("1.", "") for words in said) == len(said) - 1
+    after = {sample["asked"]: sample["said"] for sample in claims.gemma_runs(claims.OURS)[0]["samples"]}
+    assert after["Spell the name in capitals.\n\nleapdays"] == "LEAPDAYS"
+    assert after["Give the number of its parameters.\n\ndef weekday(year, month, day)"] == "year, month, day"
+    (kept,) = result["teacher"]["tasks"]
+    assert kept["output"] == "I am a negative person." and claims.teacher("kept") + claims.teacher("dropped") == 13
+    assert any(rouge_l("Write a sentence in the past tense.", task.instruction) > 0.7 for task in gemma_instructions.SEEDS)
 
 
 def test_the_dry_run_goes_through_every_part(monkeypatch, tmp_path):

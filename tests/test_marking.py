@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import miniature
@@ -14,7 +15,7 @@ import pytest
 from nbformat import v4
 from rich.console import Console
 
-from course import ROOT, build, classroom, cli, grading, marking, witness
+from course import ROOT, build, classroom, cli, grading, marking, siblings, witness
 from course.notebooks import as_text, marks, read
 from course.running import Limits
 from course.units import CourseError, Unit, find, units
@@ -116,6 +117,92 @@ def test_thirty_students_of_whom_half_do_harm(unit: Unit, thirty):
     assert [line for line in running if line == ["sleep", "307"] or str(unit.checks.parent) in line] == []
 
 
+# what lies beside a notebook
+
+EVIL = "import builtins, sys\nsys.modules['course.checking'] = None\nbuiltins.all = lambda *a: True\nraise SystemExit(0)\n"
+IN_THE_WAY = (
+    "course.py", "reference/__init__.py", "torch.py", "torch/__init__.py", "torch/cuda.py", "json.py", "Random.py", "numpy.pth",
+    "sitecustomize.py", "usercustomize.py", "conftest.py", "typing_extensions.py", "nbformat.py", "fractions.py", "ipython_config.py",
+)  # fmt: skip
+USES = "import helper, tools.twice\ndef square(x):\n    return helper.square(x) + len(open('data/empty.txt').read())"
+
+
+def beside(path: Path, name: str, content: str | bytes) -> None:
+    path = path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def with_help(unit: Unit, folder: Path, student: str = "ada") -> Path:
+    """The folder of a student whose answers use modules and data of her own."""
+    path = folder / student / unit.stem
+    beside(path, f"{unit.stem}.ipynb", filled(unit, square=USES, double="def double(x):\n    return tools.twice.of(x)"))
+    beside(path, "helper.py", "def square(x):\n    return x * x\n")
+    beside(path, "tools/twice.py", "def of(x):\n    return 2 * x\n")
+    beside(path, "data/empty.txt", "")
+    return path
+
+
+def marked(unit: Unit, folder: Path) -> dict[str, marking.Mark]:
+    return {mark.student: mark for mark in marking.mark_all(marking.submissions(folder, None, unit.root), LIMITS)}
+
+
+def test_a_learner_s_own_files_come_along_and_are_named(unit: Unit, tmp_path: Path):
+    path = with_help(unit, tmp_path / "in")
+    for name in ("timestamp.txt", ".hidden", "__pycache__/helper.cpython-311.pyc"):
+        beside(path, name, "")
+    mark = marked(unit, tmp_path / "in")["ada"]
+    assert (mark.score, mark.notes) == (3, ["brought along: data/empty.txt, helper.py, tools/twice.py"])
+
+
+def test_a_file_in_the_place_of_a_module_stays_behind(unit: Unit, tmp_path: Path):
+    path = with_help(unit, tmp_path / "in")
+    cheat = tmp_path / "in" / "bo" / unit.stem
+    beside(cheat, f"{unit.stem}.ipynb", filled(unit, above="import torch, course, json, random, fractions", **{"square": ZERO}))
+    for folder in (path, cheat):
+        for name in IN_THE_WAY:
+            beside(folder, name, EVIL)
+        beside(folder, "helper2.so", EVIL)
+    marks_ = marked(unit, tmp_path / "in")
+    assert (marks_["ada"].score, marks_["bo"].score) == (3, 0)
+    for mark in marks_.values():
+        (left,) = [note for note in mark.notes if note.startswith("left behind")]
+        assert "course.py (Python would find it in the place of course)" in left and "conftest.py" in left and "more" in left
+    scratch = tmp_path / "scratch"
+    siblings.bring(cheat / f"{unit.stem}.ipynb", set(), scratch)
+    assert not scratch.exists(), "nothing of it was copied"
+    assert siblings.in_the_way(cheat) and "hides a module" in " ".join(grading.grade(path / f"{unit.stem}.ipynb", unit, LIMITS).notes)
+
+
+def test_no_link_leads_out_and_sizes_are_limited(unit: Unit, tmp_path: Path, monkeypatch):
+    path, secret = with_help(unit, tmp_path / "in"), tmp_path / "secret"
+    secret.mkdir()
+    (secret / "grades.txt").write_text("secret")
+    (path / "grades.txt").symlink_to(secret / "grades.txt")
+    (path / "all").symlink_to(secret)
+    os.mkfifo(path / "waits")
+    beside(path, "large.bin", b"x" * 2000)
+    monkeypatch.setattr(siblings, "LARGEST_BYTES", 1000)
+    scratch = tmp_path / "scratch"
+    came, left = siblings.bring(path / f"{unit.stem}.ipynb", set(), scratch)
+    assert came == "brought along: data/empty.txt, helper.py, tools/twice.py"
+    for name in ("all (not a file)", "grades.txt (not a file)", "waits (not a file)", "large.bin (more than 0 MB in all)"):
+        assert name in left
+    monkeypatch.setattr(siblings, "MOST_FILES", 1)
+    assert siblings.bring(path / f"{unit.stem}.ipynb", {"data"}, scratch)[0] == "brought along: helper.py"
+
+
+def test_nothing_comes_from_a_folder_that_several_share(unit: Unit, tmp_path: Path):
+    folder = tmp_path / "in"
+    for name in ("ada.ipynb", "bo.ipynb", "class/cy.ipynb", "class/di.ipynb", "eve/00_squares.ipynb", "eve/01_cubes/mine.txt", "eve/a.txt"):
+        beside(folder, name, filled(unit, square=USES) if name.endswith("ipynb") else "")
+    beside(folder, "helper.py", "def square(x):\n    return x * x\n")
+    found = marking.submissions(folder, unit, unit.root)
+    assert [each.notebook.stem for each in found if each.own_folder] == ["00_squares"]
+    (eve,) = [mark for mark in marking.mark_all(found, LIMITS) if mark.student == "eve"]
+    assert eve.notes == ["brought along: a.txt"]
+
+
 def test_the_score_is_that_of_course_check(unit: Unit, tmp_path: Path):
     for student, answers in {"ada": RIGHT, "bo": RIGHT | {"square": "def square(x):\n    return x + x"}}.items():
         path = tmp_path / "in" / f"{student}.ipynb"
@@ -171,8 +258,8 @@ def test_the_command(unit: Unit, tmp_path: Path, monkeypatch, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "ada.ipynb").write_text(filled(unit, **RIGHT))
-    monkeypatch.setattr(cli, "ROOT", unit.root)
-    monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+    monkeypatch.setattr(cli.shared, "ROOT", unit.root)
+    monkeypatch.setattr(cli.shared, "console", Console(width=160, highlight=False))
     table = tmp_path / "out.csv"
 
     def course(*words: str) -> tuple[int, str]:
@@ -230,6 +317,23 @@ def test_worked_answers_earn_nothing(cheats: dict, tmp_path: Path):
     assert report.score == 0
 
 
+def test_worked_answers_earn_nothing_through_a_module_beside_the_notebook_either(tmp_path: Path):
+    lora = find("lora")
+    path, notebook = tmp_path / "in" / "ada" / lora.stem, build.exercise(read(lora.solution))
+    solution = str(lora.solution)
+    beside(path, "helper.py", "from course.checks import lora\n\n\nclass Own(lora.merge.reference):\n    pass\n")
+    beside(path, "reader.py", f"def inject(*a, **k):\n    exec(open({solution!r}).read())\n")
+    beside(path, "course/checks/lora.py", EVIL)
+    beside(path, "reference/lora.py", EVIL)
+    sources = {"merge-answer": "from helper import Own as Mergeable", "inject-answer": "from reader import inject as inject"}
+    for cell in notebook.cells:
+        cell.source = sources.get(marks(cell).get("grade_id"), cell.source)
+    beside(path, f"{lora.stem}.ipynb", as_text(notebook))
+    (mark,) = marking.mark_all(marking.submissions(tmp_path / "in"), grading.LIMITS)
+    assert mark.score == 0 and mark.notes[0] == "brought along: helper.py, reader.py" and "course/checks/lora.py" in mark.notes[1]
+    assert "runs the worked one" in " ".join(mark.wrong) and "can't be read" in " ".join(mark.wrong)
+
+
 # nbgrader's classroom
 
 
@@ -240,7 +344,19 @@ def test_only_the_course_s_own_code_is_a_worked_answer(topic: str, check: str):
     watched = witness.Worked(getattr(importlib.import_module(f"course.checks.{topic}"), check))
     assert watched.code
     own = (ROOT / "course", ROOT / "reference")
-    assert [code for code in watched.code if not any(Path(code.co_filename).is_relative_to(folder) for folder in own)] == []
+    assert [file for file, _ in watched.code if not any(Path(file).is_relative_to(folder) for folder in own)] == []
+
+
+def test_a_copy_of_the_worked_code_under_another_name_is_seen():
+    check = importlib.import_module("course.checks.capstone").diagnose
+    code = check.reference.__code__.replace(co_name="mine")
+    copy = types.FunctionType(code, check.reference.__globals__, "mine")
+    copy.__kwdefaults__ = check.reference.__kwdefaults__
+    watched = witness.Worked(check)
+    watched.observed(check.observe, lambda *given: copy(*given), 1)
+    assert watched.ran
+    watched.observed(check.observe, lambda measured, tolerance: {"do": "ship"}, 1)
+    assert not watched.ran
 
 
 def test_a_classroom_begins_and_beginning_again_changes_nothing(unit: Unit, tmp_path: Path):

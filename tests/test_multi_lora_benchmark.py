@@ -37,7 +37,17 @@ def test_a_dry_run_measures_all_and_contestants_agree(monkeypatch, tmp_path):
         assert max(cell["error"].values()) < 0.02  # bfloat16, several roundings in the contestants
     (row,) = result["one_row"]
     assert not row["problems"] and {"one adapter", "LoRALinear", *multi_lora.WAYS} == set(row["cost"])
-    assert all(row["difference"] < 0.05 for row in result["peft"]) and result["swap"]["bytes"] > 0
+    assert all(row["difference"] < 0.05 for row in result["peft"])
+    assert result["swap"]["bytes"] == 4 * 2 * 2 * 16 * 64 and result["swap_70b"]["layers"] == 14
+    for row in (result["swap"], result["swap_70b"]):
+        assert row["milliseconds"] > 0 and row["looked_at_milliseconds"] > 0 and row["share_of_bus"] > 0
+
+
+def test_the_70b_adapter_is_one_of_all_linear_layers():
+    shape = multi_lora.LLAMA_3_70B
+    sizes = multi_lora.linears_of(shape)
+    embeddings, norms = 2 * shape.vocab * shape.hidden, (2 * shape.layers + 1) * shape.hidden
+    assert len(sizes) == 560 and sum(a * b for a, b in sizes) == shape.parameters - embeddings - norms
 
 
 def test_ratios_name_the_worst_cell():

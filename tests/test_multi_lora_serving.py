@@ -1,6 +1,7 @@
 """The pool, the scheduler and the engine: answers are each tenant's own, memory is kept to, nobody starves, versions last, errors."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from reference.model_shapes import ModelShape
 from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear, Route, bytes_of, factors_of
 from reference.multi_lora.serving import AdapterPool, Engine, KVCache, PoolFull, Request, generate, graphs, next_logits, token_bytes
 from reference.multi_lora.serving.cache import padded
+from reference.multi_lora.serving.packed import PackedAdapter
 from reference.qlora import quantize_linears
 
 SHAPE = ModelShape("tiny", hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, vocab=40)
@@ -311,6 +313,145 @@ def test_no_order_of_calls_breaks_the_books(calls):
     assert sum(held.users for held in {id(h): h for h, _ in pinned}.values()) == len(pinned)
 
 
+def drawn_adapter(number, kind):
+    """A version whose every value tells its number; kinds have other layers, ranks, dtypes."""
+    half = torch.half if kind == 3 else torch.float32
+    ranks = [{"0": 2, "1": 2}, {"0": 1, "1": 5}, {"1": 3}, {"0": 2, "1": 2}][kind]
+    filled = {n: (torch.full((r, 8), float(number)).to(half), torch.full((8, r), -float(number)).to(half)) for n, r in ranks.items()}
+    return {n: Factors(*both, number + 0.5) for n, both in filled.items()}
+
+
+def assert_lies_as(found, adapter):
+    assert list(found) == list(adapter) and len(found) == len(adapter)
+    for name, f in adapter.items():
+        g = found[name]
+        assert torch.equal(g.A, f.A) and torch.equal(g.B, f.B) and g.A.dtype == f.A.dtype and g.scaling == f.scaling
+        assert g.r == f.r and g.sizes == f.sizes and g.A.is_contiguous() and g.B.is_contiguous() and found.get(name) is g
+
+
+CALLS = ["acquire", "acquire", "acquire", "release", "prefetch", "replace", "evict", "remove", "register"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(CALLS), st.integers(0, 3), st.integers(0, 3)), max_size=50), st.integers(2100, 5000))
+@settings(max_examples=60)
+def test_what_somebody_holds_never_changes_whatever_comes_after_it(calls, room):
+    """Requests that run, and whoever kept an adapter, a tensor or a route of one that has ended."""
+    served = MultiLoRA(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    pool, versions, running, kept = AdapterPool(served, room, 1 << 20), {}, [], []
+    for number, (call, i, kind) in enumerate([("register", i, i) for i in range(4)] + calls):
+        name = "abcd"[i]
+        try:
+            if call == "acquire":
+                held = pool.acquire(name)
+                running.append((held, held.adapter, versions[held]))
+            elif call == "release" and running:
+                held, adapter, right = running.pop(i % len(running))
+                pool.release(held)
+                one = Factors(adapter["1"].A, adapter["1"].B, adapter["1"].scaling)
+                kept.append((Route([adapter]).distinct[0] if kind else {"1": one}, right))
+            elif call in ("replace", "register"):
+                getattr(pool, call)(name, right := drawn_adapter(number, kind))
+                versions[pool.tenants[name]] = right
+            elif call != "release":
+                getattr(pool, call)(name)
+        except PoolFull:
+            assert running
+        except ValueError as error:
+            assert any(words in str(error) for words in ("no adapter", "there is a tenant", "in use", "not on the device"))
+        for held, adapter, right in running:
+            assert held.users and held.adapter is adapter
+            assert_lies_as(adapter, right)
+        for adapter, right in kept:
+            for layer, f in adapter.items():
+                assert torch.equal(f.A, right[layer].A) and torch.equal(f.B, right[layer].B) and f.scaling == right[layer].scaling
+        there = [held for held in versions if held.adapter is not None]
+        assert pool.device_used == sum(held.nbytes for held in there) <= room
+        assert {held.name for held in there if held is pool.tenants.get(held.name)} == set(pool.resident)
+        places = sorted((min(f.A.data_ptr() for f in held.adapter.values()), held.nbytes) for held in there)
+        assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places))  # no two in one place
+
+
+def test_an_adapter_is_packed_whatever_its_factors_are():
+    """Each at a multiple of 256 bytes; dtypes are mixed, some are not contiguous."""
+    served = MultiLoRA(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 5)))
+    adapter = {
+        "1": Factors(torch.randn(8, 3).T, torch.randn(3, 24).T, 0.5),
+        "0": Factors(torch.randn(70, 8).half(), torch.randn(8, 70).half(), 2.0),
+        "2": Factors(torch.randn(1, 24).double(), torch.randn(5, 1).double(), -1.0),
+    }
+    pool = AdapterPool(served, 1 << 14, 1 << 14)
+    pool.register("a", adapter)
+    held = pool.acquire("a")
+    assert_lies_as(held.adapter, adapter)
+    starts = [t.data_ptr() - held.adapter["1"].A.data_ptr() for f in held.adapter.values() for t in (f.A, f.B)]
+    assert starts == [0, 256, 768, 2048, 3328, 3584] and held.nbytes == 3840 == pool.device_used == pool.host.used
+    with pytest.raises(TypeError):
+        held.adapter["0"] = adapter["0"]
+    assert held.adapter.get("3") is None and "3" not in held.adapter
+
+
+def test_nothing_is_done_layer_by_layer_when_an_adapter_is_loaded(base, files, monkeypatch):
+    checked, made = [], []
+    check, make = MultiLoRA.check, PackedAdapter._make
+    monkeypatch.setattr(MultiLoRA, "check", lambda self, adapter, name, **more: checked.append(name) or check(self, adapter, name, **more))
+    monkeypatch.setattr(PackedAdapter, "_make", lambda self, *place: made.append(place) or make(self, *place))
+    adapter = tenant(base, 3, 7)[0]
+    served = MultiLoRA(base)
+    pool = AdapterPool(served, 1 << 20, 1 << 20)
+    pool.register("ram", adapter)
+    pool.register("disk", files / "b")
+    assert checked == ["ram"]  # a file is checked when it is read
+    for _ in range(3):
+        for name in ("ram", "disk"):
+            pool.release(pool.acquire(name))
+            pool.evict(name)
+    assert checked == ["ram", "disk"] and not made and pool.counts["loads"] == 6
+    pool.replace("ram", adapter)
+    held = pool.acquire("ram")
+    for _ in range(2):
+        served.use(Route([held.adapter]))
+        served.use(None)
+    assert checked == ["ram", "disk", "ram"] and len(made) == len(served.layers)
+
+
+def test_files_that_do_not_fit_are_refused_when_they_are_read(base, files):
+    pool = AdapterPool(MultiLoRA(base, ["q_proj"]), 1 << 20, 1 << 20)
+    pool.register("a", files / "a")
+    for work in (pool.acquire, pool.prefetch):
+        with pytest.raises(ValueError, match=r"adapter 'a': layers \[.*\] are not served: name them in target_modules"):
+            work("a")
+        assert not pool.resident and not pool.host.used and not pool.device_used
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_copies_and_kernels_wait_for_each_other():
+    """A pool of one large adapter: each is copied to where kernels still read the one before, and the CPU waits for nothing."""
+    width, r = 4096, 1024
+    served = MultiLoRA(nn.Sequential(nn.Linear(width, width, bias=False, device="cuda")))
+    nn.init.zeros_(served.layers["0"].base.weight)
+    pool, found, spoilt = AdapterPool(served, 2 * r * width * 4, 8 * r * width * 4), [], []
+    for i, name in enumerate("abc"):
+        pool.register(name, {"0": Factors(torch.full((r, width), i + 1.0), torch.ones(width, r), 1 / (r * width))})
+    x = torch.ones(64, width, device="cuda")
+    with torch.no_grad():
+        for step in range(60):
+            if step % 7 == 3:  # fetched, and thrown out before anybody waited for it
+                pool.prefetch(other := "abc"[(step + 1) % 3])
+                pool.evict(other)
+                next_owner = torch.ones(2 * r * width, device="cuda")
+                torch.cuda._sleep(4_000_000)  # longer than the copy takes
+                spoilt.append((next_owner != 1).sum())
+                del next_owner
+            held = pool.acquire("abc"[step % 3])
+            served.use(Route.same(held.adapter))
+            found.append([served.model(x) for _ in range(4)][-1])
+            served.use(None)
+            pool.release(held)
+    for step, y in enumerate(found):
+        torch.testing.assert_close(y, torch.full_like(y, step % 3 + 1.0), rtol=1e-3, atol=0)
+    assert spoilt and not any(count.item() for count in spoilt)
+
+
 def test_pool_errors_name_what_is_wrong(base, files):
     served = MultiLoRA(base)
     pool = AdapterPool(served, 1 << 20, 1 << 20)
@@ -331,10 +472,11 @@ def test_pool_errors_name_what_is_wrong(base, files):
     pool.register("lost", files / "nowhere")
     with pytest.raises(FileNotFoundError):
         pool.acquire("lost")
-    pool.register("odd", {"model.layers.0.mlp.up_proj": Factors(torch.ones(2, 3), torch.ones(4, 2))})
-    with pytest.raises(ValueError, match=r"adapter 'odd', model.layers.0.mlp.up_proj: the factors are for a layer of sizes"):
-        pool.acquire("odd")
-    assert pool.resident == ["a"]
+    odd = {"model.layers.0.mlp.up_proj": Factors(torch.ones(2, 3), torch.ones(4, 2))}
+    for work in (pool.register, lambda _, adapter: pool.replace("a", adapter)):
+        with pytest.raises(ValueError, match=r"adapter '\w+', model.layers.0.mlp.up_proj: the factors are for a layer of sizes"):
+            work("odd", odd)
+    assert list(pool.tenants) == [*pool.resident, "lost"] == ["a", "lost"] and pool.host.used == pool.tenants["a"].nbytes
     small = AdapterPool(served, 100, 1 << 20)
     small.register("a", files / "a")
     with pytest.raises(ValueError, match=r"'a' has \d+ bytes, the pool 100: give it more device_bytes"):

@@ -9,7 +9,7 @@ import miniature
 import pytest
 from nbformat import v4
 
-from course import build, website
+from course import ROOT, build, website
 from course.notebooks import as_text, read
 from course.reading import HIDDEN
 from course.units import CourseError, Unit
@@ -17,7 +17,7 @@ from course.website.api import docstring
 from course.website.cells import page_notebook
 from course.website.javascript import translate
 from course.website.recorded import pages as recorded_pages
-from course.website.texts import Links, outside_code
+from course.website.texts import Links, outside_code, with_units
 
 
 class Page(HTMLParser):
@@ -311,6 +311,12 @@ def test_code_is_left_alone():
     assert outside_code(text, lambda text: text.replace("<!--gone-->", "").upper()) == "A  B `<!--kept-->`\n\n```\n<!--kept too-->\n```\n"
 
 
+def test_a_number_and_its_unit_stay_on_one_line():
+    text = "# 10 % off\n\n| 0.068 ms | **1.28** × | 8 × 8 | 3 sorts | $2 s$ | 4 bits, 96 % |"
+    expected = "# 10 % off\n\n| 0.068~ms | **1.28**~× | 8 × 8 | 3 sorts | $2 s$ | 4~bits, 96~% |"
+    assert with_units(text) == expected.replace("~", "\u00a0")
+
+
 def test_a_docstring_keeps_its_formulas_and_names_its_arguments():
     import ast
 
@@ -337,6 +343,11 @@ def test_a_result_of_any_form_becomes_tables(tmp_path: Path):
     for words in ("a&lt;b", 'data-value="0.0678"', "<th>deep · x</th>", "<td>yes</td>", "<td>1, 2</td>", "8,192"):
         assert words in made["speed"], words
     assert 'href="speed.html#a-card"' in made["index"]
+
+
+def test_every_recorded_result_says_what_was_measured():
+    listed = recorded_pages(ROOT)["index"]
+    assert listed.count("<tr>") > 20 and "<td></td>" not in listed
 
 
 def test_python_without_a_translation_is_refused_by_file_and_line(tmp_path: Path):

@@ -260,6 +260,22 @@ def test_questions_are_chosen_and_unfold_for_paper(page, site: Path):
     assert page.locator("details.answer[open]").count() == 0
 
 
+def test_pictures_open_sentences_wrap_and_short_tables_are_whole(page, site: Path):
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.goto(f"file://{site}/notebooks/14_capstone.html")
+    printed = page.locator(".cell_output pre.sentence")
+    assert printed.count() > 0 and printed.evaluate_all("(all) => all.every((each) => each.scrollWidth <= each.clientWidth)")
+    assert page.locator(".cell_output pre:not(.sentence)").count() > 0
+    page.locator(".bd-article a.larger").first.click()
+    page.wait_for_url(re.compile(r"\.png$"))
+    page.goto(f"file://{site}/calculator.html")
+    assert page.locator(".scroll").evaluate("(box) => box.scrollHeight <= box.clientHeight")
+    written = "(svg) => 13 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width"
+    assert page.locator("#bars svg").evaluate(written) > 10, "what stands beside the bars can be read on a phone"
+    page.goto(f"file://{site}/questions.html")
+    assert page.locator(".scroll").evaluate("(box) => box.scrollHeight > 2 * box.clientHeight"), "a long one keeps its heads in sight"
+
+
 def test_code_is_copied_and_night_is_a_click_away(page, site: Path):
     page.goto(f"file://{site}/notebooks/04_nf4.html")
     assert page.locator("button.copybtn").count() > 5

@@ -131,12 +131,12 @@ def test_scores_that_cannot_be_read_count_as_none_and_are_not_lost(unit: Unit, t
 @pytest.fixture
 def course(unit: Unit, monkeypatch, capsys):
     """Run the command on the small course; returns (exit status, what it printed)."""
-    monkeypatch.setattr(cli, "ROOT", unit.root)
+    monkeypatch.setattr(cli.shared, "ROOT", unit.root)
     monkeypatch.chdir(unit.root)
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["course", *words])
-        monkeypatch.setattr(cli, "console", Console(width=160, highlight=False))
+        monkeypatch.setattr(cli.shared, "console", Console(width=160, highlight=False))
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capsys.readouterr()

@@ -75,6 +75,8 @@ def _asked(name: str, check: Callable[[Subject], str], subject: Subject) -> Find
         return Finding(name, FAILED, broken.found, broken.remedy)
     except NotKnown as error:
         return Finding(name, UNKNOWN, str(error))
+    except Exception as error:  # what a check can't read is no reason to pass, nor to leave the other checks out
+        return Finding(name, FAILED, f"it can't be checked: {type(error).__name__}: {error}", "mend that file, or export again")
 
 
 CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[[Subject], str]]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from course.lab import chat, instructions, models
 from course.lab.devices import device
@@ -98,6 +98,19 @@ def load(name: str, dtype: str, out: Path | None = None, seed: int = 0) -> Base:
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Base(name, model, tokenizer, new, tuple(words))
+
+
+def config(name: str) -> PretrainedConfig:
+    """The configuration of the base called ``name``; no weights are read.
+
+    Raises:
+        CourseError: it can't be loaded.
+    """
+    try:
+        source, options = models.source(name)
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ImportError, ValueError) as error:
+        raise CourseError(f"the configuration of {name!r} can't be read: {error}") from None
 
 
 def is_extended(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -35,8 +35,9 @@ def base_fits(subject: Subject) -> str:
 def base_hash(subject: Subject) -> str:
     wanted = subject.recorded("base")["sha256"]
     if (found := bases.weights_hash(subject.base)) != wanted:
-        words = f"the base's weights have SHA-256 {found[:12]}…, it was trained on {wanted[:12]}…"
-        raise Broken(f"{words}: same sizes, other weights", "serve the revision that it was trained on, or train again")
+        name = subject.recorded("base")["name"]
+        words = f"the base's weights have SHA-256 {found[:12]}…, those that it was trained on, {name}, had {wanted[:12]}…"
+        raise Broken(f"{words}: it fits, and is another model", f"serve it on {name} as it was, or train again")
     return f"SHA-256 {wanted[:12]}…, as trained on"
 
 
@@ -63,7 +64,10 @@ def template(subject: Subject) -> str:
         raise Broken("the tokenizer has no chat template: the server will use one of its own", "save the template of the run with it")
     wanted = subject.recorded("rendered")
     for each in wanted:
-        ids = render_ids(subject.tokenizer, each["messages"], True)
+        try:
+            ids = render_ids(subject.tokenizer, each["messages"], True)
+        except ValueError as error:
+            raise Broken(f"the template does not render a conversation of the run: {error}", "put the template of the run back") from None
         if ids != each["ids"]:
             place = next(
                 (i for i, pair in enumerate(zip(ids, each["ids"], strict=False)) if pair[0] != pair[1]), min(len(ids), len(each["ids"]))
@@ -81,7 +85,10 @@ def end(subject: Subject) -> str:
         raise Broken(f"{words}: generation would not stop", "set eos_token to the end of turn")
     file = subject.folder / "generation_config.json"
     if file.is_file():
-        stops = json.loads(file.read_text()).get("eos_token_id")
+        try:
+            stops = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise Broken("generation_config.json is no JSON of settings", "copy it again, or export again") from None
         if wanted not in (stops if isinstance(stops, list) else [stops]):
             raise Broken(f"generation_config.json stops at {stops}, a turn ends with {wanted}", "set eos_token_id to the end of turn")
     return f"a turn ends with id {wanted}, and generation stops there"

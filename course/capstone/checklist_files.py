@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -10,6 +12,22 @@ from course.capstone import export
 from course.capstone.checklist_subject import CONFIG, WEIGHTS, Broken, Subject
 from course.capstone.checkpoint import sha256
 from course.lab.meters import show_bytes
+
+RECORDED = {"base": ("name", "sha256", "dtype", "method"), "adapter": ("r", "lora_alpha"), "tokenizer": ("sha256",), "files": ()}
+
+
+def _holds(part: Any, keys: tuple[str, ...]) -> bool:
+    return isinstance(part, dict) and set(keys) <= part.keys()
+
+
+def _json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise Broken(f"{file.name} is not JSON: {error}", "copy it again, or export again") from None
+    if not isinstance(found, dict):
+        raise Broken(f"{file.name} holds {type(found).__name__}, not an object of names and values", "copy it again, or export again")
+    return found
 
 
 def files(subject: Subject) -> str:
@@ -20,17 +38,18 @@ def files(subject: Subject) -> str:
         pickled = (folder / "adapter_model.bin").exists()
         words = "the weights are a pickle, which runs code when it is read" if pickled else f"there is no {WEIGHTS}"
         raise Broken(words, "save the adapter as safetensors")
-    try:
-        subject.config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise Broken(f"{CONFIG} is not JSON: {error}", "export again") from None
+    subject.config = _json(folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, "pt") as opened:
             subject.shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118  not a dictionary
     except Exception as error:  # safetensors' own errors, of the file's header or size
         raise Broken(f"{WEIGHTS} is cut off or no safetensors file ({error})", "copy it again, or export again") from None
     if (record := folder / export.RECORD).is_file():
-        subject.record = json.loads(record.read_text())
+        subject.record = _json(record)
+        told = {"base": None} | subject.record  # the others may be left out, and are unknown then
+        if lacking := [part for part, keys in RECORDED.items() if part in told and not _holds(told[part], keys)]:
+            words = f"{export.RECORD} lacks {', '.join(lacking)}, or a part of it"
+            raise Broken(words, "copy the record again, export again, or delete it: what it told is then unknown")
     return f"{CONFIG}, {WEIGHTS}: {len(subject.shapes)} tensors, {show_bytes((folder / WEIGHTS).stat().st_size)}"
 
 
@@ -66,6 +85,8 @@ def rank(subject: Subject) -> str:
     r, alpha = subject.config.get("r"), subject.config.get("lora_alpha")
     ranks = {shape[0] for key, shape in subject.shapes.items() if re.search(r"lora_A\.", key)}
     patterned = subject.config.get("rank_pattern") or {}
+    if not isinstance(patterned, dict):
+        raise Broken(f"rank_pattern is {patterned!r}", "it says a rank for names of layers: put the config of the run back")
     if not isinstance(r, int) or not isinstance(alpha, (int, float)) or not alpha > 0:
         raise Broken(f"the config has r = {r!r} and lora_alpha = {alpha!r}", "both are positive numbers of the training run")
     if ranks - {r} - set(patterned.values()):
@@ -82,6 +103,13 @@ def rank(subject: Subject) -> str:
 def targets(subject: Subject) -> str:
     wanted = subject.config.get("target_modules")
     names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in subject.shapes if ".lora_A." in key}
+
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except re.error as error:
+            words = f"target_modules is {wanted!r}, which is no regular expression ({error})"
+            raise Broken(words, "one text is a regular expression: name layers in a list, or mend it") from None
 
     def chosen(name: str) -> bool:
         if isinstance(wanted, str):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from course.capstone import evaluate, export
-from course.capstone.checklist_subject import WEIGHTS, Broken, Subject
+from course.capstone.checklist_subject import WEIGHTS, Broken, NotKnown, Subject
 from course.lab.meters import show_bytes
 from reference.adapter_format import load_adapter
 from reference.instruct import Example
@@ -20,7 +20,10 @@ SAME_LOSS, SAME_MERGE = 1e-3, 1e-2  # nats, relative: dtypes and devices round o
 
 
 def _rows(subject: Subject) -> list[Example]:
-    return [Example(tuple(each["ids"]), tuple(each["labels"])) for each in subject.recorded("rows")]
+    rows = [Example(tuple(each["ids"]), tuple(each["labels"])) for each in subject.recorded("rows")]
+    if not rows:
+        raise NotKnown("the record holds no row to ask again: export with course capstone")
+    return rows
 
 
 def reload(subject: Subject) -> str:
@@ -58,7 +61,7 @@ def served(subject: Subject) -> str:
 
 def licence(subject: Subject) -> str:
     card = subject.folder / "README.md"
-    told = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE) if card.is_file() else None
+    told = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if card.is_file() else None
     stated = (subject.record or {}).get("licence") or (told[1] if told and told[1] != "unknown" else "")
     if not stated:
         raise Broken("no licence is named, neither in the card nor in the record", "name it: an adapter inherits its base's terms")

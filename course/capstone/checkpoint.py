@@ -67,6 +67,8 @@ def _of_the_disk(error: Exception) -> str | None:
         return "the disk is full. Free some space and run the same command again: it goes on from the last checkpoint"
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
         return "the folder may not be written. Change its rights, or give another --out"
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        return "there is a file of that name, or on the way to it. Give another --out"
     return None
 
 

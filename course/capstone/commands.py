@@ -32,12 +32,9 @@ def capstone(
     files = {"base": base, "data": data, "held_out": held_out, "out": out}
     plan = plans.read(run_file, **files, method=method, r=r, lr=lr, steps=steps, memory_gb=memory_gb, licence=licence)
     if dry:
-        from transformers import AutoConfig
+        from course.capstone import base as bases
 
-        from course.lab import models
-
-        source = str(models.TINY) if plan.base == "tiny" else plan.base
-        chosen, memory = plans.choose(plan, plans.shape_of(AutoConfig.from_pretrained(source)))
+        chosen, memory = plans.choose(plan, plans.shape_of(bases.config(plan.base), plan.base))
         console.print(escape(str(memory)))
         console.print(f"method = {chosen.method}, checkpointing = {chosen.checkpointing}")
         return
@@ -81,9 +78,12 @@ def audit(
     logging.disable_progress_bar()
     done = auditing.audit(adapter, base, auditing.Server(max_rank, adapters, rows, not factors_only))
     marks = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "unknown": "[yellow]?[/yellow]", "skipped": "[yellow]–[/yellow]"}
-    table = Table("", "check", "found", "what to do", box=None, header_style="bold", padding=(0, 1))
+    advice = any(each.remedy for each in done.findings)
+    table = Table("", "check", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("found", "what to do")[: 1 + advice]:
+        table.add_column(head, overflow="fold")  # names of files and of hub models are longer than a column
     for each in done.findings:
-        table.add_row(marks[each.state], each.name, escape(each.found), escape(each.remedy))
+        table.add_row(marks[each.state], each.name, *(escape(words) for words in (each.found, each.remedy)[: 1 + advice]))
     console.print(table)
     if json_file:
         json_file.write_text(json.dumps(done.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -111,6 +111,8 @@ def rule(
 
     logging.disable_progress_bar()
     verdict = ruling.rule(base, adapter, items, rows, tolerance)
-    Console(highlight=False).print(escape(str(verdict)), soft_wrap=True)
+    console = Console(highlight=False)
+    console.print("What is lost against 16 bits, with its interval; below zero something is gained. Unknown: not enough data.")
+    console.print(escape(str(verdict)), soft_wrap=True)
     if verdict.choice != "4-bit":
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ is asked go: the other way round a question that stands twice in the file ends u
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def load(plan: Plan, base: Base) -> Rows:
         held = _read(plan.path("held_out"))
     rows = _once(rows, words)
     if held is None:
-        rows, held = split(rows, plan.seed)
+        prompts = {prompt(row) for row in rows}
+        if len(prompts) <= FEWEST:
+            words = f"{plan.data} asks {len(prompts)} different prompts, and {FEWEST} at least are held out: nothing is left to train on"
+            raise CourseError(f"{words}. Give more rows, or --held-out")
+        rows, held = split(rows, plan.seed, never={prompt(row) for row in rows if not _fits(row, plan, base)})
         words.append(f"{len(held)} rows are held out: a tenth of the prompts, chosen by their hash")
     held = _once(held, [])[: plan.ask]
     asked_for = {prompt(each) for each in held}
@@ -91,7 +96,9 @@ def load(plan: Plan, base: Base) -> Rows:
     if len(train) < plan.batch:
         raise CourseError(f"{len(train)} rows are left to train on, fewer than one batch of {plan.batch}: {'; '.join(words)}")
     if len(asked) < FEWEST:
-        raise CourseError(f"{len(asked)} rows are left to ask, and below {FEWEST} there is no interval: give --held-out, or more data")
+        left = f"{len(asked)} rows are left to ask, and below {FEWEST} there is no interval: {'; '.join(words)}"
+        raise CourseError(f"{left}. Give --held-out, or more data")
+    _unknown_words(base.tokenizer, train + [each.example for each in asked], words)
     replay, old = old_text(plan, base)
     words.append(f"{len(train)} rows to train on, {len(asked)} to ask, {len(old)} of old text")
     return Rows(train, asked, replay, old, words)
@@ -102,9 +109,15 @@ def prompt(row: Conversation) -> str:
     return " ".join(" ".join(each["content"].split()).casefold() for each in row.messages[:-1])
 
 
-def split(rows: list[Conversation], seed: int, share: float = SHARE) -> tuple[list[Conversation], list[Conversation]]:
-    """A share of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side."""
-    prompts = sorted({prompt(row) for row in rows}, key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
+def split(
+    rows: list[Conversation], seed: int, share: float = SHARE, never: Collection[str] = ()
+) -> tuple[list[Conversation], list[Conversation]]:
+    """A share of the *prompts* apart, at least 8, by their hash: the same whatever the rows' order, all rows of one prompt on one side.
+
+    Args:
+        never: prompts that stay in training, such as those of rows that are too long to be asked.
+    """
+    prompts = sorted({prompt(row) for row in rows} - set(never), key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
     held = set(prompts[: max(FEWEST, round(share * len(prompts)))])
     return [row for row in rows if prompt(row) not in held], [row for row in rows if prompt(row) in held]
 
@@ -124,6 +137,32 @@ def write_course(file: Path, seed: int = 0, count: int = COURSE_ROWS) -> Path:
     lines = [json.dumps({"messages": list(row.messages)}) for row in of_the_course(seed, 0, count)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def _fits(row: Conversation, plan: Plan, base: Base) -> bool:
+    """Whether it can be asked; a row that can't be encoded at all is named later, with its line."""
+    try:
+        return fit(encode(base.tokenizer, row.messages, "last"), plan.max_length) is not None
+    except ValueError:
+        return True
+
+
+def check_files(plan: Plan) -> None:
+    """Read what a plan names, before a large base is loaded.
+
+    Raises:
+        CourseError: a file is missing, or a line of it is no conversation.
+    """
+    for name in ("data", "held_out"):
+        if (given := getattr(plan, name)) and given != "course" and not _read(plan.path(name)):
+            raise CourseError(f"{given} holds no row: write a conversation a line")
+
+
+def _unknown_words(tokenizer, examples: list[Example], words: list[str]) -> None:
+    """Say how many rows hold words that the base has no token for: it learns them as one and the same."""
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and (rows := sum(unknown in each.ids for each in examples)):
+        words.append(f"{rows} of {len(examples)} rows hold words that the base has no token for, and reads as {tokenizer.unk_token}")
 
 
 def _read(file: Path) -> list[Conversation]:

@@ -97,8 +97,20 @@ class Plan:
                 raise CourseError(
                     f"{name} must be a number above {low:g}" + f" and below {high:g}" * (high < math.inf) + f", got {value!r}"
                 )
-        if not 0 <= self.replay <= 0.9 or not 0 <= self.lora_dropout < 1:
-            raise CourseError(f"replay must be from 0 to 0.9 and lora_dropout below 1, got {self.replay} and {self.lora_dropout}")
+        for name, fits, right in (
+            ("replay", lambda value: 0 <= value <= 0.9, "from 0 to 0.9"),
+            ("lora_dropout", lambda value: 0 <= value < 1, "from 0 to below 1"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+                raise CourseError(f"{name} must be a number {right}, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise CourseError(f"seed must be an integer from 0 on, got {self.seed!r}")
+        for name in ("base", "data", "held_out", "old", "out", "licence"):
+            if not isinstance(value := getattr(self, name), str) and not (value is None and name in ("held_out", "old")):
+                raise CourseError(f"{name} must be a text, got {value!r}")
+        if not isinstance(self.exports, (tuple, list)):
+            raise CourseError(f'exports must be a list, such as ["adapter"], got {self.exports!r}')
         if unknown := set(self.exports) - set(EXPORTS):
             raise CourseError(f"exports must be of {', '.join(EXPORTS)}, got {', '.join(sorted(unknown))}")
 
@@ -117,7 +129,7 @@ def read(file: Path | None = None, **options: Any) -> Plan:
     """A plan from a TOML file; options that are not None go before it.
 
     Raises:
-        CourseError: there is no such file, it is no TOML, a key is unknown (the nearest known one is named) or a value out of range.
+        CourseError: there is no such file, it is no TOML, a key is unknown (the known ones are named) or a value out of range.
     """
     given: dict[str, Any] = {}
     if file is not None:
@@ -138,16 +150,20 @@ def read(file: Path | None = None, **options: Any) -> Plan:
 # Memory
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: Any, name: str = "") -> ModelShape:
     """The sizes of a model from its configuration; Gemma 3's family too.
+
+    Args:
+        name: what the plan calls it; the last part of a path is shown. The family's, if not given.
 
     Raises:
         CourseError: a family whose memory is not known here.
     """
+    shown = Path(name).name
     if getattr(config, "model_type", "") == "gemma3_text":
         return dataclasses.replace(
             GEMMA_3_270M,
-            name="Gemma 3",
+            name=shown or "Gemma 3",
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
@@ -158,9 +174,10 @@ def shape_of(config: Any) -> ModelShape:
             tied=bool(config.tie_word_embeddings),
         )
     try:
-        return ModelShape.from_config(config)
+        shape = ModelShape.from_config(config)
     except ValueError as error:
         raise CourseError(f"the memory of this base can't be predicted: {error}") from None
+    return dataclasses.replace(shape, name=shown or shape.name)
 
 
 def recipe_of(method: str, dtype: str) -> Recipe:

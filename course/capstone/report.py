@@ -44,7 +44,7 @@ def merge_sentence(merge: dict) -> str:
 
 def export_sentence(each: dict) -> str:
     if each["logits"] is None:
-        return f"{each['kind']}: not there. {each['words']}"
+        return f"{each['kind']}: not there: {each['words']}"
     lost = each["lost"]
     told = (
         f"{each['kind']}: {show_bytes(each['bytes'])}, logits within {each['logits']:.1e}, {100 * each['changed']:.1f} % of answers changed"
@@ -79,12 +79,14 @@ def table(result: dict):
     """For a terminal, of rich."""
     from rich.table import Table
 
-    made = Table("measure", "before", "after", "difference (95 % interval)", "", box=None, header_style="bold", padding=(0, 1))
-    colours = {"better": "green", "worse": "red"}
+    made = Table("measure", "before", "after", "difference (95 %)", "", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    colours, short = {"better": "green", "worse": "red"}, {"no difference shown": "not shown"}  # 80 columns hold it
     for change in result["learned"] + result["forgotten"]:
         colour = colours.get(change["verdict"], "yellow")
         before, after = (number(change[key], change["unit"]) for key in ("before", "after"))
-        made.add_row(change["name"], before, after, difference(change), f"[{colour}]{change['verdict']}[/{colour}]")
+        made.add_row(
+            change["name"], before, after, difference(change), f"[{colour}]{short.get(change['verdict'], change['verdict'])}[/{colour}]"
+        )
     return made
 
 
@@ -94,7 +96,7 @@ table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ccc; vertical-align: top }
 td { font-variant-numeric: tabular-nums }
 h1 { line-height: 1.2 }
-pre { overflow-x: auto }
+pre, .wide { overflow-x: auto }
 svg { max-width: 100%; height: auto }
 .good { color: #0a5c2b }
 .bad { color: #9b1c1c }
@@ -112,7 +114,7 @@ def page(result: dict) -> str:
             e(c["name"]),
             number(c["before"], c["unit"]),
             number(c["after"], c["unit"]),
-            difference(c),
+            f"{difference(c)} {'nats' if c['unit'] == 'nats' else 'points'}",
             f'<span class="{CLASSES.get(c["verdict"], "open")}">{c["verdict"]}</span>',
         )
         for c in result["learned"] + result["forgotten"]
@@ -150,7 +152,7 @@ def rows(heads: tuple[str, ...], lines: list[tuple]) -> str:
     """A table; its cells are HTML already."""
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def curve(losses: list[float], width: int = 640, height: int = 180) -> str:
@@ -181,9 +183,11 @@ def audit_page(found: dict) -> str:
         (e(each["name"]), f'<span class="{CLASSES.get(each["state"], "open")}">{each["state"]}</span>', e(each["found"]), e(each["remedy"]))
         for each in found["findings"]
     ]
-    failed = found["counts"]["failed"]
+    failed, heads = found["counts"]["failed"], ("check", "", "found", "what to do")
     told = ", ".join(f"{count} {state}" for state, count in found["counts"].items() if count)
+    if not any(each["remedy"] for each in found["findings"]):
+        heads, lines = heads[:-1], [line[:-1] for line in lines]
     verdict = f'<div class="verdict {"bad" if failed else "good"}"><strong>{told}</strong></div>'
     where = f"<p>Adapter <code>{e(found['adapter'])}</code> on base <code>{e(found['base'])}</code>.</p>"
-    body = f"<h1>Audit of an adapter</h1>{where}{verdict}{rows(('check', '', 'found', 'what to do'), lines)}"
+    body = f"<h1>Audit of an adapter</h1>{where}{verdict}{rows(heads, lines)}"
     return document("Audit of an adapter", body)

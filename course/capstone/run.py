@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from course.capstone import checkpoint, data, evaluate, export, merge, report, t
 from course.capstone.plan import Plan, choose, shape_of
 from course.lab.devices import device, device_name
 from course.lab.meters import process_peak
+from course.units import CourseError
 from reference.instruct import render_ids
 from reference.lora import trainable_parameters
 
@@ -32,8 +34,10 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
             was written before stays, and the same command goes on from there.
     """
     began, out = time.perf_counter(), plan.path("out")
+    data.check_files(plan)
+    train.check_plan(plan, out / "checkpoints")
     base = bases.load(plan.base, plan.dtype, out, plan.seed)
-    plan, memory = choose(plan, shape_of(base.model.config), free_memory())
+    plan, memory = choose(plan, shape_of(base.model.config, plan.base), free_memory())
     say(f"plan: {memory.title}: {memory.peak / 1e9:.3g} GB at the fullest moment ({memory.moment})")
     for words in base.words:
         say(f"base: {words}")
@@ -43,6 +47,7 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
     base_hash = bases.weights_hash(base.model)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     before = evaluate.measure(base.model, base, rows, plan.new_tokens)
+    check_finite(before, rows)
     say(f"before: {100 * before.right.double().mean():.0f} % of {len(rows.asked)} answers right")
     original = {name: tensor.clone() for name, tensor in base.model.state_dict().items()} if plan.method == "qlora" else None
     model = bases.adapt(base, plan)
@@ -77,6 +82,20 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True) -
     result["verdict"] = verdict(result, exports, plan)
     report.write(result, out)
     return result
+
+
+def check_finite(before: evaluate.Measured, rows: data.Rows) -> None:
+    """Refuse a base whose losses are not numbers: no learning rate mends it.
+
+    Raises:
+        CourseError: with the first row.
+    """
+    if broken := [i for i, loss in enumerate(before.losses.tolist()) if not math.isfinite(loss)]:
+        loss, line = before.losses[broken[0]].item(), rows.asked[broken[0]].line
+        raise CourseError(
+            f"before any training the base's loss is {loss} on {len(broken)} of {len(rows.asked)} held-out rows, the first on line {line}: "
+            "its weights hold NaN or infinity, or it overflows in this dtype"
+        )
 
 
 def free_memory() -> float:
@@ -154,6 +173,8 @@ def verdict(result: dict, exports: list[export.Export], plan: Plan) -> dict:
     against = []
     if not any(change["verdict"] == "better" for change in result["learned"][:2]):
         against.append("nothing was shown to be learned: neither the held-out loss nor the answers are better beyond their intervals")
+    if result["learned"][1]["after"] == 0:
+        against.append("not one held-out answer is the expected one, word for word: read what it says before you ship it")
     if lost := [change["name"] for change in result["forgotten"] if change["verdict"] == "worse"]:
         against.append(f"something is forgotten ({', '.join(lost)}): decide whether that matters; more replay or a lower rate costs less")
     if far := [each.kind for each in exports if not each.within(plan.tolerance)]:

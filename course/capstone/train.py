@@ -10,7 +10,6 @@ The two means are taken apart: an old row has a target at every token and an ins
 tenth of the rows would be most of the loss.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -169,8 +168,19 @@ def restore(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, 
 def identity(plan: Plan, rows: Rows, base_hash: str) -> dict:
     """What decides the losses; a run may go on only where all of it is the same."""
     kept = {key: value for key, value in plan.settings().items() if key not in FREE}
-    quantized = plan.method if plan.method != "lora" else "lora"
-    return json.loads(json.dumps(kept | {"method": quantized, "rows": rows.digest, "base's hash": base_hash}))
+    return json.loads(json.dumps(kept | {"method": plan.method, "rows": rows.digest, "base's hash": base_hash}))
+
+
+def check_plan(plan: Plan, folder: Path) -> None:
+    """Refuse another plan before anything of the run in ``folder`` is touched, its base included.
+
+    Raises:
+        CourseError: what was changed.
+    """
+    found, _ = checkpoint.newest(folder)
+    if found is not None:
+        now = json.loads(json.dumps({key: value for key, value in plan.settings().items() if key not in FREE}))
+        check_same({key: value for key, value in found.run.items() if key in now}, now, folder)
 
 
 def check_same(before: dict, now: dict, folder: Path) -> None:
@@ -182,8 +192,9 @@ def check_same(before: dict, now: dict, folder: Path) -> None:
 def diverged(value: float, step: int, plan: Plan, folder: Path, what: str = "loss") -> str:
     found, _ = checkpoint.newest(folder)
     kept = f"step {found.step} is kept in {folder}" if found else "no checkpoint was written yet"
-    lower = dataclasses.replace(plan, lr=plan.lr / 3)
+    if step == 0:
+        return f"the {what} is {value} at the first step; {kept}. No rate was at work yet: it is the base's weights, the dtype, or a row"
     return (
-        f"the {what} is {value} at step {step + 1}; {kept}. Of a run that went well before, the learning rate is too high: try lr = "
-        f"{lower.lr:.2g} with another --out. At the first step it is the base or a row: look at the data's report"
+        f"the {what} is {value} at step {step + 1}; {kept}. It went well before, so the learning rate is too high: try lr = "
+        f"{plan.lr / 3:.2g} with another --out"
     )

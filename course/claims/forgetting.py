@@ -13,7 +13,7 @@ from torch import nn
 
 from course.figures.forgetting import CARD, batch_shares, foreign_data, levels, odd_or_even
 from course.lab import recorded
-from course.lab.forgetting import Mean, mean_of
+from course.lab.forgetting import Mean, at_equal_learning, mean_of
 from reference.ewc import EWC, LoRAEWC, fisher_diagonal
 from reference.lora import inject_lora, lora_layers, merge_lora
 from reference.progressive import ProgressiveNetwork
@@ -102,6 +102,72 @@ def _sequence(method: str) -> dict:
 def after_three(method: str, domain: str) -> float:
     """Nats per token above the floor after clinic, legal and SQL."""
     return statistics.fmean(_sequence(method)[domain])
+
+
+# A real model: Gemma 3 270M on clinic notes
+
+
+@cache
+def _gemma() -> dict:
+    return recorded.load("gemma_forgetting", CARD)["result"]
+
+
+def gemma_runs(method: str, lr: float) -> list[dict]:
+    """The recorded runs of a plan, one for each seed."""
+    found = [run for run in _gemma()["runs"] if (run["method"], run["lr"]) == (method, lr)]
+    assert found, f"no runs of {method!r} at {lr}"
+    return found
+
+
+def gemma_level() -> float:
+    """Nats per word left to learn that every run comes down to."""
+    return _gemma()["level"]
+
+
+def gemma_lost(method: str, lr: float, moment: int | None = None) -> list[float]:
+    """Nats per token of English passages, each seed's: where the run first reaches the level, or at a moment (-1: the end)."""
+    runs, before = gemma_runs(method, lr), _gemma()["base"]["old"]
+    if moment is None:
+        return [at_equal_learning(run["new"], run["old"], gemma_level()) - before for run in runs]
+    return [run["old"][moment] - before for run in runs]
+
+
+def gemma_forgotten(method: str, lr: float, moment: int | None = None, end: str = "mean") -> float:
+    """Of ``gemma_lost`` over seeds the "mean", "least" or "most"."""
+    return {"mean": statistics.fmean, "least": min, "most": max}[end](gemma_lost(method, lr, moment))
+
+
+def gemma_lost_first(method: str, lr: float) -> float:
+    """The same where the first seed's run reaches the level."""
+    return gemma_lost(method, lr)[0]
+
+
+def gemma_left(method: str, lr: float, moment: int = -1) -> float:
+    """Nats per word above the floor of clinic notes at a moment, mean of seeds."""
+    return statistics.fmean(run["new"][moment] for run in gemma_runs(method, lr))
+
+
+def gemma_apart(plan: tuple[str, float], other: tuple[str, float], moment: int | None = None) -> bool:
+    """In every seed the first forgets less than the other in any."""
+    return max(gemma_lost(*plan, moment)) < min(gemma_lost(*other, moment))
+
+
+def gemma_facts(method: str = "", lr: float = 0.0) -> float:
+    """Percent of English facts completed rightly at the end of the runs; without a method: before."""
+    return 100 * (statistics.fmean(run["facts"] for run in gemma_runs(method, lr)) if method else _gemma()["base"]["facts"])
+
+
+def gemma_scaled(lr: float, share: float, what: str = "old") -> float:
+    """One seed's LoRA with a share of its update: "old", forgotten in nats per token; "new", left to learn in nats per word."""
+    (scaled,) = (run["scaled"] for run in gemma_runs("LoRA r=16", lr) if "scaled" in run)
+    value = scaled[what][scaled["share"].index(share)]
+    return value - _gemma()["base"]["old"] if what == "old" else value
+
+
+def gemma_base_is_back() -> bool:
+    """With the adapter's scale at zero, Gemma's logits are the base's, bit for bit."""
+    found = [run["scaled"]["base_is_back"] for run in _gemma()["runs"] if "scaled" in run]
+    return bool(found) and all(found)
 
 
 # Digits

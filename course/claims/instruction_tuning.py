@@ -1,6 +1,7 @@
 """What unit 12 states: the study in the small world, leaks of packed rows, ROUGE's blind spots, what padding costs."""
 
 import functools
+import itertools
 import statistics
 
 import numpy as np
@@ -43,6 +44,75 @@ def before(what: str = "right") -> float:
 def good_beat_bad(few: int, many: int) -> bool:
     """Every seed with so few good rows beats every seed with so many of which 40 % are wrong."""
     return study("good", few, of="least") > study("40% wrong", many, of="most") - 1e-9
+
+
+# A real model: Gemma 3 270M
+
+OURS, LIBRARIES = "LoRA on NF4", "LoRA on NF4, peft + bitsandbytes"
+_OF = {"mean": statistics.fmean, "least": min, "most": max}
+
+
+@functools.cache
+def _gemma() -> dict:
+    return recorded.load("gemma_instructions", "h200")["result"]
+
+
+def gemma_runs(method: str) -> list[dict]:
+    """The recorded runs of a method, one for each seed."""
+    found = [run for run in _gemma()["runs"] if run["method"] == method]
+    assert found, f"no runs of {method!r}"
+    return found
+
+
+def gemma(method: str, what: str = "right", of: str = "mean", kind: str = "") -> float:
+    """Percent of the test's instructions with "form", "right" or "stops": over seeds the "mean", "least" or "most"; of all kinds or one."""
+    shares = [run["followed"]["by_kind"][kind] if kind else run["followed"]["all"] for run in gemma_runs(method)]
+    return 100 * _OF[of](share[what] for share in shares)
+
+
+def gemma_prompted(examples: int, what: str = "right") -> float:
+    """The same of the base, with so many solved examples in its prompt."""
+    (row,) = (row for row in _gemma()["prompted"] if row["method"].startswith(f"base, {examples} "))
+    return 100 * row["followed"]["all"][what]
+
+
+def gemma_english(method: str, what: str = "passages", of: str = "mean") -> float:
+    """After training: "passages", nats per token lost of English prose; "cloze" or "pairs", percent right."""
+    values = [run["english"][what] for run in gemma_runs(method)]
+    return _OF[of](values) - _gemma()["base"][what] if what == "passages" else 100 * _OF[of](values)
+
+
+def gemma_before(what: str) -> float:
+    """Of the base: "cloze" or "pairs", percent right."""
+    return 100 * _gemma()["base"][what]
+
+
+def gemma_rates(one: str = OURS, other: str = "full fine-tuning") -> float:
+    """The learning rate of one method over the other's."""
+    return gemma_runs(one)[0]["lr"] / gemma_runs(other)[0]["lr"]
+
+
+def gemma_rows() -> int:
+    """Instructions to train on."""
+    return _gemma()["instructions"]["rows"]
+
+
+def loss_apart(one: str = OURS, other: str = LIBRARIES) -> float:
+    """How far losses differ in a step, nats per token, mean of all steps: the same seed, so the same rows."""
+    pairs = zip(gemma_runs(one)[0]["losses"], gemma_runs(other)[0]["losses"], strict=True)
+    return statistics.fmean(abs(a - b) for a, b in pairs)
+
+
+def seeds_apart(method: str = OURS) -> float:
+    """The same between two seeds of a method, which see the rows in another order: mean of all pairs."""
+    pairs = itertools.combinations([run["losses"] for run in gemma_runs(method)], 2)
+    return statistics.fmean(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+def teacher(what: str) -> int:
+    """Gemma's base in the loop of Self-Instruct: "calls", "kept", or what was "dropped" as a near-copy."""
+    found = _gemma()["teacher"]
+    return sum(found["counts"].values()) if what == "dropped" else found[what]
 
 
 # Masks

@@ -205,9 +205,10 @@ def untouched_accuracy() -> float:
     return 100 * recorded.load("peft_family")["result"]["base"]["few"]
 
 
-def few(method: str, size: int, losses: str = "lm") -> float:
-    """Accuracy after so many notes, percent, mean of three seeds; losses "lm" or "t-few"."""
-    return 100 * statistics.fmean(_row(method)["few"][losses][str(size)])
+def few(method: str, size: int, losses: str = "lm", end: str = "mean") -> float:
+    """Accuracy after so many notes, percent, over seeds the "mean", "least" or "most"; losses "lm" or "t-few"."""
+    of = {"mean": statistics.fmean, "least": min, "most": max}[end]
+    return 100 * of(_row(method)["few"][losses][str(size)])
 
 
 def numbers(method: str) -> int:
@@ -283,6 +284,20 @@ def accuracy_margin(method: str, size: int) -> float:
     lines = result["settings"]["test"] * len(result["packages"])
     right = accuracy(method, size) / 100
     return 100 * 1.96 * math.sqrt(right * (1 - right) / lines)
+
+
+def runs_finished() -> int:
+    """Of all that were planned, those whose accuracy the record holds."""
+    return sum(run["accuracy"] is not None for run in recorded.load("gemma_few_shot")["result"]["runs"])
+
+
+def runs_planned() -> int:
+    return len(recorded.load("gemma_few_shot")["result"]["runs"])
+
+
+def nats_tried(method: str, which: str = "best") -> float:
+    """Of the right answer after 64 lines, on validation lines, at the "best" or the "worst" of three rates; one seed."""
+    return {"best": min, "worst": max}[which](recorded.load("gemma_few_shot")["result"]["tried"][method].values())
 
 
 def zero_shot(what: str = "accuracy") -> float:

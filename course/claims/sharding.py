@@ -63,6 +63,33 @@ def hiding_tokens(cards: int, gb_a_second: float) -> float:
     return wire_ms("Llama-2-7B", cards, gb_a_second) / 1000 * row["batch"] * row["sequence"] / row["seconds"]
 
 
+def measured(case: str, how: str, what: str, cards: int = 2) -> float:
+    """Of ``sharded_N``: "tokens" a second of all cards, GB of a card at its "peak" or "predicted", milliseconds of a "step"."""
+    row = recorded.row(f"sharded_{cards}", "h200", case=case, how=how)
+    return {
+        "tokens": lambda: row["tokens_a_second"],
+        "peak": lambda: row["peak"] / 1e9,
+        "predicted": lambda: row["predicted_peak"] / 1e9,
+        "step": lambda: 1000 * row["seconds"],
+    }[what]()
+
+
+def of_a_copy_each(case: str, how: str) -> float:
+    """Percent of the tokens a second that two cards reach with a whole model on each."""
+    return 100 * measured(case, how, "tokens") / measured(case, "replicated", "tokens")
+
+
+def exposed_gb_a_second(case: str, how: str = "sharded") -> float:
+    """Bytes that a card receives over the time by which its step is longer than that with a copy on each card."""
+    return recorded.row("sharded_2", "h200", case=case, how=how)["bytes_a_second"] / 1e9
+
+
+def worst_peak_prediction(cards: int = 2) -> float:
+    """Largest distance of a predicted peak from the measured one, in percent."""
+    rows = recorded.load(f"sharded_{cards}", "h200")["result"]["rows"]
+    return max(100 * abs(row["predicted_peak"] / row["peak"] - 1) for row in rows if "predicted_peak" in row)
+
+
 def codes_changed_percent() -> float:
     """Bytes of codes that are kept as bfloat16 numbers, after a policy has cast them to float16 and the layer cast them back."""
     codes = quantize_nf4(normal(1024, 1024)).packed.view(-1)

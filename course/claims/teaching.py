@@ -1,6 +1,6 @@
-"""Minutes in the plans for instructors, as lessons, notebooks and exercises state them."""
+"""Minutes in the plans for instructors, as lessons, notebooks and exercises state them, and limits of the grader."""
 
-from course import teaching
+from course import siblings, teaching
 from course.units import find, units
 
 
@@ -29,3 +29,8 @@ def at_home(*names: str) -> float:
 def whole_course() -> float:
     """Hours for all lessons, notebooks and exercises that there are."""
     return at_home(*(unit.number for unit in units() if unit.solution.exists()))
+
+
+def largest_beside() -> int:
+    """MB that may come along with a notebook that is graded."""
+    return siblings.LARGEST_BYTES // 10**6

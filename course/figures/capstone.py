@@ -61,7 +61,15 @@ def memory(data: dict[str, dict]) -> plt.Figure:
     parts = {labels[kind]: [row[kind] for row in data.values()] for kind in KINDS}
     totals = plotting.stacked(axes, list(data), parts, horizontal=True, height=0.62)
     for i, total in enumerate(totals):
-        axes.text(total + 1.5, i, f"{total:.0f} GB", va="center", fontsize=9)
+        axes.text(
+            total + 1.5,
+            i,
+            f"{total:.0f} GB",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+            zorder=3,
+        )
     for card in CARDS:
         axes.axvline(card, color=plotting.RED, lw=1.2, ls="--")
         axes.text(card, -0.62, f"{card} GB", color=plotting.RED, fontsize=9, ha="center")

@@ -233,6 +233,52 @@ def foreign(data: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+# A real model
+
+GEMMA = {  # plan -> colour, dashes, name
+    ("full fine-tuning", 1e-4): (plotting.BLACK, "-", "full fine-tuning"),
+    ("full fine-tuning", 3e-5): (plotting.BLACK, "--", "full, a rate three times lower"),
+    ("LoRA r=16", 1e-3): (plotting.BLUE, "-", "LoRA"),
+    ("LoRA r=16", 3e-4): (plotting.BLUE, "--", "LoRA, a rate three times lower"),
+    ("EWC", 1e-4): (plotting.GREEN, "-", "EWC"),
+    ("replay 10 %", 1e-4): (plotting.ORANGE, "-", "replay"),
+    ("LoRA r=16 + replay 10 %", 1e-3): (plotting.PINK, "-", "LoRA + replay"),
+}
+
+
+def gemma_data() -> dict:
+    """Plan -> each seed's path: left to learn and forgotten; and LoRA's update times a share, after one seed's training."""
+    result = recorded.load("gemma_forgetting", CARD)["result"]
+    before, paths = result["base"]["old"], {}
+    for (method, lr), (_, _, name) in GEMMA.items():
+        runs = [run for run in result["runs"] if (run["method"], run["lr"]) == (method, lr)]
+        paths[name] = [[run["new"][1:], [old - before for old in run["old"][1:]]] for run in runs]
+    hasty = next(run for run in result["runs"] if "scaled" in run)
+    scaled = [hasty["scaled"]["new"][1:] + hasty["new"][-1:], [old - before for old in hasty["scaled"]["old"][1:] + hasty["old"][-1:]]]
+    return {"paths": paths, "level": result["level"], "scaled": scaled}
+
+
+def gemma(data: dict) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(7.2, 4.9))
+    styles = {name: (colour, dashes) for colour, dashes, name in GEMMA.values()}
+    for name, runs in data["paths"].items():
+        colour, dashes = styles[name]
+        for i, (left, forgotten) in enumerate(runs):
+            axes.plot(left, forgotten, dashes, color=colour, lw=1.1, label=None if i else name)
+            axes.plot(left[-1], forgotten[-1], "o", color=colour, ms=5)
+    axes.plot(*data["scaled"], ":", color=plotting.BLUE, lw=1.4, marker="D", ms=5, mfc="white", label="LoRA, ¼, ½, ¾ of its update")
+    axes.axvline(data["level"], color=plotting.RED, lw=1)
+    axes.text(data["level"] * 1.03, 3.45, "compared here", color=plotting.RED, fontsize=9, ha="right", va="top")
+    axes.set(xscale="log", xlabel="left to learn about clinic notes, nats per word above the floor")
+    axes.set(ylabel="forgotten of English passages, nats per token")
+    axes.set_xticks((1.5, 1, 0.7, 0.5, 0.35, 0.25, 0.15), ("1.5", "1", "0.7", "0.5", "0.35", "0.25", "0.15"))
+    axes.minorticks_off()
+    axes.invert_xaxis()
+    axes.set_ylim(0, 3.8)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.46, -0.14), ncols=2, handlelength=3)
+    return figure
+
+
 # Estimators, by the size of a batch
 
 
@@ -252,4 +298,5 @@ FIGURES = [
     Figure("forgetting_tasks", PAGE, tasks_data, tasks),
     Figure("forgetting_frontier", PAGE, frontier_data, frontier),
     Figure("forgetting_foreign", PAGE, foreign_data, foreign),
+    Figure("forgetting_gemma", PAGE, gemma_data, gemma),
 ]

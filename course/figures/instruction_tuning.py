@@ -6,7 +6,7 @@ from matplotlib.patches import Rectangle
 
 from course.claims import instruction_tuning as claims
 from course.figures import Figure
-from course.lab import plotting
+from course.lab import plotting, recorded
 from course.lab.chat import chat_tokenizer
 from reference.instruct import IGNORED, Example, border_mask, encode, pack, packed_batch
 
@@ -156,9 +156,63 @@ def draw_quality(data: dict) -> plt.Figure:
     return figure
 
 
+GEMMA = {  # method of the record -> name, colour
+    claims.OURS: ("LoRA on NF4", plotting.BLUE),
+    claims.LIBRARIES: ("the same with\npeft + bitsandbytes", plotting.RED),
+    "full fine-tuning": ("full fine-tuning", plotting.BLACK),
+}
+
+
+def gemma_data() -> dict:
+    """Name -> percent with form and right, and nats of prose lost, each seed's; and the losses of training."""
+    asked = {f"{n} examples\nin the prompt": {what: [claims.gemma_prompted(n, what)] for what in ("form", "right")} for n in (0, 7)}
+    before, losses = recorded.load("gemma_instructions", "h200")["result"]["base"]["passages"], {}
+    for method, (name, _) in GEMMA.items():
+        found = claims.gemma_runs(method)
+        asked[name] = {what: [100 * run["followed"]["all"][what] for run in found] for what in ("form", "right")}
+        asked[name]["lost"] = [run["english"]["passages"] - before for run in found]
+        losses[name] = [run["losses"] for run in found]
+    return {"asked": asked, "losses": {name: losses[name] for name in losses if name != "full fine-tuning"}}
+
+
+def draw_gemma(data: dict) -> plt.Figure:
+    places = [["asked", "lost"], ["loss", "loss"]]
+    figure, panels = plt.subplot_mosaic(places, figsize=(8.0, 5.6), width_ratios=(1.6, 1), height_ratios=(1.2, 1))
+    asked, lost, loss = (panels[name] for name in ("asked", "lost", "loss"))
+    for i, row in enumerate(data["asked"].values()):
+        for shift, what, colour in ((-0.2, "form", plotting.SKY), (0.2, "right", plotting.BLUE)):
+            label = {"form": "answers of the form asked for", "right": "right answers"}[what] if i == 0 else None
+            asked.barh(i + shift, np.mean(row[what]), 0.36, color=colour, label=label)
+            asked.plot(row[what], [i + shift] * len(row[what]), "o", color=plotting.BLACK, markersize=3)
+        if "lost" in row:
+            lost.barh(i, np.mean(row["lost"]), 0.5, color=plotting.ORANGE)
+            lost.plot(row["lost"], [i] * len(row["lost"]), "o", color=plotting.BLACK, markersize=3)
+    for axes in (asked, lost):
+        axes.set(ylim=(len(data["asked"]) - 0.4, -0.6))
+        axes.grid(axis="y", visible=False)
+    asked.set_yticks(range(len(data["asked"])), list(data["asked"]), fontsize=9)
+    lost.set_yticks([])
+    lost.text(0.01, 0.5, "the base: nothing lost", va="center", fontsize=9)
+    asked.set(xlabel="% of the test's instructions", xlim=(0, 100))
+    asked.legend(fontsize=9, loc="upper right")
+    lost.set(xlabel="English prose lost,\nnats per token", xlim=(0, 0.5))
+    colours = dict(GEMMA.values())
+    for name, curves in data["losses"].items():
+        for i, values in enumerate(curves):
+            smooth = np.convolve(values, np.ones(9) / 9, "valid")
+            mine = name == GEMMA[claims.OURS][0]
+            label = f"{name}, seed 0".replace("\n", " ") if i == 0 else "two other seeds" if i == 1 else None
+            style = {"lw": 1.8 if i == 0 else 0.9, "ls": "-" if mine else "--", "alpha": 1 if i == 0 else 0.6}
+            loss.plot(np.arange(len(smooth)) + 5, smooth, color=colours[name], label=label, **style)
+    loss.set(xlabel="step", ylabel="loss, nats per token,\nmean of nine steps", ylim=(0, None))
+    loss.legend(fontsize=9, loc="upper right")
+    return figure
+
+
 FIGURES = [
     Figure("instruction_masks", PAGE, masks_data, draw_masks),
     Figure("instruction_behaviour", PAGE, behaviour_data, draw_behaviour),
     Figure("instruction_quality", PAGE, quality_data, draw_quality),
     Figure("instruction_borders", PAGE, borders_data, draw_borders),
+    Figure("instruction_gemma", PAGE, gemma_data, draw_gemma),
 ]

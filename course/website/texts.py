@@ -11,6 +11,8 @@ _CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|(?<!`)(?P<tick>
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()#\s:]+)(?P<heading>#[^()\s]*)?\)")
 BRANCH = "main"  # of the repository that links lead to
+_AS_IT_IS = re.compile(r"\$[^$]*\$|^#.*$", re.MULTILINE)  # formulas, and headings, whose words become addresses
+_UNIT = re.compile(r"(?<=\d)(\*{0,2}) (?=(?:[µm]?s|[kMGT]B|bits?|nats?|%|×(?! ?\d))(?![\w/]))")
 _SPECIAL = re.compile(r"([\\\[\]*_`$<>{}|~#])")
 
 
@@ -24,6 +26,15 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 
     changed = change(_CODE.sub(keep, text))
     return re.sub(r"\x00(\d+)\x00", lambda match: kept[int(match[1])], changed)
+
+
+def with_units(text: str) -> str:
+    """Markdown in which a number and its unit stay on one line."""
+    pieces, last = [], 0
+    for each in _AS_IT_IS.finditer(text):
+        pieces += [_UNIT.sub("\\1\u00a0", text[last : each.start()]), each[0]]
+        last = each.end()
+    return "".join([*pieces, _UNIT.sub("\\1\u00a0", text[last:])])
 
 
 def escape(text: str) -> str:
@@ -63,7 +74,7 @@ class Links:
         """The Markdown ``text`` of the file ``source`` as its page has it."""
 
         def change(text: str) -> str:
-            return _LINK.sub(lambda match: self._link(match, source), _COMMENT.sub("", text))
+            return _LINK.sub(lambda match: self._link(match, source), with_units(_COMMENT.sub("", text)))
 
         return outside_code(text, change)
 

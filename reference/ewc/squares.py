@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference.ewc.layers import (
@@ -76,11 +77,9 @@ class Squares:
         if not self.proven:
             self._prove(outputs)
         into = [call.output for call in self.calls]
-        grad = partial(torch.autograd.grad, outputs, into, retain_graph=True, allow_unused=True)
-        if len(columns) == 1:  # nothing to vectorise over
-            signals = _one(grad(columns[0]))
-        else:
-            signals = grad(columns, is_grads_batched=True)
+        back = partial(torch.autograd.grad, outputs, into, retain_graph=True, allow_unused=True)
+        alone = len(columns) == 1  # nothing to vectorise over
+        signals = _one(back(columns[0])) if alone else _vectorised(back, columns)
         self._each(signals, len(outputs), lambda name, g: total[name].add_(g), squared=True)
 
     def add_whole(
@@ -154,3 +153,22 @@ class Squares:
 def _one(signals: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Gradients (rows, ...) as (1, rows, ...)."""
     return tuple(None if s is None else s[None] for s in signals)
+
+
+def _vectorised(
+    back: Callable[[Tensor], tuple[Tensor | None, ...]], columns: Tensor
+) -> tuple[Tensor | None, ...]:
+    """``back`` of all columns at once.
+
+    ``is_grads_batched`` does the same through an older vmap, which goes through softmax's and
+    SiLU's backward column by column.
+    """
+    there: list[bool] = []
+
+    def known(column: Tensor) -> tuple[Tensor, ...]:  # vmap takes tensors only
+        found = back(column)
+        there[:] = [each is not None for each in found]
+        return tuple(each for each in found if each is not None)
+
+    found = iter(vmap(known)(columns))
+    return tuple(next(found) if is_there else None for is_there in there)

@@ -35,8 +35,6 @@ from reference.multi_lora.factors import Factors, common_dtype
 from reference.multi_lora.on_gpu import kernels, kernels_for
 from reference.multi_lora.route import Route, chosen, known
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 class MultiLoRALinear(nn.Module):
     """y = base(x) + each row's own update. It serves; it does not train.
@@ -96,15 +94,19 @@ class MultiLoRALinear(nn.Module):
         """Forget an adapter; what has selected it keeps it until its next selection."""
         del self.adapters[known(name, self.adapters)]
 
-    def check(self, factors: Factors) -> None:
-        """Raise unless the factors fit this layer."""
+    def check(self, factors: Factors, anywhere: bool = False) -> None:
+        """Raise unless the factors fit this layer.
+
+        Args:
+            anywhere: they may be on another device, from which they will be copied.
+        """
         if not isinstance(factors, Factors):
             raise TypeError(f"factors must be Factors, got {type(factors).__name__}")
         sizes = self.out_features, self.in_features
         if factors.sizes != sizes:
             words = f"the factors are for a layer of sizes (out, in) = {factors.sizes}"
             raise ValueError(f"{words}; {describe(self.base)} has {sizes}")
-        if factors.A.device != self.base.weight.device:
+        if not anywhere and factors.A.device != self.base.weight.device:
             devices = f"the factors are on {factors.A.device}, the base on"
             raise ValueError(f"{devices} {self.base.weight.device}: factors.to(device)")
 
@@ -147,10 +149,9 @@ class MultiLoRALinear(nn.Module):
         if self._route is None:
             return self.base(x)
         self._route.check(len(x) if x.dim() > 1 else 1)
-        if self._route.whole and generation.plain(self.base, x):
-            f = self._factors[0]
-            if generation.takes_kernels(x, f.A, f.B):
-                return generation.forward(self.base, x, f.A, f.B, f.scaling)
+        f = self._factors[0] if self._route.whole and generation.plain(self.base, x) else None
+        if f is not None and generation.takes_kernels(x, f.A, f.B):
+            return generation.forward(self.base, x, f.A, f.B, f.scaling)
         y = self.base(x)
         if self._takes_kernels(x, y):
             return self._with_kernels(y, x)
@@ -163,7 +164,7 @@ class MultiLoRALinear(nn.Module):
 
     def _takes_kernels(self, x: Tensor, y: Tensor) -> bool:
         """Whether :mod:`reference.kernels.multi_lora` computes it: half types, on CUDA."""
-        if not (kernels_for(x.device) and x.dtype in HALF) or torch.is_grad_enabled():
+        if not (kernels_for(x.device) and x.dtype in generation.HALF) or torch.is_grad_enabled():
             return False
         fits = y.dtype == x.dtype and self._dtype in (x.dtype, torch.float32)
         return fits and x.dim() > 1 and x.numel() > 0

@@ -78,8 +78,12 @@ class MultiLoRA:
         """Forget an adapter. What has selected it goes on with it."""
         del self._adapters[known(name, self._adapters)]
 
-    def check(self, adapter: Adapter, name: str = "") -> MappingProxyType:
-        """A copy of the table ``adapter`` that nobody changes, if all of it can be served."""
+    def check(self, adapter: Adapter, name: str = "", anywhere: bool = False) -> MappingProxyType:
+        """A copy of the table ``adapter`` that nobody changes, if all of it can be served.
+
+        Args:
+            anywhere: it may be on another device, from which it will be copied.
+        """
         if missing := [layer for layer in adapter if layer not in self.layers]:
             words = "are not served: name them in target_modules"
             raise ValueError(f"adapter {name!r}: layers {missing[:4]} {words}")
@@ -87,7 +91,7 @@ class MultiLoRA:
             raise ValueError(f"adapter {name!r} holds no layer")
         for layer, factors in adapter.items():
             try:
-                self.layers[layer].check(factors)
+                self.layers[layer].check(factors, anywhere)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"adapter {name!r}, {layer}: {error}") from None
         return MappingProxyType(dict(adapter))

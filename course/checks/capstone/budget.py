@@ -24,11 +24,11 @@ def all_lines(shape: ModelShape, recipe, checkpointing: bool, brief: dict) -> in
     return sum(line.bytes for line in lines.values())
 
 
-def budget(brief: dict, *, ladder=LADDER, room=0.9, size=peak, last=None) -> dict:
+def budget(brief: dict, *, ladder=LADDER, room=0.9, size=peak, last=None, unit=1e9) -> dict:
     """The worked answer: the first plan of the ladder whose fullest moment takes at most nine tenths of the card."""
     shape = SHAPES[brief["model"]]
     for recipe, checkpointing in ladder:
-        needed = size(shape, recipe, checkpointing, brief) / 1e9
+        needed = size(shape, recipe, checkpointing, brief) / unit
         if needed <= room * brief["card_gb"]:
             return {"method": recipe.name, "checkpointing": checkpointing, "peak_gb": needed}
     return last or {"method": "refuse", "checkpointing": False, "peak_gb": needed}
@@ -63,8 +63,13 @@ def briefs(seed: int) -> dict[str, dict]:
     }
 
 
+def told(brief: dict) -> str:
+    """The brief in words, so that a learner can try it."""
+    return f"{brief['model']}, batch {brief['batch']}, sequence {brief['sequence']}, card_gb {brief['card_gb']:.1f}"
+
+
 def observe(answer, seed: int) -> dict:
-    seen = {label: answer(dict(brief)) for label, brief in briefs(seed).items()}
+    seen = {f"{label} ({told(brief)})": answer(dict(brief)) for label, brief in briefs(seed).items()}
     return {label: {key: found[key] for key in sorted(found)} if isinstance(found, dict) else found for label, found in seen.items()}
 
 
@@ -93,6 +98,7 @@ check = Check(
         "the memory is not that of the brief: pass its batch and its sequence": but(
             size=lambda shape, recipe, on, brief: training_memory(shape, recipe, checkpointing=on).peak
         ),
+        "a GB is 10⁹ bytes, not 2³⁰": but(unit=2**30),
     },
     rtol=1e-6,
 )

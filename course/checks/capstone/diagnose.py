@@ -30,6 +30,10 @@ def unpaired(before: Tensor, after: Tensor) -> Interval:
     return Interval(middle, middle - half, middle + half, 0.95, n).rise
 
 
+def in_nats(before: Tensor, after: Tensor) -> Interval:
+    return compare_losses(before, after)
+
+
 def share_of_loss(before: Tensor, after: Tensor) -> Interval:
     found, level = compare_losses(before, after), before.double().mean().item()
     return Interval(found.estimate / level, found.low / level, found.high / level, 0.95, found.count)
@@ -47,6 +51,7 @@ def diagnose(
     pair=STAGES.get,
     learned=lambda found: found.high < 0,
     unknown="ask more",
+    hasty=False,
     order=("merge", "serving", "forgetting"),
 ) -> dict:
     """The worked answer: the first stage that is shown to lose too much; what is not known is asked, and only then it ships."""
@@ -57,6 +62,8 @@ def diagnose(
     for stage, verdict in verdicts.items():
         if verdict == "beyond":
             return {"do": STAGES[stage][2], "upper": found[stage].high}
+        if verdict == "unknown" and hasty:
+            break
     if "unknown" in verdicts.values():
         return {"do": unknown, "upper": max(interval.high for interval in found.values())}
     return {"do": "ship", "upper": max(interval.high for interval in found.values())}
@@ -108,6 +115,7 @@ def observe(answer, seed: int) -> dict:
         "nothing was learned": case(rng, {"learned": 0.0, "merge": share[3]}, spread=0.01),
         "a loss just above the tolerance, of rows that hardly differ": case(rng, {"merge": 0.024}),
         "a few rows that differ much": case(rng, {"merge": 0.015, "serving": 0.0}, rows=10, spread=0.04),
+        "of few rows the merge is not known, and old text is lost": case(rng, {"merge": 0.02, "forgetting": 0.5}, rows=10, spread=0.04),
     }
     return {label: answer({name: losses.clone() for name, losses in measured.items()}, 0.02) for label, measured in cases.items()}
 
@@ -128,8 +136,14 @@ check = Check(
             learned=lambda found: True
         ),
         "what is not known is not within: ask more rows before you ship": but(unknown="ship"),
+        "you asked for more rows at the first stage that is not known, and a later one is shown to lose too much: look at all three": but(
+            hasty=True
+        ),
         "forgetting was looked at first: what is lost after training is mended without training again": but(
             order=("forgetting", "merge", "serving")
+        ),
+        "the tolerance is a share of perplexity, and your interval is in nats: `.rise` takes it from one to the other": but(
+            compare=in_nats
         ),
     },
     rtol=1e-6,

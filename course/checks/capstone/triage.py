@@ -2,7 +2,7 @@
 
 import random
 
-from course.checking import Check, but
+from course.checking import Check, NotYet, but
 from course.lab.world import CITIES, NAMES, PETS
 
 REASONS = ("no answer", "too long", "asked in the test", "repeated", "contradicts an earlier row", "keep")
@@ -42,6 +42,7 @@ def triage(
     judge=judged,
     empty=lambda row: not row["output"].strip(),
     long=lambda row, longest: words(row) > longest,
+    remembered=("keep",),
 ) -> list[str]:
     """The worked answer: the first reason that holds; rows are compared with those that are kept."""
     earlier: dict[str, str] = {}
@@ -55,8 +56,8 @@ def triage(
             reason = "asked in the test"
         else:
             reason = judge(row, earlier, same)
-        if reason == "keep":
-            earlier[same(row["instruction"])] = same(row["output"])
+        if reason in remembered:
+            earlier.setdefault(same(row["instruction"]), same(row["output"]))
         found.append(reason)
     return found
 
@@ -132,7 +133,20 @@ def observe(answer, seed: int) -> dict:
     rows, held_out, longest = sample(seed)
     found = answer([dict(row) for row in rows], [dict(row) for row in held_out], longest)
     whole = [{"instruction": "say a", "output": ""}] + [{"instruction": "say a", "output": "a"}] * 2
-    return {"a sample": found, "a row that repeats one without an answer": answer(whole, [], 9)}
+    return {"a sample": by_row(found, rows), "a row that repeats one without an answer": answer(whole, [], 9)}
+
+
+def by_row(found, rows: list[dict]):
+    """Reasons under the rows that they are about, so that a learner reads which row it is.
+
+    Raises:
+        NotYet: it is no list, or one of another length.
+    """
+    if not isinstance(found, (list, tuple)) or len(found) != len(rows):
+        got = f"{len(found)} values" if isinstance(found, (list, tuple)) else type(found).__name__
+        raise NotYet(f"return a list with one text for each row, kept or not: {len(rows)} here, got {got}")
+    texts = (f"{row['instruction']!r} → {row['output'][:20]!r}" for row in rows)
+    return {f"row {i}, {text}": reason for i, (text, reason) in enumerate(zip(texts, found, strict=True))}
 
 
 check = Check(
@@ -148,6 +162,7 @@ check = Check(
         "nothing is compared with the test: what is trained on can't be asked": but(tested=lambda row, held_out, same: False),
         "two answers to one question are no repetition: one of them is wrong, and somebody has to look": but(judge=by_prompt),
         "two answers to one question are both kept: the model learns to guess between them": but(judge=by_pair),
+        "rows are compared with those that were dropped, too: only what was kept is there to be repeated": but(remembered=REASONS),
         "rows without an answer are kept: there is nothing to learn from in them": but(empty=lambda row: False),
         "an answer of spaces is no answer": but(empty=lambda row: not row["output"]),
         "rows that are too long are kept: cut, they would lose the end of their answer": but(long=lambda row, longest: False),

@@ -8,6 +8,7 @@ const COLOURS = {
   activations: "#009e73", "recomputed layer": "#66c4a8", "log-probabilities": "#cc79a7", "loss gradients": "#e3b4cf",
   temporaries: "#d55e00", "scores' gradients": "#a34a00", "step buffer": "#56b4e9",
 };
+const narrow = matchMedia("(max-width: 600px)");
 const gb = (bytes) => python.format(bytes / 1e9, bytes < 1e10 ? ",.2f" : ",.1f", false);
 
 /** What training_memory says for plain settings; the tests call this too. */
@@ -31,7 +32,7 @@ function settings(form) {
 /** Bars of all moments of the step, each divided into what is there. */
 function bars(breakdown, card) {
   const moments = Object.entries(breakdown.moments);
-  const [left, width, row] = [165, 560, 34];
+  const [left, width, row] = narrow.matches ? [125, 240, 34] : [165, 560, 34];
   const scale = (width - 70) / Math.max(breakdown.peak, card * 1e9 < 2.5 * breakdown.peak ? card * 1e9 : 0);
   const drawn = moments.map(([moment, there], i) => {
     let x = left;
@@ -90,6 +91,7 @@ document.addEventListener("DOMContentLoaded", () => {
     for (const value of Object.keys(values)) form.elements[name].append(new Option(value, value, value === chosen, value === chosen));
   }
   form.addEventListener("input", () => show(form));
+  narrow.addEventListener("change", () => show(form));
   form.addEventListener("submit", (event) => event.preventDefault());
   show(form);
 });

@@ -1,4 +1,4 @@
-/* Tables that sort, questions that are chosen, folds that open for paper, and boxes that scroll by key. */
+/* Tables that sort, questions that are chosen, pictures that open, folds that open for paper, and boxes that scroll by key. */
 "use strict";
 
 // a page that was opened from a disk may not read its neighbours: the search shows no excerpts of them then
@@ -54,6 +54,26 @@ function reachable() {
   }
 }
 
+/** A picture that is larger than its place opens by itself at a click. */
+function larger() {
+  for (const picture of document.querySelectorAll(".bd-article img[src]")) {
+    if (picture.closest("a")) continue;
+    const link = document.createElement("a");
+    link.className = "larger";
+    link.href = picture.src;
+    link.title = "Open this picture by itself";
+    picture.replaceWith(link);
+    link.append(picture);
+  }
+}
+
+/** One line that a cell printed is a sentence and may go on in the next; several are a table. */
+function sentences() {
+  for (const printed of document.querySelectorAll(".cell_output pre")) {
+    printed.classList.toggle("sentence", !printed.textContent.trim().includes("\n"));
+  }
+}
+
 /** The arrows of the sidebar say aloud what they unfold. */
 function named() {
   for (const arrow of document.querySelectorAll(".bd-links summary")) {
@@ -63,6 +83,8 @@ function named() {
 
 document.addEventListener("DOMContentLoaded", () => {
   named();
+  larger();
+  sentences();
   document.querySelectorAll("table.sortable").forEach(sortable);
   document.querySelectorAll("form.filters").forEach(choosing);
   reachable();

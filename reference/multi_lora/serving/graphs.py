@@ -8,9 +8,9 @@ changes from step to step lies in memory of its own, which is filled before the 
     plan                which rows use which adapter
     entries             where each adapter's factors lie, its rank and scale, for every layer
 
-A row that pads writes to slot 0 and uses no adapter. A graph is recorded for each size that occurs,
-and for each width that ranks are rounded up to. An adapter may come, go, and be in any rows. The
-base's weights must stay where they lay: after ``to`` or ``merge_delta``, make a new engine.
+A row that pads writes to slot 0 and uses no adapter. A graph is recorded for each size that occurs
+and each width of rounded ranks. An adapter may come, go, and be in any rows. The base's weights
+must stay where they lay: after ``to`` or ``merge_delta``, make a new engine.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from reference.multi_lora.factors import Factors, common_dtype
 from reference.multi_lora.model import MultiLoRA
 from reference.multi_lora.on_gpu import kernels, kernels_for
-from reference.multi_lora.route import Route
+from reference.multi_lora.route import Planned, Route
 from reference.multi_lora.serving.cache import KVCache, next_logits
 from reference.multi_lora.serving.host import Held
 
@@ -35,22 +35,6 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
-@dataclass
-class Planned:
-    """A route for the kernels alone, whose plan is filled again for each batch."""
-
-    filled: object
-    whole = False  # who has which row changes
-
-    def check(self, rows: int) -> None:
-        """Raise unless a batch of ``rows`` rows is what the plan is for."""
-        if rows != self.filled.rows:
-            raise ValueError(f"the batch has {rows} rows, its plan {self.filled.rows}")
-
-    def plan(self, rows: int, tokens: int, device: torch.device) -> object:
-        return self.filled
-
-
 class Step:
     """What a step of ``rows`` rows and ``slots`` slots reads, and its graph.
 
@@ -59,9 +43,8 @@ class Step:
     """
 
     def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, aligned, device):
-        self.ids, self.slots = (
-            torch.zeros(rows, n, dtype=torch.int64, device=device) for n in (1, slots)
-        )
+        whole = dict(dtype=torch.int64, device=device)
+        self.ids, self.slots = torch.zeros(rows, 1, **whole), torch.zeros(rows, slots, **whole)
         self.start, self.count = torch.zeros_like(self.ids[:, 0]), torch.ones_like(self.ids[:, 0])
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
@@ -69,7 +52,7 @@ class Step:
         self.rank = rank
         if rank:
             sizes = len(served.layers), rows, 4
-            self.entries = torch.zeros(sizes, dtype=torch.int64, device=device)
+            self.entries = torch.zeros(sizes, **whole)
             self.tables = [kernels().Table(part, dtype, rank, (), aligned) for part in self.entries]
             self.plan = kernels().Plan([[0]], rows, 1, device, refilled=True)
 

@@ -1,19 +1,22 @@
 """Adapters in RAM: each packed into one run of pinned bytes, from which one copy takes it along.
 
 What was read from disk can be read again, so the least recently used of these make room. What was
-handed over as factors exists nowhere else, and stays until its tenant goes.
+handed over as factors exists nowhere else, and stays until its tenant goes. An adapter is checked
+against the model when it comes here, and not at every copy from here.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from reference.arguments import check_integer
-from reference.multi_lora.factors import Adapter, Factors, read_factors
-from reference.paging.lanes import Lane, Packed, pinned_bytes
+from reference.multi_lora.factors import Adapter, read_factors
+from reference.multi_lora.model import MultiLoRA
+from reference.multi_lora.serving.packed import Layout
+from reference.paging.lanes import Lane, pinned_bytes
 
 
 @dataclass(eq=False)
@@ -27,6 +30,7 @@ class Held:
         adapter: layer's name -> factors on the device; None while it is not there.
         arrived: the event of its copy to the device.
         users: how many requests have pinned it on the device.
+        layout: where its factors lie in ``memory``, and in its copy on the device.
     """
 
     name: str
@@ -36,22 +40,14 @@ class Held:
     adapter: Adapter | None = None
     arrived: object = None
     users: int = 0
-    packed: Packed | None = None
-    scales: dict[str, float] = field(default_factory=dict)
-
-    def views(self, memory: Tensor) -> dict[str, Factors]:
-        """The adapter as it lies in ``memory``."""
-        parts = self.packed.views(memory)
-        return {
-            name: Factors(parts[f"{name}.A"], parts[f"{name}.B"], scale)
-            for name, scale in self.scales.items()
-        }
+    layout: Layout | None = None
 
 
 class HostStore:
     """At most ``limit`` bytes of adapters.
 
     Args:
+        served: what adapters are for.
         device: that copies will go to; a GPU asks for pinned memory.
         dtype: of the factors; default: as they come.
         lane: that copies from here.
@@ -60,9 +56,17 @@ class HostStore:
         reads: how often files were read.
     """
 
-    def __init__(self, limit: int, device: torch.device, dtype: torch.dtype | None, lane: Lane):
+    def __init__(
+        self,
+        served: MultiLoRA,
+        limit: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        lane: Lane,
+    ):
         check_integer("host_bytes", limit, 1)
-        self.limit, self.device, self.dtype, self.lane = limit, device, dtype, lane
+        self.served, self.limit = served, limit
+        self.device, self.dtype, self.lane = device, dtype, lane
         self._held: OrderedDict[Held, None] = OrderedDict()  # least recently used first
         self.reads = 0
 
@@ -74,7 +78,7 @@ class HostStore:
         """A new version: files are read when they are needed, factors packed at once.
 
         Raises:
-            ValueError: there is no room for the factors.
+            TypeError, ValueError: the factors don't fit the model; there is no room for them.
         """
         if isinstance(source, (str, Path)):
             return Held(name, Path(source))
@@ -85,7 +89,8 @@ class HostStore:
         """Its bytes in RAM, read from disk if they are not there.
 
         Raises:
-            FileNotFoundError, ValueError: the files are missing or broken; there is no room.
+            FileNotFoundError, ValueError: the files are missing or broken, or don't fit the model;
+                there is no room.
         """
         if held.memory is None:
             self._keep(held, read_factors(held.source))
@@ -100,18 +105,14 @@ class HostStore:
         held.memory = None
 
     def _keep(self, held: Held, adapter: Adapter) -> None:
+        adapter = self.served.check(adapter, held.name, anywhere=True)
         if self.dtype:
             adapter = {name: f.to(self.dtype) for name, f in adapter.items()}
-        tensors = {}
-        for name, f in adapter.items():
-            tensors |= {f"{name}.A": f.A, f"{name}.B": f.B}
-        packed = Packed(tensors)
-        self._make_room(packed.bytes, held.name)
-        held.memory = pinned_bytes(packed.bytes, self.device)
-        for name, view in packed.views(held.memory).items():
-            view.copy_(tensors[name])
-        held.packed, held.nbytes = packed, packed.bytes
-        held.scales = {name: f.scaling for name, f in adapter.items()}
+        layout = Layout(adapter)
+        self._make_room(layout.bytes, held.name)
+        held.memory = pinned_bytes(layout.bytes, self.device)
+        layout.write(adapter, held.memory)
+        held.layout, held.nbytes = layout, layout.bytes
         self._held[held] = None
 
     def _make_room(self, wanted: int, name: str) -> None:

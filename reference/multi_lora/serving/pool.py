@@ -5,12 +5,15 @@
 Space is counted in bytes. Slots of one size, made for the largest rank, would give a rank-8 adapter
 the room of a rank-64 one: an eighth of the customers for the same memory. Each adapter is packed
 into one run of bytes, so that a swap is one copy at the speed of the bus, in a stream of its own:
-while it runs, the others are served.
+while it runs, the others are served. Nothing in a swap is done layer by layer: an adapter is
+checked when it arrives, and its tensors are made when a layer looks at them.
 
 What a running request uses is pinned. It is never evicted, and ``replace`` makes a new version
-beside it: the request ends with the version with which it began.
+beside it: the request ends with the version with which it began. Tensors that somebody still has
+after the end keep their values; only the pool no longer counts them.
 """
 
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from reference.multi_lora.factors import Adapter
 from reference.multi_lora.model import MultiLoRA
 from reference.multi_lora.route import known
 from reference.multi_lora.serving.host import Held, HostStore
+from reference.multi_lora.serving.packed import PackedAdapter
 from reference.paging.lanes import Lane, now, wait_here
 
 
@@ -32,9 +36,12 @@ class AdapterPool:
     """Adapters by tenant, of which some are on the device.
 
     Args:
-        served: the model; every adapter that arrives is checked against its layers.
+        served: the model; every adapter is checked against its layers once, when it arrives: from
+            disk, when it is read.
         device_bytes, host_bytes: for adapters, on the device and in RAM.
         dtype: of the factors on the device and in RAM; default: as they come.
+
+    On a GPU, use it from one stream, in which the adapters are used, too.
 
     Attributes:
         host: what is in RAM: :class:`reference.multi_lora.serving.host.HostStore`.
@@ -54,8 +61,10 @@ class AdapterPool:
         self.lane = Lane(self.device)
         self.tenants: dict[str, Held] = {}
         self._device: OrderedDict[Held, None] = OrderedDict()  # least recently used first
-        self.host = HostStore(host_bytes, self.device, dtype, self.lane)
+        self.host = HostStore(served, host_bytes, self.device, dtype, self.lane)
         self.counts = dict(hits=0, loads=0, evictions=0, bytes=0)
+        # No copy may outlive its memory; when all ends, nobody gets that any more.
+        weakref.finalize(self, self.lane.wait).atexit = False
 
     @property
     def device_used(self) -> int:
@@ -72,14 +81,18 @@ class AdapterPool:
         """A new tenant, by the directory of peft's files, or by factors, which stay in RAM.
 
         Raises:
-            ValueError: the name is taken; the factors don't fit into the RAM that is left.
+            TypeError, ValueError: the name is taken; the factors don't fit the model, or into the
+                RAM that is left.
         """
         if name in self.tenants:
             raise ValueError(f"there is a tenant {name!r}: replace() its adapter, or remove() it")
         self.tenants[name] = self.host.version(name, source)
 
     def replace(self, name: str, source: str | Path | Adapter) -> None:
-        """A new version: requests that begin from now on get it; those that run keep theirs."""
+        """A new version: requests that begin from now on get it; those that run keep theirs.
+
+        Raises: as :meth:`register`, and then the old version stays.
+        """
         old, new = self.tenants[known(name, self.tenants)], self.host.version(name, source)
         self.tenants[name] = new
         self._retire(old)
@@ -99,8 +112,8 @@ class AdapterPool:
         """The tenant's current version, on the device and pinned: ``release`` it in the end.
 
         Raises:
-            ValueError: the tenant is unknown; the adapter does not fit the model, or is larger than
-                the whole pool.
+            FileNotFoundError, ValueError: the tenant is unknown; its files are missing or broken,
+                or don't fit the model; the adapter is larger than the whole pool.
             PoolFull: what would have to go is in use.
         """
         held = self.tenants[known(name, self.tenants)]
@@ -141,8 +154,11 @@ class AdapterPool:
         self._drop(held)
 
     def _drop(self, held: Held) -> None:
+        # Work to come in this stream may get the memory next. A copy that nobody waited for, as
+        # prefetch makes it, must have been made by then.
+        wait_here(held.arrived, self.device)
         self._device.pop(held, None)
-        held.adapter = None
+        held.adapter = held.arrived = None
 
     def _load(self, held: Held) -> None:
         if held.adapter is not None:
@@ -155,9 +171,7 @@ class AdapterPool:
         memory = torch.empty(held.nbytes, dtype=torch.uint8, device=self.device)
         # The allocator's memory may still be read by earlier work of this stream: the copy waits.
         held.arrived = self.lane.copy(memory, packed, now(self.device))
-        if self.lane.stream is not None:
-            memory.record_stream(self.lane.stream)
-        held.adapter = self.served.check(held.views(memory), held.name)
+        held.adapter = PackedAdapter(held.layout, memory)
         self._device[held] = None
         self.counts["loads"] += 1
         self.counts["bytes"] += held.nbytes
