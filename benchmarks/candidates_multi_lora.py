@@ -2,18 +2,17 @@
 
     y = W·x + s·B·(A·x)        x: one row, 16 bits; sums in float32, rounded once
 
-Today these are three launches: the base's, shrink, expand. The factors are under one percent of the bytes, so what an adapter costs is
-waiting: for launches, and for h = A·x before B can be used. Three ways to wait less. In all of them A is just r more rows of W.
+The course's way (``reference/kernels/multi_lora/single.py``) is [A; W]·x, then W·x + B·h in a launch that begins in advance. Here are its
+rivals, each in the sizes that were its best on an H200. In all of them A is just r more rows of W.
 
 - "one launch": the first programs compute h and count up a flag. The others take rows of W; when their weights are on the way they look at
   the flag, and multiply B by h in passing. Programs start in the order of their numbers, and those of h wait for nobody, so nobody waits
   for ever. The last one sets the flag back, for the next launch.
 - "shrink, then fused": h in a launch of its own, whose dependent launch starts at once ("programmatic dependent launch") and waits for h
   when its own weights are on the way.
-- "stacked, then expand": [A; W]·x first; then y = W·x + B·h, launched in advance in the same way.
+- "base, then grouped": cuBLAS, then shrink and expand, as for several rows.
 
-"base" is the first without an adapter: what the course's own product of a row would cost by itself. A way that a measurement finds faster
-goes into ``reference/kernels/multi_lora``; the others go.
+"base" is the first without an adapter: what the course's own product of a row would cost by itself.
 """
 
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+
+from reference.kernels.multi_lora import single
 
 INTERPRETED = triton.knobs.runtime.interpret
-EXPAND = 256  # columns of y for a program of "stacked, then expand"
+product = single.product
 
 
 @triton.jit
@@ -39,20 +40,10 @@ def _fetched(x_ptr, m_ptr, row, live, start, K: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def _product(x_ptr, m_ptr, row, live, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS,) of M·x."""
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.static_range(0, K, COLUMNS):
-        m, x = _fetched(x_ptr, m_ptr, row, live, start, K, COLUMNS)
-        total += m.to(tl.float32) * x.to(tl.float32)
-    return tl.sum(total, 1)
-
-
-@triton.jit
 def _shrunk(x_ptr, a_ptr, h_ptr, scale, program, R, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """s · some of h."""
     k = program * ROWS + tl.arange(0, ROWS)
-    h = _product(x_ptr, a_ptr, k, k < R, K, ROWS, COLUMNS) * scale
+    h = product(x_ptr, a_ptr, k, k < R, K, ROWS, COLUMNS) * scale
     tl.store(h_ptr + k, h, k < R)
 
 
@@ -97,7 +88,7 @@ def _fused_kernel(
                 update = _expanded(b_ptr, h_ptr, flag_ptr, row, live, R, RANK, FLAG, PDL)
             y = tl.sum(m.to(tl.float32) * x.to(tl.float32), 1) + update
         else:
-            y = _product(x_ptr, w_ptr, row, live, K, ROWS, COLUMNS)
+            y = product(x_ptr, w_ptr, row, live, K, ROWS, COLUMNS)
             if ADAPTED:
                 y += _expanded(b_ptr, h_ptr, flag_ptr, row, live, R, RANK, FLAG, PDL)
         tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), live)
@@ -112,35 +103,6 @@ def _shrink_kernel(
     _shrunk(x_ptr, a_ptr, h_ptr, scale, tl.program_id(0), R, K, 1, COLUMNS)
 
 
-@triton.jit
-def _stacked_kernel(
-    x_ptr, w_ptr, a_ptr, h_ptr, sums_ptr, scale, N, R,
-    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    if program < R:
-        _shrunk(x_ptr, a_ptr, h_ptr, scale, program, R, K, 1, COLUMNS)
-    else:
-        row = (program - R) * ROWS + tl.arange(0, ROWS)
-        tl.store(sums_ptr + row, _product(x_ptr, w_ptr, row, row < N, K, ROWS, COLUMNS), row < N)
-
-
-@triton.jit
-def _expand_kernel(
-    b_ptr, h_ptr, sums_ptr, y_ptr, N, R, RANK: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    k, column = tl.arange(0, RANK), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (column < N)[:, None] & (k < R)[None, :]
-    b = tl.load(b_ptr + column.to(tl.int64)[:, None] * R + k[None, :], there, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    h = tl.load(h_ptr + k, k < R, other=0.0)
-    y = tl.load(sums_ptr + column, column < N, other=0.0) + tl.sum(b * h[None, :], 1)
-    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), column < N)
-
-
 class OneRow:
     """A frozen weight and one adapter, and the memory that a launch leaves as it found it.
 
@@ -151,7 +113,6 @@ class OneRow:
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float):
         self.weight, self.A, self.B, self.scaling = weight, A, B, scaling
         self.h = torch.empty(len(A), device=weight.device)
-        self.sums = torch.empty(len(weight), device=weight.device)
         self.flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
 
@@ -187,27 +148,15 @@ def shrink_then_fused(layer: OneRow, x: Tensor, rows: int = 4, columns: int | No
     return y
 
 
-def stacked_then_expand(layer: OneRow, x: Tensor, rows: int = 4, columns: int | None = None, warps: int = 8) -> Tensor:
-    N, K, R, rank, columns = _sizes(layer, columns)
-    y, ahead = x.new_empty(1, N), not INTERPRETED
-    _stacked_kernel[(R - (N // -rows),)](
-        x, layer.weight, layer.A, layer.h, layer.sums, layer.scaling, N, R, K, rows, columns, ahead, num_warps=warps
-    )  # fmt: skip
-    _expand_kernel[(-(N // -EXPAND),)](layer.B, layer.h, layer.sums, y, N, R, rank, EXPAND, ahead, num_warps=4, **_dependent())
+def base_then_grouped(layer: OneRow, x: Tensor) -> Tensor:
+    y = nn.functional.linear(x, layer.weight)
+    single.add_update(y, x, layer.A, layer.B, layer.scaling)
     return y
 
 
-def _named(way: Callable, name: str, *sizes: tuple, **more: bool) -> dict[str, Callable]:
-    """Name with its sizes -> the way in these sizes: rows, columns (None: all) and warps of a program."""
-    found = {}
-    for rows, columns, warps in sizes:
-        label = f"{name}, {rows} × {columns or 'all'}, {warps} warps"
-        found[label] = partial(way, rows=rows, columns=columns, warps=warps, **more)
-    return found
-
-
-WHOLE = (1, None, 4), (2, None, 4), (2, None, 8), (4, None, 8)
-PARTS = (4, 1024, 4), (8, 1024, 8)
-WAYS = _named(one_launch, "base", *WHOLE, *PARTS, base=True) | _named(one_launch, "one launch", *WHOLE, *PARTS)
-WAYS |= _named(shrink_then_fused, "shrink, then fused", *WHOLE[1:])
-WAYS |= _named(stacked_then_expand, "stacked, then expand", *WHOLE[1:])
+WAYS: dict[str, Callable[[OneRow, Tensor], Tensor]] = {
+    "base, 1 × all, 4 warps": partial(one_launch, rows=1, warps=4, base=True),
+    "one launch, 8 × 1024, 8 warps": partial(one_launch, rows=8, columns=1024),
+    "shrink, then fused, 2 × all, 4 warps": partial(shrink_then_fused, rows=2, warps=4),
+    "base, then grouped": base_then_grouped,
+}

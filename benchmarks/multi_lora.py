@@ -17,7 +17,7 @@ rank stacked, their LoRAKernelMeta made before and not timed, as many programs a
 "Ratios" are a contestant's time over ours, for each mix: the median of the cells and the least of them, which is the one that ours does
 worst in. The floor's ratio says which share of the roofline is reached.
 
-*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and the ways of
+*One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and rivals, from
 :mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from pinned RAM through the pool, beside one large pinned copy: for a chain of
 4096² layers, and for all linear layers of Llama-3-70B (weights shared: only the adapters are of full size). Once the adapter is only
 acquired, as ahead of its turn; once all layers look at their factors, too.
@@ -235,7 +235,7 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int, re
     with torch.no_grad():
         for name, way in ways.items():
             try:
-                check_row(way, rows[0], x, adapted=not name.startswith("base"))
+                check_row(way, rows[0], x, adapted=not name.startswith("base, 1"))
             except Exception as problem:
                 problems[name] = message(problem)
                 continue
@@ -342,13 +342,12 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
         shapes, batches, ranks, repeats, most, width, depth = ((32, 48),), (1, 4), (8,), 2, 2, 64, 2
     else:
         shapes, batches, ranks, repeats, most, width, depth = SHAPES, BATCHES, RANKS, 20, 16, 4096, 8
-    ways = dict(list(WAYS.items())[3::3]) if small else WAYS
     rate = copy_rate(where, 1 << (20 if small else 30))
     with torch.no_grad():
         cells = [cell(s, n, r, mix, where, rate, repeats, most) for s in shapes for n in batches for r in ranks for mix in MIXES]
     found = {"copy_bytes_per_second": rate, "peft_version": peft.__version__, "cells": cells}
     found["peft"] = [beside_peft(width, n, ranks[0], mix, where, repeats) for n in batches[1:] for mix in MIXES]
-    found["one_row"] = [one_row(width, depth, r, where, 1 if small else 7, repeats, ways) for r in ranks]
+    found["one_row"] = [one_row(width, depth, r, where, 1 if small else 7, repeats, WAYS) for r in ranks]
     found["swap"] = swap([(width, width)] * (4 if small else 128), 16, where, repeats)
     found["swap_70b"] = swap(linears_of(TINY if small else LLAMA_3_70B), 16, where, repeats)
     found["ratios"] = ratios(found)
@@ -363,12 +362,8 @@ def table(result: dict) -> str:
         lines.append(f"{label(row):38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
     lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
     for row in result["one_row"]:
-        lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it, the best of each way:")
-        best: dict[str, tuple[float, str]] = {}
-        for name, cost in row["cost"].items():
-            way = name.rsplit(", ", 2)[0]
-            best[way] = min(best.get(way, (math.inf, "")), (cost, name))
-        lines += [f"    {name:50}{cost:+8.1%}" for cost, name in best.values()]
+        lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it:")
+        lines += [f"    {name:50}{cost:+8.1%}" for name, cost in row["cost"].items()]
         lines += [f"    {name:50}{problem}" for name, problem in row["problems"].items()]
     for row in (result["swap"], result["swap_70b"]):
         shares = f"{row['share_of_bus']:.0%} of the bus, {row['share_of_bus_looked_at']:.0%} if all layers look at their factors"

@@ -20,7 +20,7 @@ def problem(N: int, K: int, r: int, scaling: float = 0.75):
 
 @pytest.mark.parametrize("N, K, r", [(24, 48, 5), (33, 100, 16), (8, 40, 17)])
 @pytest.mark.parametrize("columns", [None, 32])
-@pytest.mark.parametrize("way", [candidates.one_launch, candidates.shrink_then_fused, candidates.stacked_then_expand])
+@pytest.mark.parametrize("way", [candidates.one_launch, candidates.shrink_then_fused])
 def test_base_and_update_in_one(way, columns, N, K, r):
     layer, x, base, update = problem(N, K, r)
     for _ in range(2):  # the second launch finds what the first has left
@@ -35,8 +35,11 @@ def test_without_the_adapter():
     assert (y - base).norm() <= torch.finfo(HALF).eps * y.norm()
 
 
-def test_every_way_has_its_own_name():
-    assert len(candidates.WAYS) == 2 * 6 + 2 * 3
+@pytest.mark.parametrize("way", candidates.WAYS)
+def test_every_way_in_the_sizes_that_are_measured(way):
+    layer, x, base, update = problem(24, 48, 5)
+    right = base if way == "base, 1 × all, 4 warps" else base + update
+    assert (candidates.WAYS[way](layer, x).double() - right).norm() <= 2 * torch.finfo(HALF).eps * right.norm()
 
 
 @pytest.mark.gpu
@@ -44,10 +47,10 @@ def test_every_way_has_its_own_name():
 def test_a_thousand_launches_from_a_graph(way):
     """Flags go back, and dependent launches wait."""
     layer, x, base, update = problem(4096, 4096, 16)
-    update = 0 if way.startswith("base") else update
+    update = 0 if way == "base, 1 × all, 4 warps" else update
     y, graph = candidates.WAYS[way](layer, x), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = candidates.WAYS[way](layer, x)
     for _ in range(1000):
         graph.replay()
-    assert (y.double() - base - update).norm() <= torch.finfo(HALF).eps * base.norm() and not layer.flag.any()
+    assert (y.double() - base - update).norm() <= 2 * torch.finfo(HALF).eps * base.norm() and not layer.flag.any()

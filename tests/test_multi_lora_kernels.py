@@ -81,7 +81,7 @@ def test_an_adapter_with_more_tokens_than_a_tile():
     rows, tokens = [0, 1, 0, None, 0], 45  # 135 tokens of the first: tiles of 64, 64 and 7
     x, y = (torch.randn(len(rows) * tokens, width, device=DEVICE) for width in (30, 20))
     plan = Plan(Route([adapters[0], adapters[1], adapters[0], None, adapters[0]]).groups, 5, tokens, DEVICE)
-    assert plan.tile == 64 and plan.tiles[:5].tolist() == [[0, 0, 64], [0, 64, 64], [0, 128, 7], [1, 135, 45], [0, 0, 0]]
+    assert plan.tile == 64 and plan.tiles.tolist() == [[0, 0, 64], [0, 64, 64], [0, 128, 7], [1, 135, 45]]
     near(run(y, x, adapters, rows, tokens), by_loop(y, x, adapters, rows, tokens), torch.float32)
 
 
@@ -121,7 +121,7 @@ def test_nothing_beyond_an_adapters_own_rank_is_read():
 def test_tables_take_other_adapters_and_plans_other_rows_in_place():
     first, second = [factors(3, 24, 40), factors(8, 24, 40)], [factors(16, 24, 40), None, factors(2, 24, 40)]
     (table,) = tables([first], DEVICE, room=3)
-    plan, entries = Plan([[0, 2], [1]], 3, 1, DEVICE), table.entries
+    plan, entries = Plan([[0, 2], [1]], 3, 1, DEVICE, refilled=True), table.entries
     x, y = torch.randn(3, 40, device=DEVICE), torch.randn(3, 24, device=DEVICE)
     where = plan.order.data_ptr(), plan.tiles.data_ptr(), entries.data_ptr()
     fill(table, second)
@@ -136,6 +136,47 @@ def test_tables_take_other_adapters_and_plans_other_rows_in_place():
         fill(table, [factors(17, 24, 40)])
     with pytest.raises(ValueError, match="make another one"):
         fill(table, [factors(3, 24, 40, torch.bfloat16)])
+
+
+def test_a_plan_has_the_tiles_of_its_groups_or_room_for_any():
+    plan = Plan([[0, 1, 2, 3]], 4, 1, DEVICE)
+    assert len(plan.tiles) == plan.busy == 1
+    with pytest.raises(ValueError, match=r"2 tiles for a plan of 1: make it with refilled=True"):
+        plan.fill([[0], [1]])
+    assert plan.tiles.tolist() == [[0, 0, 4]]
+    plan = Plan([[0]], 256, 1, DEVICE, refilled=True)
+    assert len(plan.tiles) == 256 and plan.busy < 256
+    plan.fill([[i] for i in range(256)])
+    assert plan.tiles[:, 2].tolist() == [1] * 256
+
+
+def test_shares_fill_a_gpu_and_are_few():
+    from reference.kernels.multi_lora.sizes import TABLE, sizes
+
+    for tile, rank in TABLE:
+        size = sizes(tile, rank, 2)
+        shares = [size.splits(tiles, 4096, 132) for tiles in (1, 16, 256)]
+        assert shares == sorted(shares, reverse=True) and shares[0] <= size.shares and shares[2] <= 4
+        assert all(n & (n - 1) == 0 for n in shares)
+        assert size.splits(1, 48, 132) == 1
+        assert sizes(tile, 128, 4).shrink["COLUMNS"] < size.shrink["COLUMNS"]
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_aligned_factors_are_said_to_be_and_others_read_too(kept):
+    even, odd = [factors(r, 24, 48, kept) for r in (8, 16)], factors(3, 24, 48, kept)
+    moved = torch.zeros(8 * 48 + 1, dtype=kept, device=DEVICE)[1:].view(8, 48).copy_(even[0].A)
+    shifted = Factors(moved, even[0].B, even[0].scaling)
+    for adapters, aligned in ((even, True), ([*even, odd], False), ([shifted, even[1]], False)):
+        (table,) = tables([adapters], DEVICE)
+        assert table.aligned == aligned
+        x, y = (torch.randn(3, width, device=DEVICE).to(kept) for width in (48, 24))
+        near(run(y, x, adapters, [1, 0, 1], 1), by_loop(y, x, adapters, [1, 0, 1], 1), kept)
+    (table,) = tables([even], DEVICE)
+    fill(table, even[:1])
+    for other in (odd, shifted):
+        with pytest.raises(ValueError, match="addresses of whole 16 bytes: make another one"):
+            fill(table, [other])
 
 
 def test_one_copy_makes_the_tables_of_all_layers():
@@ -191,7 +232,7 @@ def test_on_a_gpu_large_layers_and_a_recorded_graph(n_out, mix):
     expected = by_loop(y, x, adapters, rows, 1)
     near(run(y, x, adapters, rows, 1), expected, torch.bfloat16)
     (table,) = tables([[adapters[2]]], DEVICE, room=64)
-    plan, out = Plan([list(range(n))], n, 1, DEVICE), y.clone()
+    plan, out = Plan([list(range(n))], n, 1, DEVICE, refilled=True), y.clone()
     add_updates(out, x, table, plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -260,6 +301,65 @@ def test_an_unmerged_lora_layer_takes_them_at_generation(monkeypatch):
         expected = layer(x) if not CUDA else layer.base(x) + (layer.scaling * x.float() @ layer.lora_A.T @ layer.lora_B.T).bfloat16()
         monkeypatch.setattr(generation, "takes_kernels", lambda *_: True)
         near(layer(x).view(2, 24), expected.view(2, 24).double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), TYPES[1:])
+@pytest.mark.parametrize(("n_out", "n_in", "r"), [(24, 40, 5), (33, 100, 16), (300, 17, 70), (7, 9000, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_through_base_and_adapter_in_two_launches(bias, n_out, n_in, r, dtype, kept):
+    """NaN lies right behind whatever is read."""
+    from reference.kernels.multi_lora import single
+
+    def surrounded(tensor):
+        memory = torch.full((tensor.numel() + 40_000,), torch.nan, dtype=tensor.dtype, device=DEVICE)
+        memory[: tensor.numel()] = tensor.flatten()
+        return memory[: tensor.numel()].view(tensor.shape)
+
+    base, f = nn.Linear(n_in, n_out, bias=bias).to(DEVICE, dtype), factors(r, n_out, n_in, kept)
+    A, B, W, x = (surrounded(each) for each in (f.A, f.B, base.weight.data, torch.randn(1, n_in, device=DEVICE).to(dtype)))
+    b = surrounded(base.bias.data) if bias else None
+    found = single.adapted_row(x, W, b, A, B, f.scaling)
+    exact = x.double() @ W.double().T + (b.double() if bias else 0)
+    near(found, by_loop(exact, x, [f], [0], 1), dtype)
+    assert torch.equal(found, single.adapted_row(x, W, b, A, B, f.scaling))
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+def test_layers_take_two_launches_at_one_row(kept, monkeypatch):
+    """An unmerged LoRA layer, and one of many adapters; packed, watched or wide bases and more rows go the other way."""
+    from reference.kernels.multi_lora import single
+    from reference.lora import LoRALinear, generation
+
+    base, f = nn.Linear(40, 24).to(DEVICE, torch.float16), factors(4, 24, 40, kept)
+    many, one = MultiLoRALinear(base), LoRALinear(base, 4, 6).eval()
+    one.lora_A.data, one.lora_B.data, one.scaling = f.A, f.B, f.scaling
+    many.add("t", f)
+    calls, real = [], single.adapted_row
+    monkeypatch.setattr(single, "adapted_row", lambda *given: calls.append(1) or real(*given))
+    monkeypatch.setattr(generation, "takes_kernels", lambda *_: True)
+    monkeypatch.setattr(many, "_takes_kernels", lambda *_: True)
+    wanted = 0
+    for x in (torch.randn(1, 1, 40), torch.randn(1, 40), torch.randn(3, 40)):
+        x = x.to(DEVICE, torch.float16)
+        right = by_loop(base(x).view(-1, 24), x.view(-1, 40), [f], [0] * (x.numel() // 40), 1)
+        for chosen in ("t", ["t"] * len(x)):
+            many.select(chosen)
+            with torch.no_grad():
+                for layer in (one, many):
+                    y = layer(x)
+                    assert y.shape == (*x.shape[:-1], 24)
+                    near(y.view(-1, 24), right, torch.float16)
+                    wanted += x.numel() == 40
+                    assert len(calls) == wanted
+    x = x[:1]
+    many.select([None])
+    with torch.no_grad():
+        assert torch.equal(many(x), base(x)) and len(calls) == wanted
+    assert generation.plain(base, x) and not generation.plain(base, x.float()) and not generation.plain(nn.Bilinear(40, 1, 24), x)
+    handle = base.register_forward_hook(lambda *_: None)
+    assert not generation.plain(base, x), "a hook waits"
+    handle.remove()
+    assert generation.plain(base, x)
 
 
 def test_when_a_layer_takes_them(monkeypatch):

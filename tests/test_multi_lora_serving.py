@@ -583,7 +583,7 @@ def test_tables_of_a_step_follow_adapters_that_come_and_go(base, monkeypatch):
     tight = 2 * max(held.nbytes for held in server.pool.tenants.values())
     found, server = served_in_steps(base, tenants, WANTED, rows=3, cuda_graphs=True, device_bytes=tight)
     assert found == right and server.pool.counts["loads"] > 3  # evicted, and loaded to another place
-    assert any(rank == 16 and dtype is torch.float16 for _, _, rank, dtype in server.graphs.steps)
+    assert any(rank == 16 and dtype is torch.float16 for _, _, rank, dtype, _ in server.graphs.steps)
 
 
 @pytest.mark.gpu

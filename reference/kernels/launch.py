@@ -28,6 +28,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache
+def ahead(device: torch.device) -> bool:
+    """Whether a launch may begin before the one before it has ended, from compute capability 9 on.
+
+    The earlier kernel says ``gdc_launch_dependents``; the later one reads what needs no waiting,
+    then says ``gdc_wait``.
+    """
+    return PTX and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@lru_cache
 def _counters(tiles: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 

@@ -193,7 +193,7 @@ class LoRALinear(LoRALayer):
         if self.merged or drops or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         if generation.takes_kernels(x, A, B):
-            return generation.add_update(self.base(x), x, A, B, self.scaling)
+            return generation.forward(self.base, x, A, B, self.scaling)
         if x.dtype.itemsize >= A.dtype.itemsize:
             return super().forward(x)
         # The same numbers, without keeping a wide copy of x for the backward.

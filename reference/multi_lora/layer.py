@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.lora import generation
 from reference.lora.base import Wrapper
 from reference.lora.mixed import add_update
 from reference.lora.weights import check_linear, check_weight, describe
 from reference.multi_lora.factors import Factors, common_dtype
 from reference.multi_lora.on_gpu import kernels, kernels_for
 from reference.multi_lora.route import Route, chosen, known
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class MultiLoRALinear(nn.Module):
@@ -147,10 +146,13 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, ..., in), or of any shape where one adapter is selected for all."""
-        y = self.base(x)
         if self._route is None:
-            return y
+            return self.base(x)
         self._route.check(len(x) if x.dim() > 1 else 1)
+        f = self._factors[0] if self._route.whole and generation.plain(self.base, x) else None
+        if f is not None and generation.takes_kernels(x, f.A, f.B):
+            return generation.forward(self.base, x, f.A, f.B, f.scaling)
+        y = self.base(x)
         if self._takes_kernels(x, y):
             return self._with_kernels(y, x)
         if self._route.whole:
@@ -162,7 +164,7 @@ class MultiLoRALinear(nn.Module):
 
     def _takes_kernels(self, x: Tensor, y: Tensor) -> bool:
         """Whether :mod:`reference.kernels.multi_lora` computes it: half types, on CUDA."""
-        if not (kernels_for(x.device) and x.dtype in HALF) or torch.is_grad_enabled():
+        if not (kernels_for(x.device) and x.dtype in generation.HALF) or torch.is_grad_enabled():
             return False
         fits = y.dtype == x.dtype and self._dtype in (x.dtype, torch.float32)
         return fits and x.dim() > 1 and x.numel() > 0

@@ -9,6 +9,7 @@ names are: no layer looks for anything.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,6 +77,22 @@ class Route:
         if self.rows not in (None, rows):
             words = "select() adapters for these rows, one name or None for each"
             raise ValueError(f"the batch has {rows} rows, the selection {self.rows}: {words}")
+
+
+@dataclass
+class Planned:
+    """A route for the kernels alone, whose plan is filled again for each batch."""
+
+    filled: object
+    whole = False  # who has which row changes
+
+    def check(self, rows: int) -> None:
+        """Raise unless a batch of ``rows`` rows is what the plan is for."""
+        if rows != self.filled.rows:
+            raise ValueError(f"the batch has {rows} rows, its plan {self.filled.rows}")
+
+    def plan(self, rows: int, tokens: int, device: torch.device) -> object:
+        return self.filled
 
 
 def known(name: str, names: Collection[str]) -> str:

@@ -9,6 +9,9 @@ adapter each, so a factor is read once for a tile, where it lies: a table holds 
 adapters need no common memory and no common rank. A program masks what is beyond its adapter's own
 rank, and no byte of it is read.
 
+``in`` is shared out where tiles are few, and expand adds the shares up. It is launched in advance
+("programmatic dependent launch"): B and y are on their way when h is there.
+
 Sums are float32, h stays float32: a half type's factors meet it as the sum of two half numbers,
 which hold 16 of its 24 digits. Nothing is added atomically, so the same batch gives the same bits.
 
@@ -20,13 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reference.kernels.launch import multiprocessors, on
+from reference.kernels.launch import ahead, multiprocessors, on
+from reference.kernels.multi_lora.sizes import sizes
 from reference.kernels.multi_lora.tables import Plan, Table, width
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-SHRINK = dict(COLUMNS=256, num_warps=4, num_stages=3)
-EXPAND = dict(COLUMNS=128, num_warps=4)
-WAVES = 2  # programs of shrink for each multiprocessor
 
 
 # Triton's interpreter multiplies no bfloat16. As float32 the same numbers have the same products.
@@ -53,15 +54,27 @@ def _entry(table_ptr, tiles_ptr, order_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _factor(address_ptr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """A or B. An address from a table says nothing of itself: without ``ALIGNED`` it is read number
+    by number."""
+    factor = tl.load(address_ptr).to(tl.pointer_type(FACTOR))
+    if ALIGNED:
+        factor = tl.multiple_of(factor, 16)
+    return factor
+
+
+@triton.jit
 def _shrink_kernel(
-    x_ptr, h_ptr, table_ptr, tiles_ptr, order_ptr, n, K, SPLITS,
-    FACTOR: tl.constexpr, WIDEN: tl.constexpr,
+    x_ptr, h_ptr, table_ptr, tiles_ptr, order_ptr, n, K, SPLITS: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
     TILE: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     entry, place, token, live, count = _entry(table_ptr, tiles_ptr, order_ptr, TILE)
     R, split = tl.load(entry + 2), tl.program_id(1)
     if count * R > 0:  # else the tile or the adapter is empty
-        a_ptr = tl.load(entry).to(tl.pointer_type(FACTOR))
+        a_ptr = _factor(entry, FACTOR, ALIGNED)
         k = tl.arange(0, RANK)
         h = tl.zeros((TILE, RANK), tl.float32)
         for start in range(split * COLUMNS, K, SPLITS * COLUMNS):
@@ -84,35 +97,39 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    h_ptr, y_ptr, table_ptr, tiles_ptr, order_ptr, n, N, SPLITS,
-    FACTOR: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    h_ptr, y_ptr, table_ptr, tiles_ptr, order_ptr, n, N, SPLITS: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
+    EXACT: tl.constexpr,
     TILE: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     entry, place, token, live, count = _entry(table_ptr, tiles_ptr, order_ptr, TILE)
     R = tl.load(entry + 2)
     if count * R > 0:
-        b_ptr = tl.load(entry + 1).to(tl.pointer_type(FACTOR))
+        b_ptr = _factor(entry + 1, FACTOR, ALIGNED)
+        if ALIGNED:
+            R = tl.multiple_of(R, 8)
         scale = tl.load(entry + 3).to(tl.float64, bitcast=True).to(tl.float32)
-        k = tl.arange(0, RANK)
-        there = live[:, None] & (k < R)[None, :]
-        h = tl.zeros((TILE, RANK), tl.float32)
-        for split in range(SPLITS):
-            row = tl.cast(split, tl.int64) * n + place
-            h += tl.load(h_ptr + row[:, None] * RANK + k[None, :], there, other=0.0)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        k, column = tl.arange(0, RANK), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         b = tl.load(
             b_ptr + column[None, :].to(tl.int64) * R + k[:, None],
             (column < N)[None, :] & (k < R)[:, None],
             other=0.0,
         )  # (RANK, COLUMNS)
+        out = y_ptr + token[:, None] * N + column[None, :]
+        mask = live[:, None] & (column < N)[None, :]
+        y = tl.load(out, mask, other=0.0)
+        there = live[:, None] & (k < R)[None, :]
+        share = h_ptr + place[:, None] * RANK + k[None, :]
+        if AHEAD:
+            tl.extra.cuda.gdc_wait()
+        h = tl.zeros((TILE, RANK), tl.float32)
+        for split in tl.static_range(SPLITS):  # unrolled, so that one need not wait for another
+            h += tl.load(share + tl.cast(n, tl.int64) * (split * RANK), there, other=0.0)
         high = h.to(FACTOR)
         update = _dot(high, b, WIDEN)  # (TILE, COLUMNS)
         if not EXACT:
             update += _dot((h - high.to(tl.float32)).to(FACTOR), b, WIDEN)
-        out = y_ptr + token[:, None] * N + column[None, :]
-        mask = live[:, None] & (column < N)[None, :]
-        y = tl.load(out, mask, other=0.0).to(tl.float32) + update * scale
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask)
+        tl.store(out, (y.to(tl.float32) + update * scale).to(y_ptr.dtype.element_ty), mask)
 
 
 def add_updates(y: Tensor, x: Tensor, table: Table, plan: Plan, splits: int | None = None) -> None:
@@ -130,15 +147,15 @@ def add_updates(y: Tensor, x: Tensor, table: Table, plan: Plan, splits: int | No
     if x.dtype != y.dtype or table.dtype not in (x.dtype, torch.float32):
         words = f"x is {x.dtype}, y {y.dtype}, the factors {table.dtype}"
         raise ValueError(f"{words}: x and y must be alike, and the factors like them or float32")
-    tiles = len(plan.tiles)
-    steps = -(K // -SHRINK["COLUMNS"])
-    if splits is None:
-        splits = max(1, min(steps, WAVES * multiprocessors(x.device) // tiles))
+    size, early = sizes(plan.tile, rank, table.dtype.itemsize), ahead(x.device)
+    splits = splits or size.splits(plan.busy, K, multiprocessors(x.device))
     h = torch.empty(splits, n, rank, dtype=torch.float32, device=x.device)
     where = table.entries, plan.tiles, plan.order
-    same = dict(FACTOR=TYPES[table.dtype], WIDEN=WIDEN, TILE=plan.tile, RANK=rank)
+    same = dict(FACTOR=TYPES[table.dtype], ALIGNED=table.aligned, WIDEN=WIDEN, AHEAD=early)
+    same |= dict(TILE=plan.tile, RANK=rank)
     exact = table.dtype == torch.float32  # h needs no splitting
+    grid = len(plan.tiles), -(N // -size.expand["COLUMNS"])
+    more = {"launch_pdl": True} if early else {}
     with on(x):
-        _shrink_kernel[tiles, splits](x, h, *where, n, K, splits, **same, **SHRINK)
-        grid = tiles, -(N // -EXPAND["COLUMNS"])
-        _expand_kernel[grid](h, y, *where, n, N, splits, EXACT=exact, **same, **EXPAND)
+        _shrink_kernel[len(plan.tiles), splits](x, h, *where, n, K, splits, **same, **size.shrink)
+        _expand_kernel[grid](h, y, *where, n, N, splits, EXACT=exact, **same, **size.expand, **more)

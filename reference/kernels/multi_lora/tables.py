@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 TILES = 16, 32, 64  # tokens; the first is the least that a tensor core takes
+USUAL = 32  # tiles, where a plan will be filled again
 FIELDS = 4  # of a table's entry
 
 
@@ -24,12 +25,14 @@ class Table:
         dtype: of all factors.
         rank: at least the largest.
         factors: what the addresses are of, which must not be freed.
+        aligned: whether all of them are as :func:`aligned` says.
     """
 
     entries: Tensor
     dtype: torch.dtype
     rank: int
     factors: Sequence
+    aligned: bool = False
 
 
 def tables(layers: Sequence[Sequence], device: torch.device, room: int = 0) -> list[Table]:
@@ -48,7 +51,8 @@ def tables(layers: Sequence[Sequence], device: torch.device, room: int = 0) -> l
     for rows, factors in zip(entries.to(device), layers, strict=True):
         there = [f for f in factors if f is not None]
         dtype = there[0].A.dtype if there else torch.float32  # which fits every x
-        found.append(Table(rows, dtype, max((f.r for f in there), default=1), list(factors)))
+        rank, even = max((f.r for f in there), default=1), all(map(aligned, there))
+        found.append(Table(rows, dtype, rank, list(factors), even))
     return found
 
 
@@ -57,7 +61,7 @@ def fill(table: Table, factors: Sequence) -> None:
 
     Raises:
         ValueError: there are more than it has room for, one of a larger rank than the graph was
-            recorded for, or of another dtype.
+            recorded for, or of another dtype, or one that is not ``aligned``.
     """
     there = [f for f in factors if f is not None]
     if len(factors) > len(table.entries):
@@ -65,6 +69,9 @@ def fill(table: Table, factors: Sequence) -> None:
     if any(width(f.r) > width(table.rank) or f.A.dtype != table.dtype for f in there):
         words = "was made for rank"
         raise ValueError(f"the table {words} {table.rank} and {table.dtype}: make another one")
+    if table.aligned and not all(map(aligned, there)):
+        words = "was made for ranks of 8, 16, 24, … and addresses of whole 16 bytes"
+        raise ValueError(f"the table {words}: make another one")
     table.entries.copy_(_entries([factors], table.entries.device, len(table.entries))[0])
     table.factors = list(factors)
 
@@ -90,6 +97,16 @@ def _entries(layers: Sequence[Sequence], device: torch.device, room: int) -> Ten
     return entries
 
 
+def aligned(f) -> bool:
+    """Whether rows of these factors can be read 16 bytes at a time: a kernel is told in advance."""
+    return together(f.A.data_ptr(), f.B.data_ptr(), f.r)
+
+
+def together(a: int, b: int, r: int) -> bool:
+    """The same for their addresses and rank."""
+    return r % 8 == 0 and (a | b) % 16 == 0
+
+
 def width(rank: int) -> int:
     """Columns of h: a power of two, of which a tensor core takes 16 or more."""
     return max(16, triton.next_power_of_2(rank))
@@ -102,26 +119,40 @@ class Plan:
         groups: row numbers of each adapter, as in :class:`reference.multi_lora.route.Route`.
         rows: of the batch.
         tokens: of each row.
+        refilled: room for any other groups of such a batch, which :meth:`fill` puts in place.
 
     Attributes:
         order: (rows · tokens,) int32, tokens of the flattened batch by adapter.
         tiles: (most tiles, 3) int32: adapter, place in ``order``, tokens (0 where there is none).
+        busy: how many tiles have tokens; of a plan to be refilled, at most ``USUAL`` are expected.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[int]], rows: int, tokens: int, device: torch.device
+        self,
+        groups: Sequence[Sequence[int]],
+        rows: int,
+        tokens: int,
+        device: torch.device,
+        refilled: bool = False,
     ):
         self.rows, self.tokens, self.n = rows, tokens, rows * tokens
         longest = max((len(group) for group in groups), default=1) * tokens
         self.tile = next((tile for tile in TILES if tile >= longest), TILES[-1])
         self.order = torch.zeros(self.n, dtype=torch.int32, device=device)
-        # Worst case: each row has an adapter of its own.
-        most = rows * -(-tokens // self.tile)
+        if refilled:  # worst case: each row has an adapter of its own
+            most = rows * -(-tokens // self.tile)
+            self.busy = min(most, USUAL)
+        else:
+            self.busy = most = max(1, sum(-(-len(g) * tokens // self.tile) for g in groups))
         self.tiles = torch.zeros(most, 3, dtype=torch.int32, device=device)
         self.fill(groups)
 
     def fill(self, groups: Sequence[Sequence[int]]) -> None:
-        """Other groups of a batch of the same size, in place."""
+        """Other groups of a batch of the same size, in place.
+
+        Raises:
+            ValueError: they need more tiles than the plan has.
+        """
         order, tiles = [], []
         for adapter, group in enumerate(groups):
             start, count = len(order), len(group) * self.tokens
@@ -130,6 +161,9 @@ class Plan:
             tiles += [
                 (adapter, start + i, min(self.tile, count - i)) for i in range(0, count, self.tile)
             ]
+        if len(tiles) > len(self.tiles):
+            words = f"{len(tiles)} tiles for a plan of {len(self.tiles)}"
+            raise ValueError(f"{words}: make it with refilled=True")
         order += [0] * (self.n - len(order))
         tiles += [(0, 0, 0)] * (len(self.tiles) - len(tiles))
         self.order.copy_(torch.tensor(order, dtype=torch.int32))

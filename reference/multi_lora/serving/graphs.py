@@ -22,7 +22,7 @@ from torch import Tensor
 from reference.multi_lora.factors import Factors, common_dtype
 from reference.multi_lora.model import MultiLoRA
 from reference.multi_lora.on_gpu import kernels, kernels_for
-from reference.multi_lora.route import Route
+from reference.multi_lora.route import Planned, Route
 from reference.multi_lora.serving.cache import KVCache, next_logits
 from reference.multi_lora.serving.host import Held
 
@@ -35,29 +35,14 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
-@dataclass
-class Planned:
-    """A route for the kernels alone, whose plan is filled again for each batch."""
-
-    filled: object
-
-    def check(self, rows: int) -> None:
-        """Raise unless a batch of ``rows`` rows is what the plan is for."""
-        if rows != self.filled.rows:
-            raise ValueError(f"the batch has {rows} rows, its plan {self.filled.rows}")
-
-    def plan(self, rows: int, tokens: int, device: torch.device) -> object:
-        return self.filled
-
-
 class Step:
     """What a step of ``rows`` rows and ``slots`` slots reads, and its graph.
 
     Args:
-        rank, dtype: of the factors; 0 and None without adapters.
+        rank, dtype, aligned: of the factors; 0, None and False without adapters.
     """
 
-    def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, device):
+    def __init__(self, served: MultiLoRA, rows: int, slots: int, rank: int, dtype, aligned, device):
         whole = dict(dtype=torch.int64, device=device)
         self.ids, self.slots = torch.zeros(rows, 1, **whole), torch.zeros(rows, slots, **whole)
         self.start, self.count = torch.zeros_like(self.ids[:, 0]), torch.ones_like(self.ids[:, 0])
@@ -68,8 +53,8 @@ class Step:
         if rank:
             sizes = len(served.layers), rows, 4
             self.entries = torch.zeros(sizes, **whole)
-            self.tables = [kernels().Table(part, dtype, rank, ()) for part in self.entries]
-            self.plan = kernels().Plan([[0]], rows, 1, device)
+            self.tables = [kernels().Table(part, dtype, rank, (), aligned) for part in self.entries]
+            self.plan = kernels().Plan([[0]], rows, 1, device, refilled=True)
 
     def fill(self, ids: list[int], slots: list[list[int]], start: list[int]) -> None:
         more, width = len(self.ids) - len(ids), self.slots.shape[1]
@@ -103,8 +88,8 @@ class DecodeGraphs:
             held: each row's adapter.
         """
         distinct = list(dict.fromkeys(h for h in held if h is not None))
-        rank, dtype = self._kind(distinct)
-        key = bucket(len(ids)), bucket(max(map(len, slots)), SLOTS), rank, dtype
+        rank, *_ = kind = self._kind(distinct)
+        key = (bucket(len(ids)), bucket(max(map(len, slots)), SLOTS), *kind)
         if key not in self.steps:
             self.steps[key] = Step(self.served, *key, self.device)
         step = self.steps[key]
@@ -150,13 +135,14 @@ class DecodeGraphs:
 
     # ---- where adapters lie
 
-    def _kind(self, distinct: list[Held]) -> tuple[int, torch.dtype | None]:
-        """Columns of h and the factors' dtype; (0, None) if the kernels don't take them."""
+    def _kind(self, distinct: list[Held]) -> tuple[int, torch.dtype | None, bool]:
+        """Columns of h, dtype, whether all are aligned; (0, …) if the kernels don't take them."""
         known = [self._entry(held) for held in distinct] if self.by_kernels else []
         dtypes = {entry.dtype for entry in known}
         if len(dtypes) != 1 or not dtypes <= {self.cache.k.dtype, torch.float32}:
-            return 0, None
-        return bucket(max(entry.rank for entry in known), 16), dtypes.pop()
+            return 0, None, False
+        rank, even = max(entry.rank for entry in known), all(entry.aligned for entry in known)
+        return bucket(rank, 16), dtypes.pop(), even
 
     def _fill_entries(self, step: Step, distinct: list[Held]) -> None:
         """One copy for all layers, and none if the adapters are those of the step before."""
@@ -191,10 +177,12 @@ class Entry:
     layers: Tensor
     rank: int
     dtype: torch.dtype | None
+    aligned: bool
 
     @classmethod
     def of(cls, address: int, factors: Sequence[Factors | None]) -> "Entry":
         rows = [[f.A.data_ptr(), f.B.data_ptr(), f.r] if f else [0, 0, 0] for f in factors]
         scales = torch.tensor([f.scaling if f else 0 for f in factors], dtype=torch.float64)
         layers = torch.cat([torch.tensor(rows), scales.view(torch.int64)[:, None]], 1)
-        return cls(address, layers, max(row[2] for row in rows), common_dtype(factors))
+        even = all(r % 8 == 0 and (a | b) % 16 == 0 for a, b, r in rows)
+        return cls(address, layers, max(row[2] for row in rows), common_dtype(factors), even)
