@@ -153,7 +153,8 @@ def check_served(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) ->
         )
     model, factors = load_base(base.name, plan.method, plan.dtype), read_factors(folder)
     server = MultiLoRA(model, list(factors))
-    server.add("this", factors)
+    where = next(model.parameters()).device
+    server.add("this", {name: each.to(where) for name, each in factors.items()})
     server.select("this")
     return compare("served", folder, model, base, rows, plan.new_tokens, wanted)
 
