@@ -1,13 +1,14 @@
-"""What unit 11 states: bytes and seconds of a hundred adapters, merges and what they keep, ten thousand tenants simulated."""
+"""What unit 11 states: bytes, seconds and requests of a hundred adapters, merges and what they keep, ten thousand tenants simulated."""
 
 import functools
 import math
 import statistics
+from dataclasses import replace
 
 from course.claims.shared import normal
 from course.lab import recorded
 from reference.memory.recipes import nf4_bytes
-from reference.model_shapes import LLAMA_3_8B, LLAMA_3_70B, ModelShape
+from reference.model_shapes import LLAMA_3_8B, LLAMA_3_70B
 from reference.multi_lora import Factors, combine, merged_update
 from reference.multi_lora.simulation import Costs, Load, Outcome, expected_hits, simulate
 
@@ -214,38 +215,216 @@ def ties_forgets_less() -> bool:
     return all(ties["general"] < total["general"] for ties, total in pairs)
 
 
+# Kernels, measured
+
+
+def updates(name: str) -> list[dict] | dict:
+    """Of the recorded comparison of kernels."""
+    return recorded.load("multi_lora", H200)["result"][name]
+
+
+def ratio(peer: str, of: str = "median", mix: str = "all") -> float:
+    """A peer's time over ours: of all cells the "median" or the "least", which is the cell where ours does worst."""
+    (row,) = (row for row in updates("ratios") if (row["peer"], row["mix"]) == (peer, mix))
+    return row[of]
+
+
+def cells(peer: str = "vLLM") -> int:
+    return ratio(peer, "cells")
+
+
+def slower_cells(peer: str = "vLLM") -> int:
+    """Cells in which the peer is faster."""
+    return ratio(peer, "below_1")
+
+
+def ahead_of_all_but_vllm() -> bool:
+    """In every cell."""
+    return all(ratio(peer, "least") > 1 for peer in ("loop", "gather + bmm", "grouped_mm", "peft"))
+
+
+def floor_percent(of: str = "median") -> float:
+    """Of the time of our kernels, what their bytes take at a copy's rate: the "median" or the "most" of the cells."""
+    shares = [100 * cell["floor"] / cell["milliseconds"]["ours"] for cell in updates("cells")]
+    return {"median": statistics.median, "most": max}[of](shares)
+
+
+def update_us(mix: str, batch: int, r: int = 16, width: int = 8192, who: str = "ours") -> float:
+    """Microseconds of the updates of one layer."""
+    wanted = {"mix": mix, "batch": batch, "r": r, "out": width, "in": width}
+    (cell,) = (cell for cell in updates("cells") if wanted.items() <= cell.items())
+    return 1e3 * cell["milliseconds"][who]
+
+
+OURS_BARE = "base, 1 × all, 4 warps"  # our product of one row with W alone
+
+
+def one_row_percent(r: int = 16, over: str = "base", who: str = "one adapter") -> float:
+    """What an unmerged adapter adds to a layer at one row, from a CUDA graph, over cuBLAS's "base" or over our own kernel for W alone."""
+    (row,) = (row for row in updates("one_row") if row["r"] == r)
+    times = row["milliseconds"]
+    return 100 * (times[who] / times[over] - 1)
+
+
+def one_row_saves(of: str = "least") -> float:
+    """Percent of cuBLAS's base layer that ours, with an adapter, saves: over the ranks."""
+    return {"least": min, "most": max}[of](-one_row_percent(row["r"]) for row in updates("one_row"))
+
+
+def one_row_over_ours(of: str = "least") -> float:
+    """Percent over our own product with W alone: over the ranks."""
+    return {"least": min, "most": max}[of](one_row_percent(row["r"], OURS_BARE) for row in updates("one_row"))
+
+
+def swap_share(name: str = "swap_70b", looked: bool = False) -> float:
+    """Percent of the bus that a swap through the pool reaches; ``looked`` counts that every layer fetches its factors' addresses."""
+    return 100 * updates(name)["share_of_bus" + "_looked_at" * looked]
+
+
+def swapped_ms(name: str = "swap_70b") -> float:
+    """A swap through the pool, of an adapter with r = 16 on all linears of a 70B."""
+    return updates(name)["milliseconds"]
+
+
+# A hundred tenants, measured
+
+
+@functools.cache
+def scenario() -> dict:
+    """100 adapters (r = 16, all linears) over a 70B-shaped NF4 base on one card, capped at 80 GB."""
+    return recorded.load("serving_scenario", H200)["result"]
+
+
+def served(who: int | str) -> dict:
+    """A run: with so many live adapters, or "base", "merged", "in_turn", "no_graphs"."""
+    found = scenario()
+    return found[who] if isinstance(who, str) else next(row for row in found["unmerged"] if row["live"] == who)
+
+
+def per_second(who: int | str) -> float:
+    return served(who)["requests_per_second"]
+
+
+def slower_percent(who: int | str, than: int | str = "base") -> float:
+    """By how much fewer requests."""
+    return 100 * (1 - per_second(who) / per_second(than))
+
+
+def graphs_times() -> float:
+    """How many times the requests CUDA graphs serve."""
+    return per_second(scenario()["no_graphs"]["live"]) / per_second("no_graphs")
+
+
+def gap_ms(who: int | str, share: str = "p50") -> float:
+    """Between two tokens of a request."""
+    return 1e3 * served(who)["between_tokens"][share]
+
+
+def waited_s(who: int | str, share: str = "p50") -> float:
+    """For the first token; all requests come at once."""
+    return served(who)["first_token"][share]
+
+
+def merge_s(of: str = "least") -> float:
+    """The plain base copied in, an adapter merged, everything quantized again: "least" or "most" of five."""
+    return {"least": min, "most": max}[of](scenario()["in_turn"]["merge_seconds"])
+
+
+def step_ms(rows: int, distinct: int) -> float:
+    """A decode step."""
+    (row,) = (row for row in scenario()["steps"] if (row["rows"], row["distinct"]) == (rows, distinct))
+    return row["milliseconds"]
+
+
+def layer_us(rows: int = 32, distinct: int = 1) -> float:
+    """What adapters add to a step, for each adapted layer."""
+    layers = LLAMA_3_70B.layers * len(LLAMA_3_70B.linears)
+    return 1e3 * (step_ms(rows, distinct) - step_ms(rows, 0)) / layers
+
+
+def fit_error_percent() -> float:
+    """The farthest that the fitted costs are from a measured step."""
+    return 100 * scenario()["fit_error"]
+
+
+def peak_gb() -> float:
+    return scenario()["peak_bytes"] / 1e9
+
+
+def prompts_s(count: int, who: int | str = "base") -> float:
+    """Seconds in which a run's model reads so many prompts of 128 tokens in one pass: 1 (the base), 4 or 32.
+
+    One is timed for itself. The others follow from the run: 100 requests come at once and go in batches of 32, 32, 32 and 4. The median
+    request waits for two passes and the first batch's steps, the last one for four passes and three batches' steps.
+    """
+    found, run = scenario(), served(who)
+    costs, steps = found["costs"], found["setting"]["new"] - 1
+    gap = run["between_tokens"]["p50"]
+    full = (run["first_token"]["p50"] - steps * gap) / 2
+    rest = run["first_token"]["p99"] - 3 * full - 3 * steps * gap
+    return {1: costs["base"] + found["setting"]["prompt"] * costs["token"], 4: rest, 32: full}[count]
+
+
+def token_s(count: int) -> float:
+    """Seconds for a token of a prompt, if so many prompts are read together."""
+    return prompts_s(count) / (count * scenario()["setting"]["prompt"])
+
+
+def fitted_costs() -> Costs:
+    """As they were recorded: a prompt's token from one prompt that is read alone."""
+    return Costs(**scenario()["costs"])
+
+
+@functools.cache
+def predicted(who: int | str, alone: bool = False) -> float:
+    """Requests per second that the simulation says for the measured scenario; ``alone`` takes the cost of a prompt that is read alone."""
+    found = scenario()
+    setting, costs = found["setting"], fitted_costs()
+    costs = costs if alone else replace(costs, token=token_s(32))
+    how = "merged" if isinstance(who, str) else "unmerged"
+    live = who if isinstance(who, int) else served(who)["live"]
+    costs = replace(costs, merge=0.0) if who in ("base", "merged") else costs
+    load = Load(live, 1e9, 0.0, setting["prompt"], setting["new"], found["adapter_bytes"])
+    return simulate(load, costs, setting["rows"], setting["pool"], setting["requests"], how).per_second
+
+
+def predicted_percent(who: int | str, alone: bool = False) -> float:
+    """How far the prediction is from what was measured."""
+    return 100 * (predicted(who, alone) / per_second(who) - 1)
+
+
+def off_percent(who: int | str, alone: bool = False) -> float:
+    return abs(predicted_percent(who, alone))
+
+
 # Ten thousand tenants
 
 
-ROWS, PROMPT, NEW = 64, 512, 128
+ROWS, PROMPT, NEW = 32, 512, 128
+RATE = 1.5  # requests per second
 MANY = 10_000
 SOURCES = {"RAM": None, "disk": 5e9, "network": 1e9}  # bytes per second; the last two are assumed, not measured
 KINDS = {"small": (8, "q, v"), "large": (16, "all")}
 
 
 def costs(kind: str = "small", source: str = "RAM") -> Costs:
-    """Of a 70B-shaped NF4 base on an H200: measured products of one 8192² layer, as often as they fit into the model.
+    """Of a 70B-shaped NF4 base on an H200, from the measured scenario, which has batches of 32 too.
 
-    Attention's reading of the cache and the factors are bytes over the copy's rate. What is left out: attention's arithmetic, norms,
-    launches. Merging is the copying of the base's codes from RAM.
+    Base, row, merge and bus are those of the fit. A prompt's token is that of 512 tokens in one pass. Two things are assumed: an adapter's
+    cost goes with its bytes, and what the longer cache adds to a row is its bytes over the copy's rate.
     """
-    shape: ModelShape = LLAMA_3_70B
-    layers = shape.linear_parameters / 8192**2
-
-    def seconds(rows: int) -> float:
-        return layers * recorded.row("nf4_kernels", H200, work="linear", rows=rows)["ours, double quantization"] / 1e3
-
-    row = (seconds(64) - seconds(1)) / 63 + (PROMPT + NEW / 2) * kv_bytes() / copy_rate()
-    adapter = 1e6 * adapter_mb(*KINDS[kind]) / copy_rate()
-    return Costs(seconds(1), row, adapter, seconds(2048) / 2048, SOURCES[source] or bus_rate(), restore_s())
+    fitted, setting = fitted_costs(), scenario()["setting"]
+    more = (PROMPT + NEW / 2 - setting["prompt"]) * kv_bytes() / copy_rate()
+    adapter = fitted.adapter * 1e6 * adapter_mb(*KINDS[kind]) / scenario()["adapter_bytes"]
+    return Costs(fitted.base, fitted.row + more, adapter, token_s(4), SOURCES[source] or fitted.bus, fitted.merge)
 
 
 @functools.cache
 def tenants(
-    how: str = "unmerged", rate: float = 3.0, places: int = 500, zipf: float = 1.0, source: str = "RAM", kind: str = "small",
+    how: str = "unmerged", rate: float = RATE, places: int = 500, zipf: float = 1.0, source: str = "RAM", kind: str = "small",
     requests: int = 1500,
 ) -> Outcome:  # fmt: skip
-    """10,000 tenants on one card: prompts of 512 tokens, answers of 128, 64 rows. "small" adapters have r = 8 on q and v."""
+    """10,000 tenants on one card: prompts of 512 tokens, answers of 128, 32 rows. "small" adapters have r = 8 on q and v."""
     size = int(1e6 * adapter_mb(*KINDS[kind]))
     load = Load(MANY, rate, zipf, PROMPT, NEW, size)
     return simulate(load, costs(kind, source), ROWS, places * size, requests, how, warm=True)
@@ -254,6 +433,11 @@ def tenants(
 def capacity(how: str = "unmerged", kind: str = "small") -> float:
     """Requests per second where a request always waits."""
     return tenants(how, 1e6, kind=kind, requests=600).per_second
+
+
+def unmerged_times(kind: str = "small") -> float:
+    """How many times the requests of merging in turn."""
+    return capacity("unmerged", kind) / capacity("merged", kind)
 
 
 def cards(rate: float = 50, how: str = "unmerged") -> int:

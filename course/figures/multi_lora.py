@@ -1,4 +1,6 @@
-"""Figures of unit 11: a mixed batch, the bytes of a step, what merges keep, ten thousand tenants."""
+"""Figures of unit 11: a mixed batch, the bytes of a step, a hundred tenants, kernels, what merges keep, ten thousand tenants."""
+
+import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +10,7 @@ from course.claims import multi_lora as claims
 from course.figures import Figure
 from course.lab import plotting
 
-PAGE = "lessons/11_multi_lora.md"
+PAGE, APPENDIX = "lessons/11_multi_lora.md", "lessons/appendix/11_serving.md"
 PALE = ("#BBBBBB", plotting.ORANGE)
 TENANTS = {"sql": plotting.BLUE, "clinic": plotting.ORANGE, "legal": plotting.GREEN, "base alone": "#BBBBBB"}
 
@@ -99,6 +101,74 @@ def draw_step(data: dict) -> plt.Figure:
     return figure
 
 
+def measured_data() -> dict:
+    """Requests per second and ms between tokens of the measured scenario, by live adapters and by other ways of serving."""
+    live, setting = claims.scenario()["setting"]["live"], claims.scenario()["setting"]
+    others = {"base": 0, "merged": 1, "in_turn": setting["in_turn"], "no_graphs": setting["without_graphs"]}
+    found = {"live": live, "requests": [claims.per_second(n) for n in live], "others": {who: claims.per_second(who) for who in others}}
+    found["at"] = others
+    found["gaps"] = {share: [claims.gap_ms(n, share) for n in live] for share in ("p50", "p99")}
+    found["base gaps"] = {share: claims.gap_ms("base", share) for share in ("p50", "p99")}
+    return found
+
+
+def draw_measured(data: dict) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.5))
+    places, others = range(len(data["live"])), data["others"]
+    left.plot(places, data["requests"], "o-", color=plotting.BLUE, markersize=5)
+    left.text(2.05, data["requests"][2] - 1.3, "unmerged", color=plotting.BLUE, ha="center", fontsize=9)
+    left.axhline(others["base"], color=plotting.BLACK, linestyle="--", linewidth=1.2)
+    left.text(3.3, others["base"] + 0.35, "base alone, or one adapter merged", ha="right", fontsize=9)
+    for who, words, mark, up in (("in_turn", "merged in turn", "s", 9), ("no_graphs", "unmerged, without CUDA graphs", "^", -17)):
+        x = data["live"].index(data["at"][who])
+        left.plot(x, others[who], mark, color=plotting.RED, markersize=7)
+        left.annotate(words, (x, others[who]), (0, up), textcoords="offset points", ha="center", fontsize=9)
+    left.set(ylabel="requests per second", ylim=(0, 13.8), title="what one card serves")
+    for (share, gaps), style in zip(data["gaps"].items(), ("o-", "s--"), strict=True):
+        right.plot(places, gaps, style, color=plotting.BLUE, markersize=5, label=f"unmerged, {share}")
+        right.axhline(data["base gaps"][share], color=plotting.BLACK, linestyle=style[1:], linewidth=1.0, label=f"base alone, {share}")
+    right.set(ylabel="milliseconds", ylim=(0, 130), title="between two tokens")
+    right.legend(fontsize=8.5, loc="upper left")
+    for axes in (left, right):
+        axes.set(xlabel="live adapters", xlim=(-0.3, 3.35))
+        axes.set_xticks(list(places), [str(n) for n in data["live"]])
+    return figure
+
+
+PEERS = {"loop": "s-", "gather + bmm": "^-", "grouped_mm": "D-", "vLLM": "o-", "floor": ":"}
+MIXES = ("distinct", "uniform", "zipf", "identical")
+
+
+def kernels_data() -> dict:
+    """Time of each peer over ours by mix and rows: the median of three shapes and four ranks."""
+    cells = claims.updates("cells")
+    rows, found = sorted({cell["batch"] for cell in cells}), {mix: {peer: [] for peer in PEERS} for mix in MIXES}
+    for mix in MIXES:
+        for batch in rows:
+            times = [c["milliseconds"] | {"floor": c["floor"]} for c in cells if (c["mix"], c["batch"]) == (mix, batch)]
+            for peer, values in found[mix].items():
+                values.append(statistics.median(each[peer] / each["ours"] for each in times))
+    return {"rows": rows, "ratios": found}
+
+
+def draw_kernels(data: dict) -> plt.Figure:
+    figure, panels = plt.subplots(1, 4, figsize=(10.4, 3.3), sharey=True)
+    words = {"distinct": "all distinct", "uniform": "√rows, equal", "zipf": "√rows, zipf 1.5", "identical": "one adapter"}
+    colours = {"loop": plotting.RED, "gather + bmm": plotting.ORANGE, "grouped_mm": plotting.GREEN, "vLLM": plotting.BLUE}
+    for axes, (mix, ratios) in zip(panels, data["ratios"].items(), strict=True):
+        for peer, values in ratios.items():
+            axes.plot(data["rows"], values, PEERS[peer], color=colours.get(peer, "#777777"), markersize=3.8, label=peer)
+        axes.axhline(1, color=plotting.BLACK, linewidth=1.3)
+        axes.set(xscale="log", yscale="log", xlabel="rows", title=words[mix])
+        axes.set_xticks(data["rows"], [str(n) for n in data["rows"]])
+        axes.minorticks_off()
+    panels[0].set_ylabel("time over ours")
+    panels[0].set_yticks([0.03, 0.1, 0.3, 1, 3, 10, 30, 100], ["0.03", "0.1", "0.3", "1", "3", "10", "30", "100"])
+    panels[0].set_ylim(0.015, 350)
+    panels[-1].legend(fontsize=8, loc="upper center", ncols=2, columnspacing=0.9, handlelength=1.4)
+    return figure
+
+
 SHOWN = {
     "sum": "sum",
     "mean": "mean",
@@ -165,18 +235,16 @@ def draw_simulated(data: dict) -> plt.Figure:
     left.set(xlabel="adapters on the card, of 10,000", ylabel="% of requests that find theirs there", ylim=(0, 103))
     left.set_title("hits, by the exponent of the load")
     left.legend(title="zipf", fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.45))
-    words = {"RAM": "RAM, 55 GB/s", "disk": "disk, 5 GB/s", "network": "network, 1 GB/s"}
+    words = {"RAM": "RAM, 54 GB/s", "disk": "disk, 5 GB/s", "network": "network, 1 GB/s"}
     for (source, seconds), style in zip(data["first"].items(), ("o-", "s--", "^:"), strict=True):
         right.plot(data["large places"], seconds, style, label=words[source], markersize=4)
     right.set(
         xlabel="adapters of 414 MB on the card",
         ylabel="seconds to the first token, p99",
-        yscale="log",
+        ylim=(0, 2.2),
         title="misses, by where adapters come from",
     )
     right.set_xticks(data["large places"])
-    right.minorticks_off()
-    right.set_yticks([1, 10, 100], ["1", "10", "100"])
     right.legend(fontsize=8.5)
     return figure
 
@@ -184,6 +252,8 @@ def draw_simulated(data: dict) -> plt.Figure:
 FIGURES = [
     Figure("tenants_batch", PAGE, batch_data, draw_batch),
     Figure("tenants_step", PAGE, step_data, draw_step),
+    Figure("tenants_measured", PAGE, measured_data, draw_measured),
+    Figure("tenants_kernels", APPENDIX, kernels_data, draw_kernels),
     Figure("tenants_merges", PAGE, merges_data, draw_merges),
     Figure("tenants_simulated", PAGE, simulated_data, draw_simulated),
 ]
