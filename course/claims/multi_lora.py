@@ -102,6 +102,11 @@ def read_ms(bits: int = 4) -> float:
     return 1e3 * base_gb(bits) * 1e9 / copy_rate()
 
 
+def adapter_read_ms(r: int = 16) -> float:
+    """The least time to read an adapter once."""
+    return 1e9 * adapter_mb(r) / copy_rate()
+
+
 def restore_s() -> float:
     """The least time to copy the 4-bit base from RAM again."""
     return base_bytes() / bus_rate()
@@ -336,10 +341,23 @@ def step_ms(rows: int, distinct: int) -> float:
     return row["milliseconds"]
 
 
-def layer_us(rows: int = 32, distinct: int = 1) -> float:
-    """What adapters add to a step, for each adapted layer."""
-    layers = LLAMA_3_70B.layers * len(LLAMA_3_70B.linears)
-    return 1e3 * (step_ms(rows, distinct) - step_ms(rows, 0)) / layers
+def added_ms(distinct: int, than: int, rows: int = 32) -> float:
+    """What more adapters add to a step."""
+    return step_ms(rows, distinct) - step_ms(rows, than)
+
+
+def further_ms() -> float:
+    """Of each adapter after the first, with 32 rows."""
+    return added_ms(32, 1) / 31
+
+
+def adapted_layers() -> int:
+    return LLAMA_3_70B.layers * len(LLAMA_3_70B.linears)
+
+
+def layer_us() -> float:
+    """What the first adapter adds to a step of 32 rows, for each adapted layer."""
+    return 1e3 * added_ms(1, 0) / adapted_layers()
 
 
 def fit_error_percent() -> float:
@@ -417,6 +435,11 @@ def costs(kind: str = "small", source: str = "RAM") -> Costs:
     more = (PROMPT + NEW / 2 - setting["prompt"]) * kv_bytes() / copy_rate()
     adapter = fitted.adapter * 1e6 * adapter_mb(*KINDS[kind]) / scenario()["adapter_bytes"]
     return Costs(fitted.base, fitted.row + more, adapter, token_s(4), SOURCES[source] or fitted.bus, fitted.merge)
+
+
+def rate() -> float:
+    """At which waits are simulated."""
+    return RATE
 
 
 @functools.cache
