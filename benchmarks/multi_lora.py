@@ -18,7 +18,8 @@ rank stacked, their LoRAKernelMeta made before and not timed, as many programs a
 worst in. The floor's ratio says which share of the roofline is reached.
 
 *One row*: a chain of 4096² layers, bare, with one adapter selected, and as unmerged LoRA layers with float32 factors; and rivals, from
-:mod:`benchmarks.candidates_multi_lora`. *Swap*: adapters from pinned RAM through the pool, beside one large pinned copy: for a chain of
+:mod:`benchmarks.candidates_multi_lora`. The bare layer is cuBLAS's; "base, 1 × all, 4 warps" is our own product with W alone, the stricter
+measure of what an adapter costs. *Swap*: adapters from pinned RAM through the pool, beside one large pinned copy: for a chain of
 4096² layers, and for all linear layers of Llama-3-70B (weights shared: only the adapters are of full size). Once the adapter is only
 acquired, as ahead of its turn; once all layers look at their factors, too.
 """

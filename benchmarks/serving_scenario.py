@@ -15,7 +15,9 @@ after it, over all requests.
 Tokens after the first come from CUDA graphs (reference.multi_lora.serving.graphs), which are recorded before anything is timed.
 "no graphs" is one number of live adapters served without.
 
-"costs" are what reference.multi_lora.simulation asks for, fitted to single steps ("steps"), with the largest error of the fit.
+"costs" are what reference.multi_lora.simulation asks for, fitted to single steps ("steps"), with the largest error of the fit. Its "token"
+comes from one prompt that is read alone, which is all launches: prompts that are read together cost far less each. Unit 11's claims
+(course/claims/multi_lora.py) take that from the runs, by subtraction, and compare the simulation with what was measured.
 """
 
 import time
