@@ -19,7 +19,7 @@ def on_the_cpu():
 
 
 def assert_served_as_one_of_many(settings: Plan) -> None:
-    """A short run over linear layers only: through the server of many adapters it answers as it was trained, and the base alone does not."""
+    """A short run over linear layers only: the server of many adapters answers as what was trained, and the base alone does not."""
     base = dataclasses.replace(bases.load(settings.base, settings.dtype, settings.path("out")), new=())  # no rows of the embedding train
     rows, model = data.load(settings, base), bases.adapt(base, settings)
     train.train(model, settings, rows, settings.path("out") / "checkpoints", "base", base.tokenizer.pad_token_id, False)
