@@ -148,7 +148,7 @@ def sixteen_bits() -> Finding:
     from reference.capability import has_bfloat16
 
     if not torch.cuda.is_available():
-        return Finding("16 bits", "bfloat16 on the CPU; kernels in Triton's interpreter")
+        return Finding("16 bits", "bfloat16 on the CPU")
     if not has_bfloat16(torch.device("cuda", torch.cuda.current_device())):
         major, minor = torch.cuda.get_device_capability()
         found = f"float16: capability {major}.{minor} is below 8.0 and has no bfloat16 of its own"
@@ -161,6 +161,16 @@ def sixteen_bits() -> Finding:
     if importlib.util.find_spec("triton") is None:
         return Finding("16 bits", "bfloat16; no Triton", NOTE, "everything works through plain torch, without the course's kernels")
     return Finding("16 bits", "bfloat16, and the course's kernels")
+
+
+def interpreter() -> Finding:
+    """Whether unit 13's exercises, which run in Triton's interpreter, can run."""
+    from course.lab.kernel_trace import misfit
+
+    if problem := misfit():
+        return Finding("Kernels on a CPU", "no", NOTE, problem)
+    there = importlib.util.find_spec("triton") is not None
+    return Finding("Kernels on a CPU", "in Triton's interpreter" if there else "no: Triton exists for Linux on x86-64")
 
 
 def step(where: str) -> Finding:
@@ -270,7 +280,7 @@ def examine(ask_hub: bool = False, before_probe: Callable[[str], None] = lambda 
         )
     ]
     devices = ["cpu"] + ["cuda"] * (findings[-1].state == OK)
-    findings.append(probe("16 bits", sixteen_bits))
+    findings += [probe("16 bits", sixteen_bits), probe("Kernels on a CPU", interpreter)]
     for where in devices:
         for name, call in (("Training step", step), ("Tiny model", tiny_model), ("bitsandbytes", four_bits)):
             findings.append(probe(f"{name}, {where}", lambda call=call, where=where: call(where)))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from capstone_helpers import assert_served_as_one_of_many
 
 from course.capstone import base as bases
 from course.capstone import data, train
@@ -43,3 +44,9 @@ def test_every_export_answers_alike(tmp_path, dtype):
     assert result["device"] != "CPU" and result["peak"] > 0
     near = 1e-3 if dtype == "float32" else 0.05
     assert all(abs(each["lost"]["estimate"]) < near for each in result["exports"] if each["lost"])
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_is_served_as_one_of_many(tmp_path, method):
+    """The factors come from a file, on the CPU, and the base is on the device."""
+    assert_served_as_one_of_many(Plan(out=str(tmp_path), method=method, steps=4, ask=8, new_tokens=4))

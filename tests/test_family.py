@@ -127,14 +127,61 @@ def test_what_the_lesson_says_of_t_few():
         assert claims.few(method, 256, "t-few", "least") < 16
 
 
+def test_gemmas_few_shot_record_is_complete():
+    result = recorded.load("gemma_few_shot")["result"]
+    s, runs = result["settings"], result["runs"]
+    wanted = {(method, "t-few", size, seed) for method in s["methods"] for size in s["sizes"] for seed in s["seeds"]}
+    wanted |= {(method, "lm", size, seed) for method in s["plain"] for size in s["sizes"] for seed in s["seeds"]}
+    assert {(run["method"], run["losses"], run["size"], run["seed"]) for run in runs} == wanted
+    assert len(runs) == len(wanted) and all(run["accuracy"] is not None for run in runs)
+    assert set(s["methods"]) == {*claims.INSIDE, *claims.OUTSIDE} and len(s["seeds"]) == 3
+
+
 def test_what_the_lesson_says_of_gemmas_few_shot():
-    """One seed of three methods: a fuller record wants another text, in lesson, notebook, deck and questions."""
-    runs = [run for run in recorded.load("gemma_few_shot")["result"]["runs"] if run["accuracy"] is not None]
-    there = {(run["method"], run["losses"], run["seed"]) for run in runs}
-    assert there == {(method, "t-few", 0) for method in ("LoRA", "DoRA", "IA³")}, "a fuller record: the texts that say 'one seed' must go"
-    assert all(claims.accuracy(method, 16) > claims.zero_shot() + claims.accuracy_margin(method, 16) for method, *_ in there)
-    assert abs(claims.accuracy("IA³", 16) - claims.accuracy("LoRA", 16)) < 2**0.5 * claims.accuracy_margin("LoRA", 16)
-    assert claims.nats_tried("LoRA", "worst") > claims.zero_shot("nats") < claims.nats_tried("prompt, text")
+    """Who leads, what three seeds tell apart, and that the four methods inside the model are closer than the test lines' interval."""
+    assert claims.few_shot_leader("DoRA", 16) and claims.few_shot_leader("DoRA", 64) and claims.few_shot_leader("IA³", 256)
+    assert claims.inside_above_prompts(64) and claims.inside_above_prompts(256) and not claims.inside_above_prompts(16)
+    assert claims.lines_between(64) == 1
+    for size, leader in ((16, "DoRA"), (64, "DoRA"), (256, "IA³")):
+        gaps = [claims.accuracy(leader, size) - claims.accuracy(other, size) for other in claims.INSIDE]
+        assert max(gaps) < claims.accuracy_margin(leader, size)  # not ranked
+    assert not any(claims.above_in_every_seed("DoRA", other, size) for other in ("LoRA", "IA³") for size in (16, 64))
+    assert claims.above_in_every_seed("IA³", "LoRA", 256) and not claims.above_in_every_seed("IA³", "DoRA", 256)
+    assert not claims.above_in_every_seed("DoRA", "prefix, text", 16)
+    assert claims.nats_tried("LoRA", "worst") > 1.5 * claims.nats_tried("LoRA")
+    edge = {method for method in claims.INSIDE + claims.OUTSIDE if claims.best_rate_is_the_highest_tried(method)}
+    assert edge == {"IA³", "prompt, text", "prefix, random"}
+
+
+def test_what_the_lesson_says_of_random_starts():
+    for size in (16, 64, 256):
+        assert claims.widest_spread("prompt, random", size)
+        assert claims.accuracy("prompt, random", size) < claims.accuracy("prompt, text", size)
+    assert claims.accuracy("prompt, random", 16) < claims.zero_shot()
+    higher = [size for size in (16, 64, 256) if claims.accuracy("prefix, random", size) > claims.accuracy("prefix, text", size)]
+    assert higher == [64, 256]
+    assert claims.spread("prompt, random") < 1.2 * claims.spread("LoRA")  # the tiny model, on clinic
+
+
+def test_what_the_lesson_says_of_t_few_on_gemma():
+    """In the mean at most three points; IA³'s seeds at 256 are the only ones that don't overlap."""
+    assert claims.t_few_changes("LoRA") < 2.5 and claims.t_few_changes("IA³") < 3.5
+    pairs = [(method, size) for method in ("LoRA", "IA³") for size in (16, 64, 256)]
+    apart = [
+        pair
+        for pair in pairs
+        for one, other in (("t-few", "lm"), ("lm", "t-few"))
+        if claims.above_in_every_seed(pair[0], *pair, one, other)
+    ]
+    assert apart == [("IA³", 256)]
+
+
+def test_what_the_texts_say_of_seeds_on_the_tiny_model():
+    """Three in the figure of T-Few's losses; of most adapters, prompts and prefixes the record holds two."""
+    two = {name for name in METHODS if claims.few_seeds(name) == 2}
+    assert all(claims.few_seeds(method, losses) == 3 for method in ("LoRA", "DoRA", "IA³") for losses in ("lm", "t-few"))
+    assert two == {name for name, method in METHODS.items() if method.kind in ("adapter", "prompt")} - {"P-tuning, LSTM"}
+    assert all(claims.few_seeds(name) == 3 for name in set(METHODS) - two)
 
 
 def test_few_shot_lines_and_batches():

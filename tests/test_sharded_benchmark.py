@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import sharded
+from course.claims import sharding
 from course.lab import recorded
 from reference.memory import sharded_memory
 
@@ -44,3 +45,16 @@ def test_a_dry_run_on_the_gpu(monkeypatch, tmp_path):
     sharded.main()
     rows = recorded.load("sharded_1", folder=tmp_path)["result"]["rows"]
     assert [row["held"] for row in rows[:3]] == pytest.approx([row["predicted_held"] for row in rows[:3]], rel=0.1)
+
+
+def test_what_the_appendix_says_of_two_cards():
+    rows = {(row["case"], row["how"]): row for row in recorded.load("sharded_2", "h200")["result"]["rows"]}
+    long, large = "Llama-2-7B, 4×2048", "Llama-2-70B, 1×2048"
+    assert all(row["cards"] == 2 and "error" not in row for row in rows.values())
+    for case in (long, large):
+        assert rows[case, "sharded"]["seconds"] < rows[case, "peft"]["seconds"]
+        assert rows[case, "sharded"]["peak"] < rows[case, "replicated"]["peak"]
+    assert sharding.worst_peak_prediction() < 7
+    assert abs(sharding.of_a_copy_each(long, "sharded") - sharding.engine_alone(long)) < 3  # what is sent is hidden
+    assert sharding.of_a_copy_each(large, "sharded") < sharding.engine_alone(large) - 10  # and here it is not
+    assert rows[large, "16 bits"]["seconds"] < rows[large, "sharded"]["seconds"]

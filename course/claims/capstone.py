@@ -34,42 +34,58 @@ def r16_is_too_large_for(megabytes: float) -> bool:
 # The recorded runs
 
 
-def _runs(plan: str) -> list[dict]:
-    return [row for row in figures.runs() if row["plan"] == plan]
+PLAN, NO_REPLAY = "LoRA r = 16, 10 % replay", "LoRA r = 16, no replay"
+FULL, QLORA = "full fine-tuning, 10 % replay", "QLoRA r = 16, 10 % replay"
 
 
-PLAN = "LoRA r = 16, 10 % replay"
+def _runs(plan: str, base: str = "tiny") -> list[dict]:
+    return [row for row in figures.runs(base) if row["plan"] == plan]
 
 
-def rate(method: str = "lora") -> float:
+def _forgotten(plan: str, base: str = "tiny") -> list[float]:
+    """Of each seed."""
+    return [figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan, base)]
+
+
+def rate(method: str = "lora", base: str = "tiny") -> float:
     """The learning rate that the search on validation rows chose; ``method`` is lora, qlora or full."""
-    return recorded.load("capstone_tiny", "cpu")["result"]["search"]["chosen"][method]
+    return figures.record(base)["search"]["chosen"][method]
+
+
+def rate_ratio() -> float:
+    """Gemma's searched rates: QLoRA's over LoRA's."""
+    return rate("qlora", "gemma") / rate("lora", "gemma")
 
 
 def search_is_bracketed() -> bool:
-    """Of each method a lower and a higher rate than the chosen one was tried, and both are worse or diverge."""
-    found = recorded.load("capstone_tiny", "cpu")["result"]["search"]
-    for method, tried in found["tried"].items():
-        losses = {rate: math.inf if loss is None else loss for rate, loss in tried}
-        chosen = found["chosen"][method]
-        if not min(losses) < chosen < max(losses) or losses[chosen] != min(losses.values()):
-            return False
+    """Of each base and method a lower and a higher rate than the chosen one was tried, and both are worse or diverge."""
+    for found in (figures.record(base)["search"] for base in figures.RECORDS):
+        for method, tried in found["tried"].items():
+            losses = {rate: math.inf if loss is None else loss for rate, loss in tried}
+            chosen = found["chosen"][method]
+            if not min(losses) < chosen < max(losses) or losses[chosen] != min(losses.values()):
+                return False
     return True
 
 
-def right(plan: str = PLAN) -> float:
-    """Percent of held-out instructions answered rightly, mean over seeds."""
-    return statistics.fmean(100 * figures.change(row, "right answers")["after"] for row in _runs(plan))
+def right(plan: str = PLAN, base: str = "tiny") -> float:
+    """Percent of held-out instructions answered rightly, mean over seeds; ``base`` is tiny or gemma."""
+    return statistics.fmean(100 * figures.change(row, "right answers")["after"] for row in _runs(plan, base))
 
 
-def forgotten(plan: str = PLAN) -> float:
+def forgotten(plan: str = PLAN, base: str = "tiny") -> float:
     """Nats per token by which old text became harder, mean over seeds."""
-    return statistics.fmean(figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan))
+    return statistics.fmean(_forgotten(plan, base))
 
 
-def known(plan: str = PLAN) -> float:
-    """Percent of the small world's facts that are still known after the run, mean over seeds; all were before."""
-    return statistics.fmean(100 * figures.change(row, "facts known")["after"] for row in _runs(plan))
+def known(plan: str = PLAN, base: str = "tiny") -> float:
+    """Percent of facts still known after the run, mean over seeds. The tiny model knew all before; Gemma is asked others."""
+    return statistics.fmean(100 * figures.change(row, "facts known")["after"] for row in _runs(plan, base))
+
+
+def known_before(base: str = "gemma") -> float:
+    """The same before any training."""
+    return 100 * figures.change(_runs(PLAN, base)[0], "facts known")["before"]
 
 
 def facts() -> int:
@@ -77,45 +93,105 @@ def facts() -> int:
     return len(instructions.world().facts())
 
 
-def seeds() -> int:
-    """Of each plan."""
-    return min(len(_runs(plan)) for plan in {row["plan"] for row in figures.runs()})
+def seeds(base: str = "tiny") -> int:
+    """Of each plan, at least."""
+    return min(len(_runs(plan, base)) for plan in figures.PLANS)
 
 
-def points_around() -> float:
+def points_around(base: str = "tiny") -> float:
     """Half the 95 % interval around the share of right answers of one run, in points."""
-    lost = figures.change(_runs(PLAN)[0], "right answers")["lost"]
+    lost = figures.change(_runs(PLAN, base)[0], "right answers")["lost"]
     return 100 * (lost["high"] - lost["low"]) / 2
 
 
-def merge_error(way: str = "dequantized") -> float:
+def merge_error(way: str = "dequantized", base: str = "tiny") -> float:
     """Of the QLoRA run, relative to the trained weights, in percent; ``way`` is dequantized, original or requantized."""
-    merge = _runs("QLoRA r = 16, 10 % replay")[0]["merge"]
+    merge = _runs(QLORA, base)[0]["merge"]
     return 100 * (merge["error"] if way == "dequantized" else merge["others"][way])
 
 
-def exports_changed() -> float:
+def exports_changed(base: str = "tiny") -> float:
     """Percent of answers that an export of any plan changed, the largest."""
-    changed = [each["changed"] for row in figures.runs() for each in row["exports"] if each["changed"] is not None]
+    changed = [each["changed"] for row in figures.runs(base) for each in row["exports"] if each["changed"] is not None]
     return 100 * max(changed)
 
 
 def rule(measure: str, end: str = "estimate", bits: str = "4-bit") -> float:
     """The 2 % rule over the first plan's merged model: what is lost, in percent."""
-    return 100 * recorded.load("capstone_tiny", "cpu")["result"]["rule"]["found"][bits][measure][end]
+    return 100 * figures.record()["rule"]["found"][bits][measure][end]
 
 
 def rule_is_undecided() -> bool:
     """The recorded verdict for the first plan's model is "not enough data"."""
-    return recorded.load("capstone_tiny", "cpu")["result"]["rule"]["choice"] == "not enough data"
+    return figures.record()["rule"]["choice"] == "not enough data"
 
 
 def replay_forgets_less() -> bool:
-    """Over seeds, every run with replay forgets less than every run without."""
-    with_replay, without = (
-        [figures.change(row, "loss on old text")["lost"]["estimate"] for row in _runs(plan)] for plan in (PLAN, "LoRA r = 16, no replay")
-    )
-    return max(with_replay) < min(without)
+    """On both bases every run of LoRA with replay forgets less than every run without."""
+    return all(max(_forgotten(PLAN, base)) < min(_forgotten(NO_REPLAY, base)) for base in figures.RECORDS)
+
+
+# Gemma 3 270M
+
+
+def methods_change_places() -> bool:
+    """With replay, full fine-tuning forgets less than LoRA in every seed of the tiny model, and more in every seed of Gemma."""
+    tiny = max(_forgotten(FULL)) < min(_forgotten(PLAN))
+    return tiny and min(_forgotten(FULL, "gemma")) > max(_forgotten(PLAN, "gemma"))
+
+
+def no_plan_is_shown_better() -> bool:
+    """Of Gemma's three methods with replay, no two means of right answers are farther apart than one run's interval reaches."""
+    shares = [right(plan, "gemma") for plan in (PLAN, QLORA, FULL)]
+    return max(shares) - min(shares) < points_around("gemma")
+
+
+def four_bits_alone() -> float:
+    """Nats per token of prose that Gemma loses by NF4 before anything is trained (unit 06, H100; the same passages, cut otherwise)."""
+    return figures.four_bits_alone()["estimate"]
+
+
+def four_bits_facts() -> float:
+    """Percent of the facts that Gemma in NF4 knows before anything is trained (unit 06): the same questions."""
+    formats = recorded.load("quantization_quality_gemma", "h100")["result"]["formats"]
+    if abs(100 * formats["16-bit"]["cloze"] - known_before()) > 1e-3:
+        raise ValueError("the two records asked other facts")
+    return 100 * formats["NF4"]["cloze"]
+
+
+def only_qlora_knows_less() -> bool:
+    """Of the facts Gemma loses some, by the interval, in every seed of QLoRA; in no run of the other plans is a change shown."""
+    verdicts = {plan: {figures.change(row, "facts known")["verdict"] for row in _runs(plan, "gemma")} for plan in figures.PLANS}
+    return verdicts.pop(QLORA) == {"worse"} and set.union(*verdicts.values()) == {"no difference shown"}
+
+
+def export_mb(kind: str, plan: str = PLAN) -> float:
+    """Of Gemma's first seed: the folder's or file's size; ``kind`` is adapter, merged, gguf, or factors: the trained numbers in 32 bits."""
+    row = _runs(plan, "gemma")[0]
+    if kind == "factors":
+        return 4 * row["trained"] / 1e6
+    return next(each["bytes"] for each in row["exports"] if each["kind"] == kind) / 1e6
+
+
+def adapter_rest_is_the_same() -> bool:
+    """What lies beside the factors, mostly the tokenizer, has the same size at r = 4 as at r = 16, to a thousandth."""
+    rest = [export_mb("adapter", plan) - export_mb("factors", plan) for plan in (PLAN, "LoRA r = 4, 10 % replay")]
+    return abs(rest[0] / rest[1] - 1) < 1e-3
+
+
+def gemma_kinds_checked() -> int:
+    """Kinds of export that were loaded again and asked on Gemma."""
+    return len({each["kind"] for row in figures.runs("gemma") for each in row["exports"] if each["changed"] is not None})
+
+
+def peak_gb(kind: str = "predicted", plan: str = PLAN) -> float:
+    """Of Gemma's runs: predicted for rows as long as the plan allows, or measured over a whole run, the largest of its seeds."""
+    return max(row["predicted" if kind == "predicted" else "peak"] for row in _runs(plan, "gemma")) / 1e9
+
+
+def every_prediction_holds() -> bool:
+    """No run of Gemma took more than was predicted."""
+    return all(row["peak"] <= row["predicted"] for row in figures.runs("gemma"))
 
 
 # Full fine-tuning

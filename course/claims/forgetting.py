@@ -294,6 +294,11 @@ def faster_than(who: str, model: str, estimator: str = "exact", rows: int = 1, d
     return times[who] / times["ours"]
 
 
+def fisher_ms(who: str, model: str, rows: int = 1, device: str = CARD) -> float:
+    """Milliseconds of an exact Fisher of "ours", "ours, checked", "BackPACK", "torch.func" or the "loop"."""
+    return recorded.row("fisher", device, model=model, estimator="exact", rows=rows)["milliseconds"][who]
+
+
 def batch_rows() -> int:
     """That the texts speak of."""
     return 32

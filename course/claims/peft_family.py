@@ -29,6 +29,8 @@ from reference.relatives import loftq
 from reference.soft_prompts import PrefixTuning, Prompt, PromptEncoder, PromptTuning, text_start
 from reference.t_few import choice_losses
 
+OVER_SEEDS = {"mean": statistics.fmean, "least": min, "most": max, "spread": lambda found: max(found) - min(found)}
+
 # Counting
 
 
@@ -207,8 +209,12 @@ def untouched_accuracy() -> float:
 
 def few(method: str, size: int, losses: str = "lm", end: str = "mean") -> float:
     """Accuracy after so many notes, percent, over seeds the "mean", "least" or "most"; losses "lm" or "t-few"."""
-    of = {"mean": statistics.fmean, "least": min, "most": max}[end]
-    return 100 * of(_row(method)["few"][losses][str(size)])
+    return 100 * OVER_SEEDS[end](_row(method)["few"][losses][str(size)])
+
+
+def few_seeds(method: str, losses: str = "lm") -> int:
+    """How many seeds the record holds of it at every size."""
+    return min(len(found) for found in _row(method)["few"][losses].values())
 
 
 def numbers(method: str) -> int:
@@ -272,32 +278,85 @@ def prefix_beats_prompt() -> bool:
 
 # Gemma 3 270M, few-shot
 
+INSIDE = ("LoRA", "DoRA", "IA³", "adapter, Houlsby")
+OUTSIDE = ("prompt, text", "prompt, random", "prefix, text", "prefix, random")
 
-def accuracy(method: str, size: int) -> float:
-    """Percent of 240 lines, seed 0, with T-Few's losses."""
-    return 100 * recorded.row("gemma_few_shot", method=method, size=size, losses="t-few", seed=0)["accuracy"]
+
+@cache
+def _accuracies(method: str, size: int, losses: str = "t-few") -> tuple[float, ...]:
+    """Percent of the test lines, of each seed in its order; every planned seed must be there."""
+    result = recorded.load("gemma_few_shot")["result"]
+    rows = [recorded.row("gemma_few_shot", method=method, size=size, losses=losses, seed=seed) for seed in result["settings"]["seeds"]]
+    return tuple(100 * row["accuracy"] for row in rows)
+
+
+def accuracy(method: str, size: int, over: str = "mean", losses: str = "t-few") -> float:
+    """Percent of the test lines after ``size`` lines: over seeds the "mean", "least" or "most", or their "spread" in points."""
+    return OVER_SEEDS[over](_accuracies(method, size, losses))
+
+
+def test_lines() -> int:
+    result = recorded.load("gemma_few_shot")["result"]
+    return result["settings"]["test"] * len(result["packages"])
 
 
 def accuracy_margin(method: str, size: int) -> float:
-    """Half the width of the 95 % interval of ``accuracy``, in points: from the number of test lines alone, not from the seed."""
-    result = recorded.load("gemma_few_shot")["result"]
-    lines = result["settings"]["test"] * len(result["packages"])
+    """Half the width of one accuracy's 95 % interval, in points, at the seeds' mean: from the number of test lines, not from seeds."""
     right = accuracy(method, size) / 100
-    return 100 * 1.96 * math.sqrt(right * (1 - right) / lines)
+    return 100 * 1.96 * math.sqrt(right * (1 - right) / test_lines())
 
 
-def runs_finished() -> int:
-    """Of all that were planned, those whose accuracy the record holds."""
-    return sum(run["accuracy"] is not None for run in recorded.load("gemma_few_shot")["result"]["runs"])
+def above_in_every_seed(better: str, worse: str, size: int, losses: str = "t-few", others: str = "t-few") -> bool:
+    """The least of one's seeds lies above the most of the other's."""
+    return accuracy(better, size, "least", losses) > accuracy(worse, size, "most", others)
 
 
-def runs_planned() -> int:
-    return len(recorded.load("gemma_few_shot")["result"]["runs"])
+def inside_above_prompts(size: int) -> bool:
+    """Every run of LoRA, DoRA, IA³ and adapters is above every run of prompts and prefixes."""
+    return all(above_in_every_seed(better, worse, size) for better in INSIDE for worse in OUTSIDE)
+
+
+def lines_between(size: int) -> int:
+    """How many test lines the worst run of what sits inside got right beyond the best run of prompts and prefixes."""
+    worst, best = (end(accuracy(m, size, over) for m in kind) for end, over, kind in ((min, "least", INSIDE), (max, "most", OUTSIDE)))
+    return round((worst - best) / 100 * test_lines())
+
+
+def few_shot_leader(method: str, size: int) -> bool:
+    """Has the highest mean of all methods."""
+    return all(accuracy(method, size) >= accuracy(other, size) for other in INSIDE + OUTSIDE)
+
+
+def widest_spread(method: str, size: int) -> bool:
+    """Has the largest spread of all methods."""
+    return all(accuracy(method, size, "spread") >= accuracy(other, size, "spread") for other in INSIDE + OUTSIDE)
+
+
+def t_few_changes(method: str) -> float:
+    """Points by which T-Few's other two losses change the mean, up or down: the most over sizes."""
+    sizes = recorded.load("gemma_few_shot")["result"]["settings"]["sizes"]
+    return max(abs(accuracy(method, size) - accuracy(method, size, losses="lm")) for size in sizes)
+
+
+def few_shot_numbers(method: str) -> int:
+    """Trained in Gemma 3 270M."""
+    return recorded.load("gemma_few_shot")["result"]["costs"][method]["parameters"]
+
+
+def lora_times_ia3() -> float:
+    """LoRA's trained numbers over IA³'s."""
+    return few_shot_numbers("LoRA") / few_shot_numbers("IA³")
 
 
 def nats_tried(method: str, which: str = "best") -> float:
     """Of the right answer after 64 lines, on validation lines, at the "best" or the "worst" of three rates; one seed."""
     return {"best": min, "worst": max}[which](recorded.load("gemma_few_shot")["result"]["tried"][method].values())
+
+
+def best_rate_is_the_highest_tried(method: str) -> bool:
+    """Then a higher one might be better still."""
+    tried = recorded.load("gemma_few_shot")["result"]["tried"][method]
+    return min(tried, key=tried.get) == max(tried, key=float)
 
 
 def zero_shot(what: str = "accuracy") -> float:

@@ -79,9 +79,19 @@ def of_a_copy_each(case: str, how: str) -> float:
     return 100 * measured(case, how, "tokens") / measured(case, "replicated", "tokens")
 
 
-def exposed_gb_a_second(case: str, how: str = "sharded") -> float:
-    """Bytes that a card receives over the time by which its step is longer than that with a copy on each card."""
-    return recorded.row("sharded_2", "h200", case=case, how=how)["bytes_a_second"] / 1e9
+def engine_alone(case: str) -> float:
+    """Percent of a plain step's speed that the sharded one has on one card, where nothing is sent."""
+    return 100 * measured(case, "sharded", "tokens", 1) / measured(case, "replicated", "tokens", 1)
+
+
+def scaling(case: str) -> float:
+    """Tokens a second of the sharded step on two cards over those on one."""
+    return measured(case, "sharded", "tokens") / measured(case, "sharded", "tokens", 1)
+
+
+def ours_over(other: str, case: str) -> float:
+    """Tokens a second of the sharded step over another's, on two cards."""
+    return measured(case, "sharded", "tokens") / measured(case, other, "tokens")
 
 
 def worst_peak_prediction(cards: int = 2) -> float:

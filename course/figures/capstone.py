@@ -175,23 +175,38 @@ def full(data: dict[str, dict]) -> plt.Figure:
 # Measured plans
 
 
-def runs() -> list[dict]:
-    """Rows of the recorded capstone on the tiny model, those without an error."""
-    return [row for row in recorded.load("capstone_tiny", "cpu")["result"]["rows"] if "error" not in row]
+RECORDS = {"tiny": ("capstone_tiny", "cpu"), "gemma": ("capstone_gemma-3-270m", CARD)}
+
+
+def record(base: str = "tiny") -> dict:
+    """The recorded capstone on the tiny model or on Gemma 3 270M."""
+    return recorded.load(*RECORDS[base])["result"]
+
+
+def runs(base: str = "tiny") -> list[dict]:
+    """Rows of a recorded capstone, those without an error."""
+    return [row for row in record(base)["rows"] if "error" not in row]
 
 
 def change(row: dict, name: str) -> dict:
     return next(each for each in row["learned"] + row["forgotten"] if each["name"] == name)
 
 
+def four_bits_alone() -> dict:
+    """Nats per token of prose that Gemma 3 270M loses by NF4, with nothing trained (unit 06, H100): estimate, low, high."""
+    return recorded.load("quantization_quality_gemma", "h100")["result"]["lost"]["NF4"]["passages"]
+
+
 def runs_data() -> dict[str, dict]:
-    """Plan -> of each seed: percent right, and the rise of the loss on old text."""
-    found: dict[str, dict] = {}
-    for row in runs():
-        entry = found.setdefault(row["plan"], {"right": [], "forgotten": []})
-        entry["right"].append(100 * change(row, "right answers")["after"])
-        entry["forgotten"].append(change(row, "loss on old text")["lost"]["estimate"])
-    return found
+    """Base -> plan -> of each seed: percent right, and the rise of the loss on old text; and the interval of one run's percent."""
+    found: dict[str, dict] = {base: {} for base in RECORDS}
+    for base in RECORDS:
+        for row in runs(base):
+            entry = found[base].setdefault(row["plan"], {"right": [], "forgotten": []})
+            entry["right"].append(100 * change(row, "right answers")["after"])
+            entry["forgotten"].append(change(row, "loss on old text")["lost"]["estimate"])
+    lost = change(runs("gemma")[0], "right answers")["lost"]
+    return found | {"one run": [-100 * lost["high"], -100 * lost["low"]], "four bits": four_bits_alone()["estimate"]}
 
 
 PLANS = {
@@ -204,15 +219,25 @@ PLANS = {
 
 
 def plans(data: dict[str, dict]) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7.2, 3.6))
-    for name, colour in PLANS.items():
-        row = data[name]
-        axes.plot(row["forgotten"], row["right"], "o", color=colour, ms=4, alpha=0.6)
-        axes.plot(np.mean(row["forgotten"]), np.mean(row["right"]), "D", color=colour, ms=8, label=name)
-    axes.set(xscale="log", xlabel="old text: rise of the loss, nats per token", ylabel="instructions answered rightly, %", ylim=(50, 100))
-    axes.set_xticks((0.03, 0.1, 0.3, 1, 3), ("0.03", "0.1", "0.3", "1", "3"))
-    axes.minorticks_off()
-    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1))
+    figure, sides = plt.subplots(1, 2, figsize=(8.0, 3.7), sharex=True, sharey=True)
+    titles = {"tiny": "the tiny model", "gemma": "Gemma 3 270M"}
+    for axes, (base, title) in zip(sides, titles.items(), strict=True):
+        for name, colour in PLANS.items():
+            row = data[base][name]
+            axes.plot(np.mean(row["forgotten"]), np.mean(row["right"]), "D", color=colour, ms=8, label=name)
+            axes.plot(row["forgotten"], row["right"], "o", color=colour, ms=5, mec="white", mew=0.8, zorder=4)
+        axes.set_title(title)
+        axes.set(xscale="log", xlabel="old text: rise of the loss, nats per token", xlim=(0.018, 5), ylim=(50, 90))
+        axes.set_xticks((0.03, 0.1, 0.3, 1, 3), ("0.03", "0.1", "0.3", "1", "3"))
+        axes.minorticks_off()
+    sides[0].set_ylabel("instructions answered rightly, %")
+    low, high = data["one run"]
+    sides[1].plot([2.2, 2.2], [low, high], color=plotting.BLACK, lw=1.4, marker="_", ms=8)
+    sides[1].text(2.2, high + 1, "interval of\none run", fontsize=8.5, ha="center", va="bottom")
+    sides[1].axvline(data["four bits"], color=PLANS["QLoRA r = 16, 10 % replay"], lw=1.2, ls="--")
+    sides[1].text(data["four bits"] / 1.08, 51, "4 bits alone", color=PLANS["QLoRA r = 16, 10 % replay"], fontsize=8.5, ha="right")
+    handles, labels = sides[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
     return figure
 
 

@@ -28,10 +28,10 @@ NAMED = (  # what each panel names, and where the name stands
         "prefix, text": (9, -3), "prefix, projected": (9, -3), "P-tuning, LSTM": (9, 0), "LoRA, r = 1": (9, 0),
     },
 )  # fmt: skip
-SHOWN = {  # Gemma's curves -> colour, line
-    "LoRA": (plotting.BLUE, "-"), "DoRA": (plotting.SKY, "--"), "IA³": (plotting.PINK, "-"), "adapter, Houlsby": (plotting.GREEN, "-"),
-    "prefix, text": (plotting.RED, "-"), "prefix, random": (plotting.RED, ":"), "prompt, text": (plotting.ORANGE, "-"),
-    "prompt, random": (plotting.ORANGE, ":"),
+GREY = "#777777"
+GEMMA = {  # Gemma's methods from top to bottom -> colour
+    "LoRA": plotting.BLUE, "DoRA": plotting.BLUE, "IA³": plotting.PINK, "adapter, Houlsby": plotting.GREEN,
+    "prefix, text": plotting.ORANGE, "prefix, random": plotting.ORANGE, "prompt, text": plotting.ORANGE, "prompt, random": plotting.ORANGE,
 }  # fmt: skip
 
 
@@ -102,44 +102,44 @@ def learned(data: dict[str, dict]) -> plt.Figure:
 
 
 def few_shot_data() -> dict[str, dict]:
-    """Nats of the right answer at 64 examples for each rate tried; accuracy by the number of examples, each seed's; test lines."""
+    """Accuracy by method, losses and number of examples, each seed's; numbers trained; half a 95 % interval of one accuracy of 65 %."""
     result = recorded.load("gemma_few_shot")["result"]
-    runs = [row for row in result["runs"] if row["accuracy"] is not None]
     curves: dict[str, dict] = {}
-    for row in runs:
-        curves.setdefault(row["method"], {}).setdefault(str(row["size"]), []).append(100 * row["accuracy"])
+    for row in result["runs"]:
+        curves.setdefault(row["method"], {}).setdefault(row["losses"], {}).setdefault(str(row["size"]), []).append(100 * row["accuracy"])
+    lines = result["settings"]["test"] * len(result["packages"])
     return {
-        "tried": result["tried"],
         "curves": curves,
-        "lines": result["settings"]["test"] * len(result["packages"]),
-        "untrained": {"nats": result["zero_shot"]["nats"], "accuracy": 100 * result["zero_shot"]["accuracy"]},
+        "numbers": {method: cost["parameters"] for method, cost in result["costs"].items()},
+        "untrained": 100 * result["zero_shot"]["accuracy"],
+        "margin": 100 * 1.96 * (0.65 * 0.35 / lines) ** 0.5,
     }
 
 
 def few_shot(data: dict[str, dict]) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.8), width_ratios=(1.25, 1))
-    order = sorted(data["tried"], key=lambda method: min(data["tried"][method].values()))
-    for i, method in enumerate(order):
-        colour, scores = SHOWN[method][0], list(data["tried"][method].values())
-        left.plot(scores, [i] * len(scores), "o", color=colour, alpha=0.35, markersize=5)
-        left.plot(min(scores), i, "o", color=colour, markersize=8)
-    left.axvline(data["untrained"]["nats"], color=plotting.BLACK, lw=1, ls="--")
-    left.text(data["untrained"]["nats"], -0.65, "without training", fontsize=9, ha="center", va="bottom")
-    left.set_yticks(range(len(order)), order)
-    left.invert_yaxis()
-    left.grid(axis="y", visible=False)
-    left.set(xlabel="64 examples: nats of the right answer", xlim=(0.5, 2.2))
-    for i, (method, sizes) in enumerate(data["curves"].items()):
-        colour, line = SHOWN[method]
-        places = [int(n) * 1.06 ** (i - 1) for n in sizes]  # side by side
-        middles = [statistics.fmean(values) for values in sizes.values()]
-        margins = [100 * 1.96 * (m / 100 * (1 - m / 100) / data["lines"]) ** 0.5 for m in middles]
-        right.errorbar(places, middles, margins, color=colour, ls=line, marker="o", markersize=5, elinewidth=1, capsize=2, label=method)
-    right.axhline(data["untrained"]["accuracy"], color=plotting.BLACK, lw=1, ls="--")
-    right.set(xscale="log", xlabel="labelled examples", ylabel="accuracy, %", ylim=(40, 85))
-    right.set_xticks([16, 64, 256], ["16", "64", "256"])
-    right.minorticks_off()
-    right.legend(fontsize=9, loc="upper left")
+    figure, panels = plt.subplots(1, 3, figsize=(8.2, 4.7), sharey=True, sharex=True)
+    names = list(GEMMA)
+    for axes, size in zip(panels, ("16", "64", "256"), strict=True):
+        for i, name in enumerate(names):
+            for losses, seeds in ((losses, sizes[size]) for losses, sizes in data["curves"][name].items()):
+                extra = losses == "t-few"
+                colour, y = (GEMMA[name], i) if extra else (GREY, i + 0.3)
+                axes.plot([min(seeds), max(seeds)], [y, y], color=colour, lw=1.2)
+                axes.plot(seeds, [y] * len(seeds), "|", color=colour, markersize=7, mew=1.2)
+                axes.plot(statistics.fmean(seeds), y, "o" if extra else "s", color=colour, markersize=7 if extra else 4.5)
+        axes.axvline(data["untrained"], color=plotting.BLACK, lw=1, ls="--")
+        axes.errorbar(65, len(names) - 0.1, xerr=data["margin"], color=plotting.BLACK, lw=1, capsize=3)
+        axes.set(title=f"{size} lines", xlim=(28, 82), ylim=(len(names) + 0.2, -0.6), xlabel="accuracy, %")
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(names)), [f"{name}\n{data['numbers'][name] / 1e3:,.0f} k" for name in names], fontsize=9.5)
+    marks = [
+        plt.Line2D([], [], color=plotting.BLUE, marker="o", ls="", markersize=7, label="mean"),
+        plt.Line2D([], [], color=plotting.BLUE, marker="|", ls="", markersize=7, mew=1.2, label="a seed"),
+        plt.Line2D([], [], color=GREY, marker="s", ls="", markersize=4.5, label="cross-entropy alone"),
+        plt.Line2D([], [], color=plotting.BLACK, ls="--", lw=1, label="without training"),
+        plt.Line2D([], [], color=plotting.BLACK, marker="|", lw=1, label="95 % that 240 lines leave"),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.0, handletextpad=0.4)
     return figure
 
 

@@ -15,10 +15,24 @@ import math
 import os
 import sys
 from collections import defaultdict
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from course.units import CourseError
+
+
+def misfit() -> str:
+    """Why no kernel can be interpreted here, or nothing: up to Triton 3.6 the interpreter makes integers of arrays with one number."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+    if tuple(map(int, version.split(".")[:2])) >= (3, 7) or tuple(map(int, np.__version__.split(".")[:2])) < (2, 4):
+        return ""
+    return f"Triton {version} can't interpret kernels with NumPy {np.__version__}: pip install 'triton>=3.7', or 'numpy<2.4'"
 
 
 def interpret() -> None:
@@ -26,7 +40,10 @@ def interpret() -> None:
 
     Raises:
         RuntimeError: Triton was loaded before, to compile them.
+        CourseError: this Triton can't interpret with this NumPy.
     """
+    if problem := misfit():
+        raise CourseError(problem)
     if "triton.language" in sys.modules:
         import triton.language as tl
         from triton.runtime.jit import JITFunction
