@@ -118,8 +118,8 @@ def legend(entries: dict[str, dict]) -> str:
     """What the parts of a cell are; nothing for a table without our times."""
     found = [row for entry in entries.values() for row in rows(entry).values() if row.ours is not None]
     parts = ["our time"] * bool(found)
-    parts += ["the peer's time over it (×)"] * any(row.peer is not None for row in found)
-    parts += ["the limit's time over it (%)"] * any(row.limit is not None for row in found)
+    parts += ["the peer's over it (×)"] * any(row.peer is not None for row in found)
+    parts += ["the limit's over it (%)"] * any(row.limit is not None for row in found)
     parts += ["reached / bar"] * any(_has_bar(row) for row in found)
     return " · ".join(parts)
 

@@ -27,7 +27,7 @@ def test_the_table_has_a_column_a_card_and_a_line_a_row():
     heads, lines = beside.table(KNOWN)
     assert heads == ["", H100, H200] and len(lines) == len(beside.rows(KNOWN[H200]))
     assert lines[0][1] == "0.0679 · 10.7× · 87%"
-    assert beside.legend(KNOWN).split(" · ") == ["our time", "the peer's time over it (×)", "the limit's time over it (%)"]
+    assert beside.legend(KNOWN).split(" · ") == ["our time", "the peer's over it (×)", "the limit's over it (%)"]
 
 
 def test_the_table_of_kernel_limits_fits_a_terminal_and_has_one_line_for_all_that_was_tried():
