@@ -146,6 +146,11 @@ def speed(work: str, kind: str = "", rows: int | None = None) -> float:
     return max(value for way, value in _speeds(work, rows).items() if way.startswith(kind))
 
 
+def slowest(work: str, kind: str = "", rows: int | None = None) -> float:
+    """As :func:`speed`, of the slowest."""
+    return min(value for way, value in _speeds(work, rows).items() if way.startswith(kind))
+
+
 def gain_percent(work: str, rows: int | None = None) -> float:
     """By how much the fastest candidate is faster than ours; below 0 if all are slower."""
     return 100 * (speed(work, rows=rows) - 1)

@@ -337,6 +337,11 @@ def logic_percent(kernel: str, device: str = GPU) -> float:
     return 100 * counted(kernel, "alu instructions", device) / counted(kernel, "instructions", device)
 
 
+def rows_decoded_on_the_way(device: str) -> int:
+    """The most, by the version of the kernels that was measured on this card."""
+    return FUSED[device]
+
+
 def longer_than_reading_percent(device: str = GPU) -> float:
     """How much longer the layer with one row takes than only reading its weight."""
     return 100 * (kernel_ms("linear", "ours", 1, device) / reading_ms(device) - 1)
