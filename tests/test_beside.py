@@ -32,7 +32,7 @@ def test_the_table_has_a_column_a_card_and_a_line_a_row():
 
 def test_the_table_of_kernel_limits_fits_a_terminal_and_has_one_line_for_all_that_was_tried():
     known = beside.cards("kernel_limits")
-    heads, lines = beside.table(known)
+    _, lines = beside.table(known)
     by_label = dict(zip([line[0] for line in lines[::2]], zip(lines[::2], lines[1::2], strict=True), strict=True))
     ours, tried = by_label["linear, 1 row"]
     assert tried[0] == beside.TRIED and ours[1].endswith("54% · 0.542 / 0.70") and "× our speed: ahead" in tried[1]
@@ -43,7 +43,9 @@ def test_the_table_of_kernel_limits_fits_a_terminal_and_has_one_line_for_all_tha
 def test_the_same_card_is_held_to_its_own_record():
     assert beside.verdict(entry(H100), KNOWN).startswith("As expected: 14 rows")
     said = beside.verdict(entry(H100, ours=0.1), KNOWN)
-    assert said.startswith("Not as expected: 1 figure of 14 rows") and "quantize: 0.1 here, 0.06786 when it was recorded on this card" in said
+    assert (
+        said.startswith("Not as expected: 1 figure of 14 rows") and "quantize: 0.1 here, 0.06786 when it was recorded on this card" in said
+    )
 
 
 def test_a_run_faster_than_its_record_is_told():

@@ -28,7 +28,10 @@ from reference.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from reference.qlora import NF4Linear, merge_errors, quantize_linears
 
 FOUR_BITS = 0.5 + 4 / 64  # bytes a weight of codes and float32 scales
-FUSED = {"h100": 64, "h200": 128}  # rows that the kernels decoded on the way when each card was measured: the H100's were an earlier version
+FUSED = {
+    "h100": 64,
+    "h200": 128,
+}  # rows that the kernels decoded on the way when each card was measured: the H100's were an earlier version
 
 # Counting
 

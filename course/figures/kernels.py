@@ -223,7 +223,8 @@ def tried_data() -> dict[str, dict[str, list[float]]]:
     found = {}
     for name, row in _limits().items():
         found[name.replace("\n", " ")] = {
-            kind: [row["ours"] / each["ms"] for each in row["candidates"] if each["way"].startswith(kind) and "ms" in each] for kind in KINDS
+            kind: [row["ours"] / each["ms"] for each in row["candidates"] if each["way"].startswith(kind) and "ms" in each]
+            for kind in KINDS
         }
     return found
 
