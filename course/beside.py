@@ -5,7 +5,7 @@ Where it has the time of "ours", the others are read against it: a peer's time o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ SIZES = ("rows", "batch", "sequence", "tokens", "rank", "r", "seed", "size", "wi
 SIZES += ("threads", "streams")
 SLOWER = 1.10  # than the record of the same card: still as expected
 SHARE = 0.85  # of the lowest ratio on recorded cards: still as expected on another card
+TRIED = "  the fastest of those tried"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class Row:
 
     Attributes:
         numbers: what was measured, by name.
+        tried: other ways to do the same, and their times.
     """
 
     numbers: dict[str, float]
+    tried: dict[str, float] = field(default_factory=dict)
 
     @property
     def ours(self) -> float | None:
@@ -69,16 +72,23 @@ def _found(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
     elif isinstance(value, dict):
         numbers = {key: float(each) for key, each in value.items() if _is_number(each) and key not in SIZES}
         path = path + tuple(_words(value))
+        others = [each for each in value.get("candidates", []) if isinstance(each, dict)]
         if numbers and path:
-            yield ", ".join(path), Row(numbers)
+            yield ", ".join(path), Row(numbers, {each["way"]: each["ms"] for each in others if "ms" in each})
         for key, each in value.items():
+            if key == "candidates":
+                continue
             yield from _found(each, path if isinstance(each, list) else (*path, str(key)))
 
 
 def _words(row: dict[str, Any]) -> list[str]:
     """What tells a row from the others: "linear", "16 rows"."""
-    sizes = [f"{value:,} {key}" for key, value in row.items() if key in SIZES and _is_number(value)]
+    sizes = [f"{value:,} {key[:-1] if value == 1 and key.endswith('s') else key}" for key, value in row.items() if _is_size(key, value)]
     return [value for value in row.values() if isinstance(value, str)] + sizes
+
+
+def _is_size(key: str, value: Any) -> bool:
+    return key in SIZES and _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -86,7 +96,7 @@ def _is_number(value: Any) -> bool:
 
 
 def table(entries: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: for each row and card our time, the peer's over it, the share of the limit; else every number."""
+    """Heads and lines: for each row and card what :func:`legend` says, and the fastest other way; else every number."""
     by_card = {card: rows(entry) for card, entry in entries.items()}
     labels = list(dict.fromkeys(label for found in by_card.values() for label in found))
     lines = []
@@ -95,6 +105,8 @@ def table(entries: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
         if all(row.ours is not None for row in there.values()):
             cells = [_cell(there.get(card)) for card in entries]
             lines.append([label, *cells])
+            if any(row.tried for row in there.values()):
+                lines.append([TRIED, *(_fastest(there.get(card)) for card in entries)])
             continue
         for name in dict.fromkeys(name for row in there.values() for name in row.numbers):
             values = [there[card].numbers.get(name) if card in there else None for card in entries]
@@ -102,13 +114,40 @@ def table(entries: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     return ["", *entries], lines
 
 
+def legend(entries: dict[str, dict]) -> str:
+    """What the parts of a cell are; nothing for a table without our times."""
+    found = [row for entry in entries.values() for row in rows(entry).values() if row.ours is not None]
+    parts = ["our time"] * bool(found)
+    parts += ["the peer's over it (×)"] * any(row.peer is not None for row in found)
+    parts += ["the limit's over it (%)"] * any(row.limit is not None for row in found)
+    parts += ["reached / bar"] * any(_has_bar(row) for row in found)
+    return " · ".join(parts)
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    parts = [f"{row.ours:.4g}"]
-    parts += [f"peer {row.peer:.2f}×"] if row.peer is not None else []
-    parts += [f"limit {row.limit:.0%}"] if row.limit is not None else []
-    return ", ".join(parts)
+    parts = [_short(row.ours)]
+    parts += [f"{_short(row.peer)}×"] if row.peer is not None else []
+    parts += [f"{row.limit:.0%}"] if row.limit is not None else []
+    parts += [f"{row.numbers['reached']:.3f} / {row.numbers['bar']:.2f}"] if _has_bar(row) else []
+    return " · ".join(parts)
+
+
+def _has_bar(row: Row) -> bool:
+    return {"reached", "bar"} <= set(row.numbers)
+
+
+def _fastest(row: Row | None) -> str:
+    if row is None or not row.tried:
+        return ""
+    way = min(row.tried, key=row.tried.get)
+    return f"{row.ours / row.tried[way]:.2f} × our speed: {way}"
+
+
+def _short(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def check(entry: dict, known: dict[str, dict]) -> list[str]:
@@ -149,10 +188,22 @@ def verdict(entry: dict, known: dict[str, dict]) -> str:
     if not count:
         return f"Nothing recorded has the same rows as this result on {card}: there is nothing to hold it to."
     held = "its own record" if card in known else f"{', '.join(known)}, by ratios"
-    said = check(entry, known)
-    if not said:
-        return f"As expected: {count} rows on {card}, held to {held}."
-    return "\n".join([f"Not as expected: {len(said)} figures of {count} rows on {card}, held to {held}.", *said])
+    said, quick = check(entry, known), faster(entry, known)
+    counted = f"{count} row{'s' * (count > 1)} on {card}, held to {held}"
+    first = f"Not as expected: {len(said)} figure{'s' * (len(said) > 1)} of {counted}." if said else f"As expected: {counted}."
+    return "\n".join([first, *said, *quick])
+
+
+def faster(entry: dict, known: dict[str, dict]) -> list[str]:
+    """Where this run beats the card's own record by more than ``SLOWER`` allows the other way: then the record is of older code."""
+    if entry["device"] not in known:
+        return []
+    before, found = rows(known[entry["device"]]), []
+    for label, row in rows(entry).items():
+        then = before[label].ours if label in before else None
+        if row.ours and then and then > SLOWER * row.ours:
+            found.append(f"Faster than the record, {label}: {row.ours:.4g} here, {then:.4g} there. Is the record of older code?")
+    return found
 
 
 def figure(entries: dict[str, dict]):

@@ -100,4 +100,5 @@ def test_a_dry_run_has_every_bar():
         assert row["reached"] == against / row["ours"] and {"ours", "bitsandbytes"} <= set(row)
     assert "missed, at" in benchmark.table(result)
     labels = beside.rows({"result": result})
-    assert labels["quantize"].limit and labels["linear, 16 rows"].peer and "quantize, loop 1024 × 1 × 16" in labels
+    assert list(labels) == ["quantize", "dequantize", "dequantize, double quantization", "linear, 1 row", "linear, 16 rows"]
+    assert labels["quantize"].limit and labels["linear, 16 rows"].peer

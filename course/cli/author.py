@@ -129,6 +129,8 @@ def _beside(entries: dict, figure: Path | None) -> None:
     for line in lines:
         shown.add_row(*map(escape, line))
     shared.console.print(shown)
+    if words := beside.legend(entries):
+        shared.console.print(f"\n{escape(words)}")
     if figure is not None:
         drawn = beside.figure(entries)
         if drawn is None:

@@ -170,6 +170,79 @@ def floors(data: dict[str, dict]) -> plt.Figure:
     return figure
 
 
+LIMITS = {
+    "quantize": ("quantize", None),
+    "dequantize": ("dequantize", None),
+    "dequantize,\ndouble\nquantization": ("dequantize, double quantization", None),
+} | {f"layer,\n{rows} row{'s' * (rows > 1)}": ("linear", rows) for rows in (1, 16, 32, 64, 128)}
+KINDS = {  # of candidates, by how their names begin
+    "loop": ("a loop over tiles", plotting.GREEN, "D"),
+    "ours": ("the same in other sizes", plotting.BLUE, "o"),
+    "words": ("a thread decodes what it writes", plotting.ORANGE, "s"),
+    "ahead": ("ask the cache first for all", plotting.RED, "v"),
+    "stages": ("x several steps ahead", plotting.SKY, "^"),
+    "scaled": ("… and scales into the levels", plotting.PINK, "P"),
+}
+
+
+def _limits() -> dict[str, dict]:
+    return {name: recorded.row("kernel_limits", "h200", work=work, rows=rows) for name, (work, rows) in LIMITS.items()}
+
+
+def bars_data() -> dict[str, dict[str, float]]:
+    """Work -> percent reached by the kernels of the course, by bitsandbytes and by the fastest candidate; and the bar."""
+    found = {}
+    for name, row in _limits().items():
+        against = row["bf16 weights" if row.get("rows", 1) > 1 else "floor"]
+        fastest = min(each["ms"] for each in row["candidates"] if "ms" in each)
+        times = {"ours": row["ours"], "bitsandbytes": row["bitsandbytes"], "other": fastest}
+        found[name] = {who: 100 * against / ms for who, ms in times.items()} | {"bar": 100 * row["bar"]}
+    return found
+
+
+def bars(data: dict[str, dict[str, float]]) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(8.4, 3.6))
+    for shift, who, label, colour in ((-0.2, "ours", "here", plotting.BLUE), (0.2, "bitsandbytes", "bitsandbytes", plotting.ORANGE)):
+        drawn = axes.bar([x + shift for x in range(len(data))], [each[who] for each in data.values()], 0.38, color=colour, label=label)
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8, label_type="center", color="white")
+    axes.plot([x - 0.2 for x in range(len(data))], [each["other"] for each in data.values()], "D", color=plotting.GREEN, markersize=5)
+    axes.plot([], [], "D", color=plotting.GREEN, markersize=5, label="fastest other way")
+    left, right = [x - 0.42 for x in range(len(data))], [x + 0.02 for x in range(len(data))]
+    axes.hlines([each["bar"] for each in data.values()], left, right, color=plotting.BLACK, lw=2, label="bar")
+    axes.axvline(3.5, color="#999999", lw=1, ls=":")
+    axes.set_xticks(range(len(data)), list(data), fontsize=8)
+    axes.set(ylabel="floor / time, percent", ylim=(0, 135))
+    axes.text(3.6, 128, "bf16 weights' time / time, percent", fontsize=8, va="center")
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def tried_data() -> dict[str, dict[str, list[float]]]:
+    """Work -> kind of candidate -> the speed of each, over that of the kernel of the course."""
+    found = {}
+    for name, row in _limits().items():
+        found[name.replace("\n", " ")] = {
+            kind: [row["ours"] / each["ms"] for each in row["candidates"] if each["way"].startswith(kind) and "ms" in each]
+            for kind in KINDS
+        }
+    return found
+
+
+def tried(data: dict[str, dict[str, list[float]]]) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(8.4, 3.9))
+    for i, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
+        points = [(speed, y + 0.1 * (i - 2.5)) for y, kinds in enumerate(data.values()) for speed in kinds[kind]]
+        axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5, label=label)
+    axes.axvline(1, color=plotting.BLACK, lw=1.4, label="the kernel of the course")
+    axes.axvspan(1, 1.03, color="#dddddd", lw=0, label="a gain below 3 %")
+    axes.set_yticks(range(len(data)), list(data), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="speed / speed of the kernel of the course", xlim=(0.55, 1.12))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
 def cells_data() -> dict[str, list[float]]:
     """Edges of 32 equal cells, and the midpoints between NF4's levels."""
     edges = (torch.arange(33) - 16.5) / 15
@@ -217,6 +290,8 @@ FIGURES = [
     Figure("kernels_roofline", PAGE, roofline_data, roofline),
     Figure("nf4_cells", PAGE, cells_data, cells),
     Figure("kernels_busy", PAGE, busy_data, busy),
-    Figure("kernels_floors", PAGE, floors_data, floors),
+    Figure("kernels_bars", PAGE, bars_data, bars),
+    Figure("kernels_floors", APPENDIX, floors_data, floors),
+    Figure("kernels_tried", APPENDIX, tried_data, tried),
     Figure("nf4_rows", APPENDIX, rows_data, rows),
 ]
