@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -43,3 +44,17 @@ def the_same_numbers_every_time(request: pytest.FixtureRequest, monkeypatch: pyt
 def small_course(tmp_path: Path) -> Unit:
     """The first unit of a course of two units in a folder of its own (``unit.root``)."""
     return miniature.make(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, in which a test looks at what learners see."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("there is no Chromium on this machine: nothing is tested in a browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -44,19 +44,6 @@ def hub(tmp_path_factory):
         yield started
 
 
-@pytest.fixture(scope="module")
-def browser(hub):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("there is no Chromium on this machine: the hub for a room is not tested in a browser")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 def enter(browser, hub, name: str, password: str):
     """A page on which ``name`` has logged in and JupyterLab is open; ``page.said`` is what its console shows."""
     page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()

@@ -80,21 +80,14 @@ def lab(folder: Path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(lab):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("there is no Chromium on this machine: JupyterLab in a browser is not tested")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(SECONDS)
-        page.asked = []
-        page.on("request", lambda request: page.asked.append(request.url))
-        yield page
-        page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
-        browser.close()
+def page(browser, lab):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(SECONDS)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    yield page
+    page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
+    page.close()
 
 
 def go_to(page, lab, path: str) -> None:

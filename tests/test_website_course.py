@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from urllib.parse import unquote
@@ -50,19 +49,6 @@ def pages(site: Path) -> list[str]:
     return sorted(
         str(path.relative_to(site)) for path in site.rglob("*.html") if path.relative_to(site).parts[0] not in ("_static", ".work")
     )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("there is no Chromium on this machine: how pages look in a browser is not tested")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from course.lab.traffic import MovedBytes
 from reference.blockwise import midpoints
 from reference.nf4 import NF4_CODEBOOK
 
-PAGE, APPENDIX = "lessons/13_kernels.md", "lessons/appendix/13_kernels.md"
+PAGE, APPENDIX, TRIED = "lessons/13_kernels.md", "lessons/appendix/13_kernels.md", "lessons/appendix/13_tried.md"
 CARDS = {"H100": "h100", "H200": "h200"}
 WHO = {
     "ours": ("NF4, here", plotting.BLUE, "o-"),
@@ -291,7 +291,7 @@ FIGURES = [
     Figure("nf4_cells", PAGE, cells_data, cells),
     Figure("kernels_busy", PAGE, busy_data, busy),
     Figure("kernels_bars", PAGE, bars_data, bars),
-    Figure("kernels_floors", APPENDIX, floors_data, floors),
-    Figure("kernels_tried", APPENDIX, tried_data, tried),
+    Figure("kernels_floors", TRIED, floors_data, floors),
+    Figure("kernels_tried", TRIED, tried_data, tried),
     Figure("nf4_rows", APPENDIX, rows_data, rows),
 ]

@@ -10,7 +10,7 @@ from course.claims import multi_lora as claims
 from course.figures import Figure
 from course.lab import plotting
 
-PAGE, APPENDIX = "lessons/11_multi_lora.md", "lessons/appendix/11_serving.md"
+PAGE, APPENDIX = "lessons/11_multi_lora.md", "lessons/appendix/11_kernels.md"
 PALE = ("#BBBBBB", plotting.ORANGE)
 TENANTS = {"sql": plotting.BLUE, "clinic": plotting.ORANGE, "legal": plotting.GREEN, "base alone": "#BBBBBB"}
 
