@@ -649,3 +649,24 @@ def test_lateral_adapters_are_told_apart_too():
     torch.manual_seed(0)
     model, batches = nn.Sequential(Adapter(5, 3, 4)).double(), classified()
     alike(fisher_diagonal(model, batches), by_rows(model, batches, "exact"))
+
+
+def test_the_check_can_be_left_out_and_changes_nothing_else():
+    x, y = torch.randn(6, 3), torch.randint(4, (6,))
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+    for estimator in ("exact", "empirical"):
+        checked = fisher_diagonal(model, [(x, y)], estimator)
+        for name, value in fisher_diagonal(model, [(x, y)], estimator, check=False).items():
+            assert torch.equal(value, checked[name])
+
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.inner(x) + F.linear(x, self.inner.weight)
+
+    outside, batches = Outside(), [(x, y)]
+    wrong = fisher_diagonal(outside, batches, check=False)["inner.weight"]  # as the docstring says: nobody looked
+    torch.testing.assert_close(4 * wrong, by_rows(outside, batches, "exact")["inner.weight"])  # twice the gradient, by two ways

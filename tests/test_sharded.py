@@ -21,7 +21,7 @@ from reference.llama import Llama
 from reference.lora import inject_lora, lora_layers
 from reference.memory.sharding import adapter_tensors, layer_tensors, sharded_memory, share_bytes, whole_everywhere
 from reference.qlora import NF4Linear, quantize_linears
-from reference.sharded import RowwiseNF4Linear, load_state, on_first, processes, quantize_and_shard, save_adapter, save_state, share
+from reference.sharded import RowwiseNF4Linear, engine, load_state, on_first, processes, quantize_and_shard, save_adapter, save_state, share
 from tests import sharded_worker as worker
 
 
@@ -358,3 +358,27 @@ def test_one_gpu_through_nccl(tmp_path):
         save_state(other, adam, tmp_path / "state", 1)
         assert load_state(other, torch.optim.AdamW(adam.param_groups[0]["params"], fused=True), tmp_path / "state") == 1
         save_adapter(other, tmp_path / "adapter")
+
+
+def test_older_engines_are_asked_for_no_gradient_of_integers(monkeypatch):
+    """What torch 2.11 does to a share: a parameter that asks for gradients first, and gets the whole one's flag afterwards."""
+    seen = []
+
+    def older(module, mesh):
+        from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+        for whole in module.parameters():
+            share = _fsdp_param.nn.Parameter(whole.detach().clone())
+            share.requires_grad_(whole.requires_grad)
+            seen.append((share.dtype, share.requires_grad))
+        assert _fsdp_param.nn.Linear is torch.nn.Linear
+        return module
+
+    layer = RowwiseNF4Linear(64, 3)
+    with pytest.raises(RuntimeError, match="floating point"):
+        older(layer, None)  # without the mending
+    monkeypatch.setattr(engine, "SHARES_KEEP_THEIR_FLAG", False)
+    monkeypatch.setattr(engine.fsdp, "fully_shard", older)
+    seen.clear()
+    assert engine.fully_shard(layer, None) is layer
+    assert seen == [(torch.uint8, False), (torch.uint8, False)]
