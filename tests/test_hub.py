@@ -73,7 +73,7 @@ def done(frame) -> None:
     said.wait_for(state="detached")
 
 
-def test_formgrader_opens_inside_jupyterlab_and_has_the_class(browser, hub):
+def test_formgrader_opens_inside_jupyterlab_and_has_the_class(hub, browser):  # in this order: the hub is awaited, and Playwright has a loop
     page = enter(browser, hub, "instructor", hub.instructor)
     page.click(".lm-MenuBar-item:has-text('Nbgrader')")
     page.click(".lm-Menu-item:has-text('Formgrader')")
@@ -93,7 +93,7 @@ def test_formgrader_opens_inside_jupyterlab_and_has_the_class(browser, hub):
     page.context.close()
 
 
-def test_a_learner_has_a_copy_and_no_frame(browser, hub):
+def test_a_learner_has_a_copy_and_no_frame(hub, browser):
     page = enter(browser, hub, LEARNER, hub.password)
     assert (hub.folder / "hub" / "homes" / LEARNER / "course" / "notebooks").is_dir()
     assert "frame-ancestors 'none'" in policy(page, hub, LEARNER)
