@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checkpointing import SMOKE_BATCH, SMOKE_SHAPE, chain, one_by_one, with_gradients
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from benchmarks.meters import Meter, timed
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from reference.checkpointing import OffloadActivations, checkpoint
 from reference.model_shapes import LLAMA_2_7B, ModelShape
 
@@ -129,22 +130,18 @@ def measured(meter: Meter, shape: ModelShape, batch: tuple[int, int], min_bytes:
 
 
 def table(result: dict) -> str:
-    out, back = (result["bytes_per_second"][way] / 1e9 for way in ("out", "back"))
-    lines = [
-        f"forward {result['forward_seconds']:.4f} s, backward {result['backward_seconds']:.4f} s; bus {out:.1f} out, {back:.1f} GB/s back"
-    ]
-    lines.append(
-        f"{'':36}{'seconds':>9}{'least':>9}{'most':>9}{'limit':>9}{'first':>9}{'peak':>11}{'activations':>13}{'copied':>11}{'host':>11}"
-    )
+    rate = result["bytes_per_second"]
+    times = f"forward {result['forward_seconds']:.4f} s, backward {result['backward_seconds']:.4f} s"
+    rates = f"bus {rate['out'] / 1e9:.1f} GB/s out, {rate['back'] / 1e9:.1f} GB/s back"
+    lines = [wrapped(f"{times}; {rates}; s: the median, and the most")]
+    rows = []
     for row in result["rows"]:
         if "error" in row:
-            lines.append(f"{row['how']:36}  FAILED {row['error']}")
+            lines.append(failed(row["how"], row["error"]))
             continue
-        times = "".join(f"{row[key]:9.4f}" if key in row else " " * 9 for key in ("seconds", "least", "most", "limit", "first"))
-        widths = {"peak": 11, "activations": 13, "copied": 11, "host": 11}
-        sizes = "".join(f"{show_bytes(row[key]) if key in row else '':>{width}}" for key, width in widths.items())
-        lines.append(f"{row['how']:36}{times}{sizes}")
-    return "\n".join(lines)
+        times = [f"{row[key]:.3f}" if key in row else "" for key in ("seconds", "most", "limit")]
+        rows.append([row["how"], *times, *(show_bytes(row[key]) if key in row else "" for key in ("peak", "activations", "copied"))])
+    return "\n".join([*lines, columns(("", "s", "most", "limit", "peak", "kept", "copied"), rows)])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.cli import record, rounded
 from course.lab import models, seed_everything, training
+from course.lab.tables import columns, wrapped
 from course.lab.world import World
 from reference.precision import add_kahan_, add_stochastic_
 
@@ -91,11 +92,10 @@ def measure(steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"before: {result['before']:.3f} nats per token above the floor; unmoved weights in the last step"]
-    for row in result["rows"]:
-        losses = "".join(f"{loss:9.4f}" for loss in row["losses"])
-        lines.append(f"{row['rate']:<9g}{row['way']:12}{losses}{row['unmoved_percent']:9.1f} %")
-    return "\n".join(lines)
+    about = f"nats per token above the floor, by seed ({result['before']:.3f} before); weights that the last step left unmoved"
+    seeds = [f"seed {i}" for i in range(len(result["rows"][0]["losses"]))]
+    rows = [[f"{row['rate']:<8g}{row['way']}", *row["losses"], f"{row['unmoved_percent']:.1f} %"] for row in result["rows"]]
+    return "\n".join([wrapped(about), columns(("rate    way", *seeds, "unmoved"), rows, ".4f")])
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torchs
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from benchmarks.meters import Meter, timed
 from course.lab import recorded
 from course.lab.live import SavedForBackward
 from course.lab.meters import show_bytes
+from course.lab.tables import columns
 from reference.checkpointing import activation_cost, checkpoint, checkpoint_by_hooks, checkpoint_sequential
 from reference.llama.model import Layer, rotation
 from reference.lora import inject_lora
@@ -158,24 +159,26 @@ def measure(smoke: bool, device: torch.device) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = ["segments      kept      peak predicted    ratio   seconds"]
-    for row in result["rows"]:
-        if row["work"] == "memory":
-            sizes = "".join(f"{show_bytes(row[key]):>10}" for key in ("kept", "peak", "predicted"))
-            lines.append(f"{row['segments']:8}{sizes}{row['ratio']:9.3f}{row['seconds']:10.4f}")
-    return "\n".join([*lines, "", table_of_times(result["rows"])])
+    keys = "kept", "peak", "predicted"
+    memory = [row for row in result["rows"] if row["work"] == "memory"]
+    rows = [[str(row["segments"]), *(show_bytes(row[key]) for key in keys), row["ratio"], f"{row['seconds']:.4f}"] for row in memory]
+    return "\n".join([columns(("segments", *keys, "ratio", "seconds"), rows, ".3f"), "", table_of_times(result["rows"])])
 
 
 def table_of_times(rows: list[dict]) -> str:
-    lines = [f"{'':20}{'seconds':>10}{'least':>10}{'most':>10}{'extra %':>9}{'over torch':>12}{'peak':>11}"]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"{row['how']:20}  FAILED {row['error']}")
-        elif row["work"] == "time":
-            seconds = "".join(f"{row[key]:10.4f}" for key in ("seconds", "least", "most"))
-            over = f"{row['over_torch']:12.4f}" if "over_torch" in row else " " * 12
-            lines.append(f"{row['how']:20}{seconds}{row['extra_percent']:9.1f}{over}{show_bytes(row['peak']):>11}")
-    return "\n".join(lines)
+    lines = [
+        [
+            row["how"],
+            *(f"{row[key]:.4f}" for key in ("seconds", "least", "most")),
+            f"{row['extra_percent']:.1f}",
+            f"{row['over_torch']:.4f}" if "over_torch" in row else "",
+            show_bytes(row["peak"]),
+        ]
+        for row in rows
+        if row.get("work") == "time" and "error" not in row
+    ]
+    failures = [failed(row["how"], row["error"]) for row in rows if "error" in row]
+    return "\n".join([columns(("", "seconds", "least", "most", "extra %", "over torch", "peak"), lines), *failures])
 
 
 def main() -> None:

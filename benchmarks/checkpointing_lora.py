@@ -31,6 +31,7 @@ from benchmarks.checkpointing import (
 from benchmarks.cli import message, options, rounded
 from benchmarks.meters import Meter
 from course.lab import recorded
+from course.lab.tables import wrapped
 from reference.model_shapes import LLAMA_2_7B, ModelShape
 
 DEPTH, BATCH = 16, (8, 2048)
@@ -65,7 +66,11 @@ def lora_times(smoke: bool, device: torch.device) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    lines = [f"{row['recipe']:8}{row['how']:20}{row['equal']}" for row in result["rows"] if row["work"] == "equal"]
+    lines = []
+    checked = [row for row in result["rows"] if row["work"] == "equal"]
+    for recipe, equal in dict.fromkeys((row["recipe"], row["equal"]) for row in checked):
+        names = ", ".join(row["how"].replace(",", "") for row in checked if (row["recipe"], row["equal"]) == (recipe, equal))
+        lines.append(wrapped(f"{recipe}: gradients are {'' if equal else 'NOT '}those without checkpointing, bit for bit: {names}"))
     return "\n".join([*lines, table_of_times([row for row in result["rows"] if row["work"] == "time"]), *result["errors"]])
 
 

@@ -10,6 +10,7 @@ import torch
 
 from course.lab import recorded
 from course.lab.devices import device
+from course.lab.tables import wrapped
 
 
 def options(name: str, about: str, gpu: bool = True, **more: dict[str, Any]) -> argparse.Namespace:
@@ -57,6 +58,11 @@ def record(
 def message(error: Exception) -> str:
     """What a row says that failed: one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def failed(what: str, error: str) -> str:
+    """What a table says of a row that failed."""
+    return wrapped(f"{what}: FAILED {error}")
 
 
 def rounded(value: Any) -> Any:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cli import message, record
+from benchmarks.cli import failed, message, record
 from benchmarks.lora_layer import in_turns, kept_bytes, training_step
 from course.lab import meters
 from course.lab.devices import device
+from course.lab.tables import columns, wrapped
 from reference.ia3 import IA3Layer
 from reference.lora.dora import DoRALinear
 from reference.relatives import OFT, LoHa, LoKr, VeRA
@@ -161,20 +162,24 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"forward + backward, {result['width']}², {result['rows']} rows, bfloat16", f"{'':16}{'ours ms':>9}{'peft':>9}{'times':>7}"]
+    rows, lines = [], []
     for row in result["table"]:
         if "failed" in row:
-            lines.append(f"{row['method']:16}failed: {row['failed']}")
+            lines.append(failed(row["method"], row["failed"]))
             continue
-        times = row["milliseconds"]
-        line = f"{row['method']:16}{times['ours']:9.3f}{times['peft']:9.3f}{row['times_as_fast']:7.2f}"
-        if "peak_bytes" in row:
-            peaks = " / ".join(meters.show_bytes(row["peak_bytes"][key]) for key in ("ours", "peft", "frozen layer"))
-            kept = " / ".join(meters.show_bytes(row["kept_bytes"][key]) for key in ("ours", "peft"))
-            wrong = " / ".join(f"{row['error'][key]:.1e}" for key in ("ours", "peft"))
-            line += f"   frozen {times['frozen layer']:.3f}   peak {peaks}   kept {kept}   error {wrong}"
-        lines.append(line)
-    return "\n".join(lines)
+        sizes = [
+            meters.show_bytes(row[what][who]) if what in row else "" for what in ("peak_bytes", "kept_bytes") for who in ("ours", "peft")
+        ]
+        times = (f"{row['milliseconds'][who]:.3f}" for who in ("ours", "peft"))
+        rows.append([row["method"], *times, row["times_as_fast"], *sizes])
+    layers = [row for row in result["table"] if "error" in row]
+    about = f"forward + backward, {result['width']}², {result['rows']} rows, bfloat16; × is peft's time over ours"
+    heads = ("", "ours ms", "peft ms", "×", "peak ours", "peft", "kept ours", "peft")
+    if layers:
+        frozen = max(row["milliseconds"]["frozen layer"] for row in layers)
+        errors = ", ".join(f"{who} {max(row['error'][who] for row in layers):.1e}" for who in ("ours", "peft"))
+        lines.append(wrapped(f"the frozen layer alone takes at most {frozen:.3f} ms; largest error: {errors}"))
+    return "\n".join([about, columns(heads, rows), *lines])
 
 
 def main() -> None:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from course.lab import models, recorded
 from course.lab.meters import milliseconds, peak_memory
+from course.lab.tables import columns, short, wrapped
 from course.lab.world import World
 from reference.ewc import fisher_diagonal
 
@@ -193,19 +194,20 @@ def measure(where: torch.device, size: str) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':34}{'ours':>10}{'checked':>10}{'BackPACK':>10}{'func':>10}{'loop':>10}{'limit':>9}   milliseconds"]
+    names, rows, lines = ("ours", "ours, checked", "BackPACK", "torch.func", "loop"), [], []
     for row in result["rows"]:
-        times = row["milliseconds"]
-        cells = [times.get(name) for name in ("ours", "ours, checked", "BackPACK", "torch.func", "loop")]
-        shown = [f"{cell:10.3f}" if isinstance(cell, float) else f"{'-' if cell is None else 'failed':>10}" for cell in cells]
-        lines.append(
-            f"{row['model']} {row['estimator']}, {row['rows']} × {row['answers']} answers".ljust(34)
-            + "".join(shown)
-            + f"{row['limit_ms']:9.3f}"
-        )
-        lines += [f"    {name}: {cell}" for name, cell in times.items() if isinstance(cell, str)]
-        lines.append("    differ from ours by at most " + ", ".join(f"{n} {v:.1e}" for n, v in row["apart"].items() if v is not None))
-    return "\n".join(lines)
+        what, times = f"{row['model']} {row['estimator']}, {row['rows']} × {row['answers']}", row["milliseconds"]
+        rows.append([what])
+        for name in names:
+            cell = times.get(name)
+            rows[-1].append(short(cell) if isinstance(cell, float) else None if cell is None else "failed")
+        rows[-1].append(short(row["limit_ms"]))
+        lines += [failed(f"{what}, {name}", cell) for name, cell in times.items() if isinstance(cell, str)]
+    apart = {name: [row["apart"][name] for row in result["rows"] if row["apart"].get(name) is not None] for name in names[1:]}
+    differ = ", ".join(f"{name} {max(values):.1e}" for name, values in apart.items() if values)
+    lines.append(wrapped(f"differ from ours by at most {differ}"))
+    heads = ("rows × answers", "ours", "checked", "BackPACK", "func", "loop", "limit")
+    return "\n".join(["milliseconds", columns(heads, rows), *lines])
 
 
 def main() -> None:

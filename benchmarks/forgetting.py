@@ -19,6 +19,7 @@ Two more studies: *foreign*, general text with every word replaced by another on
 
 import functools
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,6 +34,7 @@ from benchmarks.cli import options
 from course.lab import models, recorded
 from course.lab.forgetting import at_equal_learning
 from course.lab.stacked import Stack, StackedAdam, next_token_losses
+from course.lab.tables import columns
 from course.lab.world import World
 from reference.ewc import fisher_diagonal
 from reference.lora import inject_lora, lora_layers
@@ -642,6 +644,32 @@ def shortened(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def table(result: dict) -> str:
+    def mean(values: list[float]) -> str:
+        return f"{statistics.fmean(values):.3f}" if values else ""
+
+    levels = [level for level in (0.5, 0.25, 0.12) if any(row["level"] == level for row in result["frontier"]["levels"])]
+    by = {(row["method"], row["level"]): row for row in result["frontier"]["levels"]}
+    rows = []
+    for method in dict.fromkeys(method for method, _ in by):
+        found = [by.get((method, level)) for level in levels]
+        if any(found):
+            rows.append([method])
+            for row in found:
+                rows[-1] += [mean(row["forgotten"]), f"{row['value']:g}" * bool(row["setting"])] if row else ["", ""]
+    heads = [each for level in levels for each in (f"at {level}", "set")]
+    parts = ["nats of the general text lost when the new one is so many nats above the floor,\nand the method's setting"]
+    parts[0] += "\n" + columns(("", *heads), rows)
+    if result["foreign"]:
+        left = [(row["method"], row["trained"], mean([each[-1] for each in row["left"]]), mean(row["old"])) for row in result["foreign"]]
+        parts.append(columns(("a foreign text: nats left at the end", "trained", "new", "old"), left))
+    if result["sequence"]:
+        domains = ("general", "clinic", "legal", "sql")
+        left = [(row["method"], *(mean(row[domain]) for domain in domains)) for row in result["sequence"]]
+        parts.append(columns(("three domains in a row: nats at the end", *domains), left))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     given = options(
         "forgetting",
@@ -661,10 +689,7 @@ def main() -> None:
     sizes = SMALL if given.smoke else Sizes()
     sizes = replace(sizes, seeds=given.seeds or sizes.seeds, settings=tuple(given.settings), only_rates=tuple(given.rates))
     result = measure(sizes, given.device, given.only, given.workers, keep)
-    for row in result["frontier"]["levels"]:
-        if row["level"] in (0.5, 0.25, 0.12):
-            values = row["forgotten"]
-            print(f"{row['level']:5} {row['method']:32} {row['value']:8g} lr {row['lr']:6g}  {sum(values) / len(values):8.4f}")
+    print(table(result))
     print("saved to", paths[-1])
 
 

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,12 +36,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cli import options, rounded
+from benchmarks.cli import failed, options, rounded
 from benchmarks.spread import Spread
 from course.capstone import audit, base, data, evaluate, plan, rule, train
 from course.capstone.run import Start, run
 from course.lab import models, recorded
 from course.lab.devices import device
+from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from course.units import CourseError
 from reference.instruct import read_conversations
 
@@ -274,6 +277,37 @@ def within_share(given: plan.Plan) -> plan.Plan:
     return dataclasses.replace(given, memory_gb=_share * torch.cuda.get_device_properties(0).total_memory / 1e9)
 
 
+def table(result: dict) -> str:
+    good, rows = [row for row in result["rows"] if "error" not in row], []
+    names = list(dict.fromkeys(each["name"] for row in good for part in ("learned", "forgotten") for each in row[part]))
+    for name in dict.fromkeys(row["plan"] for row in good):
+        runs = [row for row in good if row["plan"] == name]
+        after = [{each["name"]: each["after"] for part in ("learned", "forgotten") for each in row[part]} for row in runs]
+        measures = (f"{statistics.fmean(each[measure] for each in after):.3f}" for measure in names)
+        rows.append((name, f"{runs[0]['lr']:g}", *measures))
+    before = {each["name"]: each["before"] for part in ("learned", "forgotten") for each in good[0][part]} if good else {}
+    rows.insert(0, ("before", "", *(f"{before[measure]:.3f}" for measure in names)))
+    said = ", ".join(f"{key}: {measure}" for key, measure in zip("ABCDEF", names, strict=False))
+    parts = [wrapped(f"{result['model']}, means of the seeds; {said}") + "\n" + columns(("", "rate", *"ABCDEF"[: len(names)]), rows)]
+    costs, exports = [], []
+    for name in dict.fromkeys(row["plan"] for row in good):
+        runs = [row for row in good if row["plan"] == name]
+        seconds = statistics.fmean(row["train_seconds"] for row in runs)
+        merge = max((row["merge"]["error"] for row in runs if row["merge"]), default=None)
+        peak = show_bytes(max(row["peak"] for row in runs)), show_bytes(runs[0]["predicted"])
+        costs.append((name, runs[0]["trained"], f"{seconds:.1f}", *peak, "" if merge is None else f"{merge:.0e}", len(runs)))
+        for each in runs[0]["exports"]:
+            differ = (None if each[key] is None else f"{each[key]:{form}}" for key, form in (("logits", ".1e"), ("changed", ".1%")))
+            exports.append((f"{name}: {each['kind']}", show_bytes(each["bytes"]) if each["bytes"] else None, *differ))
+    parts.append(columns(("", "trained", "s", "peak", "planned", "merge", "runs"), costs))
+    parts.append(columns(("exports: logits and answers that differ", "file", "logits", "answers"), exports))
+    parts += [failed(f"{row['plan']}, seed {row['seed']}", row["error"]) for row in result["rows"] if "error" in row]
+    if "choice" in (rule := result.get("rule", {})):
+        audit = ", ".join(f"{count} {what}" for what, count in result["audit"].items())
+        parts.append(f"audit: {audit}\nthe 2 % rule: {rule['choice']} (meanwhile {rule['safe']})")
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     given = options(
         "gemma_capstone",
@@ -345,6 +379,7 @@ def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread)
         result["search"] = search(start, folder, settings, scale["rates"], 0, spread, settled)
     if left := spread.drain():
         print(f"{left} runs did not start before the deadline: --resume the result for them", flush=True)
+    print(table(result))
     print("saved to", save())
 
 

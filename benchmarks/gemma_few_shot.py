@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from benchmarks.cli import message, options, rounded
 from course.lab import meters, models, recorded, seed_everything
 from course.lab.family import METHODS, stored_tensors
+from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from course.lab.training import warmup_cosine
 from reference.t_few import answer_scores, choice_losses
 
@@ -297,22 +299,21 @@ def measure(name: str | None, s: Settings, where: torch.device, workers: int, un
 
 
 def table(result: dict) -> str:
-    lines_ = [f"{result['model']}: without training accuracy {result['zero_shot']['accuracy']:.3f}; mean accuracy of the seeds (spread)"]
-    for method in result["settings"]["methods"]:
+    settings, rows = result["settings"], []
+    for method in settings["methods"]:
         for losses in ("t-few", "lm"):
-            cells = []
-            for size in result["settings"]["sizes"]:
-                scores = [
-                    row["accuracy"]
-                    for row in result["runs"]
-                    if (row["method"], row["losses"], row["size"]) == (method, losses, size) and row["accuracy"] is not None
-                ]
-                if scores:
-                    cells.append(f"{size:4}: {statistics.fmean(scores):.3f} ({max(scores) - min(scores):.3f}, {len(scores)})")
-            if cells:
-                lines_.append(f"{method:18}{losses:6} rate {result['rates'][method]:<9.3g}" + "   ".join(cells))
-        lines_.append(f"{'':24} {result['costs'][method]}")
-    return "\n".join([*lines_, f"{result['seconds']:.0f} s on {result['workers']} processes"])
+            scores = {size: [] for size in settings["sizes"]}
+            for row in result["runs"]:
+                if (row["method"], row["losses"]) == (method, losses) and row["accuracy"] is not None:
+                    scores[row["size"]].append(row["accuracy"])
+            if any(scores.values()):
+                cells = (f"{statistics.fmean(each):.3f} ({max(each) - min(each):.3f})" if each else None for each in scores.values())
+                rows.append([f"{method}, {losses}", f"{result['rates'][method]:.3g}", *cells])
+    costs = [(method, cost["parameters"], cost["stored"], show_bytes(cost["peak_bytes"])) for method, cost in result["costs"].items()]
+    about = f"{result['model']}: accuracy without training {result['zero_shot']['accuracy']:.3f}; then the mean of the seeds (spread), "
+    about += f"from so many examples; {result['seconds']:.0f} s on {result['workers']} processes"
+    heads = ("method, losses", "rate", *(f"{size}" for size in settings["sizes"]))
+    return "\n".join([wrapped(about), columns(heads, rows), "", columns(("", "trained", "stored", "peak"), costs)])
 
 
 def stand_in() -> tuple[nn.Module, object]:

@@ -18,6 +18,7 @@ asked in English: passages that the model has not seen (nats per token), facts a
 import copy
 import dataclasses
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.cli import message, options, rounded
 from benchmarks.gemma_lora import InBfloat16, asked_for
 from course.lab import probes, recorded, seed_everything, text
+from course.lab.tables import columns, wrapped
 from course.lab.training import next_token_loss, warmup_cosine
 from course.lab.world import World
 from reference.ewc import EWC, fisher_diagonal
@@ -235,6 +237,19 @@ def as_english(words: list[str]) -> str:
     return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in told.split(". "))
 
 
+def table(result: dict) -> str:
+    base, rows = result["base"], []
+    rows.append(("before", "", base["new"], base["old"], *(f"{base[key]:.1%}" for key in ("facts", "pairs")), ""))
+    for method, lr in dict.fromkeys((run["method"], run["lr"]) for run in result["runs"] if "new" in run):
+        runs = [run for run in result["runs"] if (run["method"], run["lr"]) == (method, lr) and "new" in run]
+        ends = (statistics.fmean(run[key][-1] for run in runs) for key in ("new", "old"))
+        known = (f"{statistics.fmean(run[key] for run in runs):.1%}" for key in ("facts", "pairs"))
+        rows.append((method, f"{lr:g}", *ends, *known, len(runs)))
+    about = "means of the seeds, after training: nats per word above the floor on clinic notes (new), "
+    about += "nats per token on other passages (old), and the shares of facts and of grammar that are known"
+    return "\n".join([wrapped(f"{result['model']}: {about}"), columns(("", "rate", "new", "old", "facts", "pairs", "seeds"), rows, ".3f")])
+
+
 def main() -> None:
     given = options(
         "gemma_forgetting",
@@ -264,6 +279,7 @@ def main() -> None:
         print(result["fisher"], flush=True)
     paths = []
     benchmark.execute(lambda found: paths.append(recorded.save("gemma_forgetting", rounded(result | found), given.out, given.device)))
+    print(table(recorded.read(paths[-1])["result"]))
     print("saved to", paths[-1])
 
 

@@ -20,6 +20,7 @@ import inspect
 import json
 import random
 import re
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,10 +28,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from benchmarks.gemma_lora import InBfloat16, stand_in
 from course.lab import chat, models, probes, recorded, seed_everything, text
-from course.lab.meters import peak_memory
+from course.lab.meters import peak_memory, show_bytes
+from course.lab.tables import columns, wrapped
 from reference import self_instruct
 from reference.instruct import Conversation, Example, pad_batch, prepare, target_loss
 from reference.lora import inject_lora, trainable_parameters
@@ -403,6 +405,29 @@ def line(row: dict) -> str:
     return words
 
 
+def table(result: dict) -> str:
+    shares, english = ("form", "right", "stops"), ("cloze", "pairs", "passages")
+    good = [row for row in (*result["prompted"], *result["runs"]) if "error" not in row]
+    rows = [("base", *[""] * 3, *(result["base"][key] for key in english), "", "")]
+    for method in dict.fromkeys(row["method"] for row in good):
+        runs = [row for row in good if row["method"] == method]
+        followed = (statistics.fmean(row["followed"]["all"][key] for row in runs) for key in shares)
+        if "english" not in runs[0]:  # only asked
+            rows.append((method, *followed, *[""] * 5))
+            continue
+        kept = (statistics.fmean(row["english"][key] for row in runs) for key in english)
+        seconds = f"{statistics.fmean(row['seconds'] for row in runs):.1f}"
+        rows.append((method, *followed, *kept, seconds, show_bytes(max(row["peak_bytes"] for row in runs))))
+    names = {row[0]: row[0].replace("bitsandbytes", "bnb").replace(" in the prompt", "") for row in rows}
+    lines = [columns(("", *shares, "cloze", "pairs", "prose", "s", "peak"), [(names[row[0]], *row[1:]) for row in rows])]
+    lines += [failed(row["method"], row["error"]) for row in (*result["prompted"], *result["runs"]) if "error" in row]
+    if "kept" in (teacher := result.get("teacher", {})):
+        counts = ", ".join(f"{why}: {count}" for why, count in teacher["counts"].items())
+        lines.append(wrapped(f"as a teacher, in {teacher['calls']} calls: {teacher['kept']} tasks kept; dropped: {counts or 'none'}"))
+    about = "form, right, stops: shares of the instructions; means of the seeds; prose in nats per token; bnb: bitsandbytes"
+    return "\n".join([*lines, wrapped(about)])
+
+
 def main() -> None:
     given = options(
         "gemma_instructions", __doc__, model={"default": "gemma-3-270m"}, minutes={"type": float, "default": 3.0, "help": "after loading"}
@@ -427,9 +452,7 @@ def main() -> None:
 
     name = "a tiny random model" if given.smoke else given.model.rpartition("/")[2]
     result = benchmark.execute(save, name)
-    for row in result["prompted"]:
-        print(line(row))
-    print(result["base"], result.get("teacher"), sep="\n")
+    print(table(result))
     save(result)
 
 

@@ -41,6 +41,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from benchmarks.cli import options, rounded
 from course.lab import models, probes, recorded, seed_everything, text
 from course.lab.meters import peak_memory, show_bytes
+from course.lab.tables import columns, wrapped
 from course.lab.training import cross_entropy, train, warmup_cosine
 from reference import lowrank
 from reference.lora import inject_lora, merge_lora, trainable_parameters
@@ -500,21 +501,44 @@ def stand_in() -> tuple[nn.Module, object]:
     return Gemma3ForCausalLM(config), tokenizer
 
 
-def table(summary: list[dict]) -> str:
-    """Learned against forgotten, one line a configuration; mean and half the span over seeds."""
+def table(result: dict) -> str:
+    """Learned against forgotten, or the spectra of the update."""
+    return table_of_spectra(result) if "retained" in result else table_of_runs(result["summary"])
+
+
+def table_of_runs(summary: list[dict]) -> str:
+    """Mean and half the span over seeds, one line a configuration."""
 
     def cell(row: dict, name: str, digits: int) -> str:
         mean, low, high = row[name]
         return f"{mean:.{digits}f}±{(high - low) / 2:.{digits}f}"
 
-    columns = ("configuration", "lr", "seeds", "parameters", "learned", "forgotten", "cloze", "pairs", "ms/step", "peak")
-    form = "{:<24}{:>8}{:>6}{:>13}{:>15}{:>15}{:>13}{:>13}{:>9}{:>10}"
-    lines = [form.format(*columns)]
-    for row in summary:
-        measures = [cell(row, *which) for which in (("learned", 4), ("forgotten", 4), ("cloze", 3), ("pairs", 3))]
-        cost = f"{row['ms_per_step'][0]:.0f}" if row["ms_per_step"] else "", show_bytes(row["peak_bytes"][0])
-        lines.append(form.format(row["config"], f"{row['lr']:g}", row["seeds"], f"{row['parameters']:,}", *measures, *cost))
-    return "\n".join(lines)
+    names = [f"{row['config']}, lr {row['lr']:g}" for row in summary]
+    first, second = [], []
+    for name, row in zip(names, summary, strict=True):
+        first.append([name, row["parameters"], row["seeds"], cell(row, "learned", 4), cell(row, "forgotten", 4)])
+        cost = f"{row['ms_per_step'][0]:.0f}" if row["ms_per_step"] else None, show_bytes(row["peak_bytes"][0])
+        second.append([name, cell(row, "cloze", 3), cell(row, "pairs", 3), *cost])
+    parts = [columns(("nats per token", "parameters", "seeds", "learned", "forgotten"), first)]
+    return "\n\n".join([*parts, columns(("", "cloze", "pairs", "ms/step", "peak"), second)])
+
+
+def table_of_spectra(result: dict) -> str:
+    """Of each kind of matrix, means over layers; and what a truncated update keeps."""
+    rows = []
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in result["weights"]):
+        cells = []
+        for part in ("weights", "updates"):
+            found = [each for name, each in result[part].items() if name.endswith(f".{kind}")]
+            energy = statistics.fmean(each["energy"]["16"] for each in found)
+            cells += [statistics.fmean(each["effective_rank"] for each in found), f"{energy:.1%}"]
+        rows.append((kind, *cells))
+    kept = [(f"rank {row['rank']}", row["loss"], row["passages"]) for row in result["retained"]]
+    kept = [("before", result["loss_before"], result["passages_before"]), *kept]
+    kept.append(("the whole update", result["loss_after_full"], result["passages_after_full"]))
+    about = "effective rank, and the share of the energy in 16 directions: of the weights, of the update"
+    parts = [wrapped(about) + "\n" + columns(("", "weight", "in 16", "update", "in 16"), rows, ".0f")]
+    return "\n\n".join([*parts, columns(("update cut to", "loss", "passages"), kept, ".4f"), wrapped(result["about"])])
 
 
 def merge_files(paths: list[Path]) -> None:
@@ -575,7 +599,7 @@ def main() -> None:
     if benchmark.best_full[1]:  # a resumed search has the numbers of its runs, not their weights
         path = recorded.save("gemma_spectra", {"model": name, **benchmark.spectra()}, given.out)
         print(f"{path}: {show_bytes(path.stat().st_size)}")
-    print(table(summary(benchmark.runs, chosen, benchmark.base_measures, benchmark.settings.steps)))
+    print(table_of_runs(summary(benchmark.runs, chosen, benchmark.base_measures, benchmark.settings.steps)))
     print(f"{len(benchmark.runs)} runs in {(time.monotonic() - started) / 60:.1f} minutes after loading")
 
 

@@ -32,11 +32,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import ALPHA, CHECKPOINTING, LIKE_GEMMA, OURS, RANK, Case, build, tiny_shape
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from benchmarks.meters import Extra, Meter, take_step
 from course.lab import recorded
 from course.lab.live import storage_bytes
 from course.lab.meters import show_bytes
+from course.lab.tables import columns, short
 from reference.memory import training_memory
 from reference.memory.recipes import QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_2_1B, LLAMA_33B, ModelShape
@@ -192,11 +193,29 @@ HEAD = FORM.format("shape", "tokens", "rank", "", "measured", "predicted", "rati
 
 
 def line(row: dict) -> str:
-    way = "checkpointing" if row["checkpointing"] else "scores stored" if row["attention"] == "math" else ""
-    start = row["shape"], f"{row['sequence']:,}", row["rank"], way
+    start = row["shape"], f"{row['sequence']:,}", row["rank"], way_of(row)
     if "error" in row:
         return FORM.format(*start, "", show_bytes(row["predicted"]), "", "") + f"  FAILED {row['error']}"
     return FORM.format(*start, show_bytes(row["peak"]), show_bytes(row["predicted"]), f"{row['ratio']:.3f}", f"{row['seconds']:.2f}")
+
+
+def table(result: dict) -> str:
+    rows = [row for row in result["rows"] if "error" not in row]
+    parts = ["Peak of a step; ratio: what is predicted over it."]
+    for way in dict.fromkeys(map(way_of, rows)):
+        heads = (way or "no checkpointing", "tokens", "rank", "peak", "ratio", "s/step")
+        lines = [
+            (row["shape"], row["sequence"], row["rank"], show_bytes(row["peak"]), f"{row['ratio']:.4f}", short(row["seconds"]))
+            for row in rows
+            if way_of(row) == way
+        ]
+        parts.append(columns(heads, lines))
+    failures = [failed(f"{row['shape']}, {row['sequence']:,} tokens", row["error"]) for row in result["rows"] if "error" in row]
+    return "\n\n".join([*parts, *failures])
+
+
+def way_of(row: dict) -> str:
+    return "checkpointing" if row["checkpointing"] else "scores stored" if row["attention"] == "math" else ""
 
 
 def main() -> None:
@@ -219,9 +238,8 @@ def main() -> None:
         return recorded.save("growth_exact" if given.exact else "growth", about | {"rows": rows}, given.out, device)
 
     path = keep(rows := run(points, device, keep, given.exact))
-    failed, ratios = sum("error" in row for row in rows), [row["ratio"] for row in rows if "error" not in row]
-    print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s, {failed} failed", end="")
-    print(f"; predicted / measured {min(ratios):.4f} to {max(ratios):.4f}" if ratios else "")
+    print(table({"rows": rows}))
+    print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s, {sum('error' in row for row in rows)} failed")
     print("saved to", path)
 
 

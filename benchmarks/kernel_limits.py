@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.cli import message, record
+from benchmarks.cli import failed, message, record
 from benchmarks.meters import cold_milliseconds
 from course.lab.devices import device
+from course.lab.tables import columns, short, wrapped
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
 
-from benchmarks import candidates_nf4 as candidates
 from benchmarks.nf4_kernels import BLOCK, COPIES, SIDE, decode
 from reference import nf4 as plain
 from reference.double_quant import double_quantize
-from reference.kernels import nf4 as kernels
 from reference.nf4 import NF4Tensor
 
 BARS = {"quantize": 0.85, "dequantize": 0.93, "dequantize, double quantization": 0.90, "one row": 0.70, "rows": 1.0}
@@ -43,6 +42,9 @@ def measure(
     """``first``: how many candidates of each kind."""
     import bitsandbytes
     import bitsandbytes.functional as bnb
+
+    from benchmarks import candidates_nf4 as candidates
+    from reference.kernels import nf4 as kernels  # Triton is not needed to show a table
 
     where, time = device(), partial(cold_milliseconds, repeats=repeats)
     torch.manual_seed(0)
@@ -146,20 +148,21 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def table(result: dict) -> str:
-    lines = [
-        f"copy: {result['copy_gigabytes_per_second']:.0f} GB/s; milliseconds; reached and bar: of the floor, from 16 rows of bf16 weights"
-    ]
+    others = "bitsandbytes", "torch.compile", "bf16 weights", "floor"
+    rows, lines = [], []
     for row in result["rows"]:
-        name = f"{row['work']} {row.get('rows', '')}".strip()
-        verdict = "reached" if row["reached"] >= row["bar"] else f"missed, at {row['reached'] / row['bar']:.0%} of the bar"
-        lines.append(f"{name:34}{row['ours']:8.4f}  reached {row['reached']:.2f}, bar {row['bar']:.2f}: {verdict}")
-        peers = ("bitsandbytes", "torch.compile", "bf16 weights", "floor")
-        lines.append("    " + "  ".join(f"{key} {row[key]:.4f} ({row[key] / row['ours']:.2f}×)" for key in peers if key in row))
-        for found in sorted(row["candidates"], key=lambda found: found.get("ms", float("inf"))):
-            told = f"{found['ms']:.4f} ({row['ours'] / found['ms']:.3f} times as fast as ours)" if "ms" in found else found["problem"]
-            lines.append(f"    {found['way']:24}{told}")
-        lines.append(f"    with the fastest: {row['reached by the fastest']:.2f} of {row['bar']:.2f}")
-    return "\n".join(lines)
+        name = f"{row['work']}, {row['rows']} row{'s' * (row['rows'] > 1)}" if "rows" in row else row["work"]
+        verdict = "reached" if row["reached"] >= row["bar"] else f"missed, at {row['reached'] / row['bar']:.0%}"
+        times = (short(1e3 * row[key]) if key in row else "" for key in ("ours", *others))
+        rows.append([name.replace("double quantization", "nested"), *times, row["reached"], verdict])
+        tried = sorted((found for found in row["candidates"] if "ms" in found), key=lambda found: found["ms"])
+        speeds = ", ".join(f"{found['way'].replace(' × ', '×')} {row['ours'] / found['ms']:.2f}" for found in tried)
+        lines.append(wrapped(f"{name}: {speeds}; with the fastest {row['reached by the fastest']:.2f} of {row['bar']:.2f}"))
+        lines += [failed(f"    {found['way']}", found["problem"]) for found in row["candidates"] if "problem" in found]
+    heads = ("µs", "ours", "bnb", "compile", "bf16", "floor", "of it", "")
+    copied = f"a copy reaches {result['copy_gigabytes_per_second']:.0f} GB/s; nested: double quantization; bnb: bitsandbytes"
+    about = f"{copied}; of it: the floor over our time, from 16 rows the time of bf16 weights over ours, and whether that is the bar"
+    return "\n".join([columns(heads, rows), wrapped(about), "", "Times as fast as ours:", *lines])
 
 
 def main() -> None:

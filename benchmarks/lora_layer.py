@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks.cli import record
 from course.lab import meters
 from course.lab.devices import device
+from course.lab.tables import columns
 from reference.lora import LoRALinear
 
 R = 16
@@ -159,21 +160,22 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"forward + backward, {result['width']}×{result['width']}, r = {result['r']}, {result['rows']} rows: milliseconds"]
-    columns = (("ours", 9), ("peft", 9), ("ratio", 8), ("frozen", 9), ("full", 9), ("alone: ours", 13), ("peft", 9))
-    lines.append(" " * 30 + "".join(f"{name:>{width}}" for name, width in (*columns, ("kept, ours", 13), ("kept, peft", 13))))
+    about = f"forward + backward, {result['width']}×{result['width']}, r = {result['r']}, {result['rows']} rows: milliseconds"
+    rows, kept = [], []
     for name, row in result["training"].items():
-        times = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("ours", "peft"))
-        others = "".join(f"{row['milliseconds'][key]:9.4f}" for key in ("frozen layer", "full training"))
-        kept = "".join(f"{meters.show_bytes(row['kept_bytes'][key]):>13}" for key in ("ours", "peft"))
-        alone = f"{row['milliseconds_alone']['ours']:13.4f}{row['milliseconds_alone']['peft']:9.4f}"
-        lines.append(f"{name:30}{times}{row['ratio']:8.3f}{others}{alone}{kept}")
-    lines += ["", "forward without gradients, a layer in a chain: milliseconds"]
-    lines.append(f"{'':50}{'base':>9}{'merged':>9}{'ours':>9}{'peft':>9}")
-    for name, sizes in result["generation"].items():
-        for rows, times in sizes.items():
-            lines.append(f"{name + ', ' + rows:50}" + "".join(f"{times[key]:9.4f}" for key in ("base", "merged", "ours", "peft")))
-    return "\n".join(lines)
+        times, alone = row["milliseconds"], row["milliseconds_alone"]
+        cells = (times["ours"], times["peft"], row["ratio"], times["frozen layer"], times["full training"], alone["ours"], alone["peft"])
+        rows.append([name, *cells])
+        kept.append([name, *(meters.show_bytes(row["kept_bytes"][who]) for who in ("ours", "peft"))])
+    heads = ("", "ours", "peft", "ratio", "frozen", "full", "alone", "peft")
+    chain = [
+        (f"{name}, {rows}", *(times[key] for key in ("base", "merged", "ours", "peft")))
+        for name, sizes in result["generation"].items()
+        for rows, times in sizes.items()
+    ]
+    parts = [about, columns(heads, rows, ".3f"), "", columns(("kept for the backward pass", "ours", "peft"), kept), ""]
+    parts += ["forward without gradients, a layer in a chain: milliseconds", columns(("", "base", "merged", "ours", "peft"), chain, ".4f")]
+    return "\n".join(parts)
 
 
 def main() -> None:

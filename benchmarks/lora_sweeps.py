@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.cases import pretrained
 from benchmarks.cli import options
 from course.lab import recorded, seed_everything
+from course.lab.tables import columns
 from course.lab.training import above_floor, cross_entropy, train
 from course.lab.world import World
 from reference.lora import inject_lora, trainable_parameters
@@ -151,21 +152,35 @@ def measure(s: Settings) -> dict:
     return result | {"threads": torch.get_num_threads()}
 
 
+def table(result: dict) -> str:
+    def means(scores: list) -> list[float]:
+        return [statistics.fmean(each) for each in scores]
+
+    ranks = result["rank_sweep"]
+    heads = [f"r = {r}" for r in next(iter(ranks.values()))]
+    parts = [f"Means over seeds, in {result['unit']}."]
+    parts.append(columns(("", *heads), [(rule, *means(by.values())) for rule, by in ranks.items()], ".3f"))
+    tuned, alpha = result["rank_and_rate"], result["alpha_and_rate"]
+    rows = [(f"r = {r}", *means(scores)) for r, scores in tuned["scores"].items()]
+    parts.append(columns(("learning rate", *(f"{rate:g}" for rate in tuned["rates"])), rows, ".3f"))
+    rows = [(f"α/r = {scale:g}", *means(scores)) for scale, scores in zip(alpha["scales"], alpha["scores"], strict=True)]
+    parts.append(columns(("learning rate", *(f"{rate:g}" for rate in alpha["rates"])), rows, ".3f"))
+    rows = [
+        (f"{name}, r = {row['r']}", row["parameters"], statistics.fmean(row["scores"]))
+        for name, sizes in result["target_sweep"].items()
+        for row in sizes
+    ]
+    parts.append(columns(("", "parameters", "loss"), rows, ".3f"))
+    ends = ("trained on", "fresh")
+    small = [(name, *(statistics.fmean(each[-1] for each in curves[end]) for end in ends)) for name, curves in result["small_set"].items()]
+    parts.append(columns(("a small set by heart", *ends), small, ".3f"))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     given = options("lora_sweeps", __doc__, gpu=False)
-    s, mean = SMOKE if given.smoke else Settings(), statistics.fmean
-    result = measure(s)
-    for rule, ranks in result["rank_sweep"].items():
-        print(f"{rule:30}", "  ".join(f"r={r}: {mean(scores):.3f}" for r, scores in ranks.items()))
-    for r, scores in result["rank_and_rate"]["scores"].items():
-        print(f"r = {r:<26}", "  ".join(f"{rate:g}: {mean(each):.3f}" for rate, each in zip(s.tuned_rates, scores, strict=True)))
-    for scale, scores in zip(s.scales, result["alpha_and_rate"]["scores"], strict=True):
-        print(f"α/r = {scale:<24}", "  ".join(f"{rate:g}: {mean(each):.3f}" for rate, each in zip(s.rates, scores, strict=True)))
-    for name, rows in result["target_sweep"].items():
-        print(f"{name:30}", "  ".join(f"{row['parameters']:,} (r={row['r']}): {mean(row['scores']):.3f}" for row in rows))
-    for label, curves in result["small_set"].items():
-        last = {name: mean(curve[-1] for curve in curves[name]) for name in ("trained on", "fresh")}
-        print(f"{label:30} trained on {last['trained on']:.3f}, fresh {last['fresh']:.3f}")
+    result = measure(SMOKE if given.smoke else Settings())
+    print(table(result))
     print("saved to", recorded.save("lora_sweeps", result, given.out))
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from benchmarks.cases import CHECKPOINTING, llama, pack_with_bitsandbytes
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from benchmarks.meters import Meter, take_step
 from course.lab import recorded
+from course.lab.meters import show_bytes
+from course.lab.tables import columns
 from reference.lora import inject_lora
 from reference.memory import Breakdown, Recipe, training_memory
 from reference.memory.recipes import ADAM_8BIT, FULL_BF16, FULL_FP32, FULL_MIXED, LORA, LORA_PEFT, QLORA
@@ -201,7 +203,7 @@ def measure_one(configuration: Configuration, meter: Meter, device: torch.device
 def measure(configurations: list[Configuration] = CONFIGURATIONS, where: str = "cuda") -> dict:
     """A row for each; one that fails is reported and does not stop the others."""
     torch.manual_seed(0)
-    meter, rows, failed = Meter(device := torch.device(where)), [], []
+    meter, rows, missed = Meter(device := torch.device(where)), [], []
     print(
         f"{'configuration':58s} {'predicted':>10s} {'measured':>10s} {'ratio':>7s}   held, after forward, peak in forward, backward, step"
     )
@@ -210,7 +212,7 @@ def measure(configurations: list[Configuration] = CONFIGURATIONS, where: str = "
             with meter:
                 row = measure_one(configuration, meter, device)
         except Exception as error:
-            failed.append({"name": configuration.name, "error": message(error)})
+            missed.append({"name": configuration.name, "error": message(error)})
             print(f"{configuration.name:58s} FAILED {message(error)}")
         else:
             rows.append(row)
@@ -221,7 +223,19 @@ def measure(configurations: list[Configuration] = CONFIGURATIONS, where: str = "
                 + f"   {row['predicted_moment']}, {row['seconds']:.1f} s",
                 flush=True,
             )
-    return {"workspaces": meter.libraries, "rows": rows, "failed": failed}
+    return {"workspaces": meter.libraries, "rows": rows, "failed": missed}
+
+
+def table(result: dict) -> str:
+    rows = [(row["name"], show_bytes(row["measured"]), f"{row['ratio']:.4f}") for row in result["rows"]]
+    ratios = [row["ratio"] for row in result["rows"]]
+    quiet = [row["ratio"] for row in result["rows"] if row["activation_share"] < 0.5]
+    lines = [columns(("", "peak", "ratio"), rows), *(failed(row["name"], row["error"]) for row in result["failed"])]
+    if ratios:
+        lines.append(f"ratio, predicted over peak: {min(ratios):.3f} to {max(ratios):.3f}")
+    if quiet:
+        lines.append(f"where activations are under half of it: {min(quiet):.3f} to {max(quiet):.3f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -230,11 +244,7 @@ def main() -> None:
     words = [word.lower() for word in given.only or ()]
     chosen = [each for each in (SMOKE if given.smoke else CONFIGURATIONS) if all(word in each.name.lower() for word in words)]
     result = measure(chosen, given.device.type)
-    if result["rows"]:
-        ratios = [row["ratio"] for row in result["rows"]]
-        quiet = [row["ratio"] for row in result["rows"] if row["activation_share"] < 0.5]
-        print(f"{len(ratios)} configurations, {len(result['failed'])} failed; ratio {min(ratios):.3f} to {max(ratios):.3f}", end="")
-        print(f", where activations are under half: {min(quiet):.3f} to {max(quiet):.3f}" if quiet else "")
+    print(table(result))
     print("saved to", recorded.save("memory_peaks", result, given.out, given.device))
 
 

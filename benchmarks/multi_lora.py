@@ -31,6 +31,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,17 +40,19 @@ if not torch.cuda.is_available():
 import peft
 from torch import Tensor, nn
 
-from benchmarks.candidates_multi_lora import WAYS, OneRow
-from benchmarks.cli import message, record, rounded
+from benchmarks.cli import failed, message, record, rounded
 from benchmarks.lora_layer import replayed
 from course.lab.devices import device
 from course.lab.meters import milliseconds
-from reference.kernels.multi_lora import Plan, add_updates, tables
+from course.lab.tables import columns, wrapped
 from reference.lora import LoRALinear
 from reference.model_shapes import LLAMA_3_70B, ModelShape
 from reference.multi_lora import Factors, MultiLoRA, MultiLoRALinear
 from reference.multi_lora.serving import AdapterPool
 from reference.multi_lora.serving.packed import Layout
+
+if TYPE_CHECKING:
+    from benchmarks.candidates_multi_lora import OneRow
 
 SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192))  # out, in
 BATCHES, RANKS, MIXES = (1, 4, 16, 64, 256), (8, 16, 32, 64), ("distinct", "uniform", "zipf", "identical")
@@ -75,6 +78,8 @@ class Layer:
     """One layer's adapters in the forms in which contestants want them, made once and not timed."""
 
     def __init__(self, count: int, r: int, n_out: int, n_in: int, where: torch.device):
+        from reference.kernels.multi_lora import tables  # here and below: Triton is not needed to show a table
+
         self.A = (torch.randn(count, r, n_in, device=where) / n_in**0.5).bfloat16()
         self.B = (torch.randn(count, n_out, r, device=where) / r**0.5).bfloat16()
         self.factors = [Factors(a, b, SCALE) for a, b in zip(self.A, self.B, strict=True)]
@@ -85,6 +90,8 @@ class Batch:
     """Which rows belong together, in the forms in which contestants want it."""
 
     def __init__(self, rows: list[int], where: torch.device):
+        from reference.kernels.multi_lora import Plan
+
         self.groups = groups_of(rows)
         self.plan = Plan(self.groups, len(rows), 1, where)
         self.indices = [torch.tensor(group, device=where) for group in self.groups]
@@ -100,6 +107,8 @@ def groups_of(rows: list[int]) -> list[list[int]]:
 
 
 def ours(y: Tensor, x: Tensor, layer: Layer, batch: Batch) -> None:
+    from reference.kernels.multi_lora import add_updates
+
     add_updates(y, x, layer.table, batch.plan)
 
 
@@ -220,6 +229,8 @@ def beside_peft(width: int, batch_size: int, r: int, mix: str, where: torch.devi
 
 def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int, repeats: int, ways: dict[str, Callable]) -> dict:
     """A generated token's way through a chain of layers, per layer: bare, and with one adapter that is not merged."""
+    from benchmarks.candidates_multi_lora import OneRow
+
     bases = [nn.Linear(width, width, bias=False, device=where, dtype=torch.bfloat16) for _ in range(depth)]
     layers = [MultiLoRALinear(base) for base in bases]
     for layer in layers:
@@ -258,7 +269,7 @@ def one_row(width: int, depth: int, r: int, where: torch.device, rounds: int, re
     }
 
 
-def check_row(way: Callable, row: OneRow, x: Tensor, adapted: bool) -> None:
+def check_row(way: Callable, row: "OneRow", x: Tensor, adapted: bool) -> None:
     """Raise unless it gives, twice, what float64 does."""
     right = x.double() @ row.weight.double().T
     if adapted:
@@ -338,6 +349,8 @@ def ratios(result: dict) -> list[dict]:
 
 def measure(small: bool = False, where: torch.device | None = None) -> dict:
     """All of it; ``small`` for a machine without a GPU."""
+    from benchmarks.candidates_multi_lora import WAYS
+
     where = where or device()
     if small:
         shapes, batches, ranks, repeats, most, width, depth = ((32, 48),), (1, 4), (8,), 2, 2, 64, 2
@@ -357,25 +370,37 @@ def measure(small: bool = False, where: torch.device | None = None) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = ["microseconds a layer" + " " * 18 + "".join(f"{name:>14}" for name in (*CONTESTANTS, "floor"))]
-    for row in result["cells"]:
-        times = [row["milliseconds"][name] for name in CONTESTANTS] + [row["floor"]]
-        lines.append(f"{label(row):38}" + "".join(f"{1e3 * t:14.1f}" if isinstance(t, float) else f"{t[:13]:>14}" for t in times))
-    lines += [f"peft, {row['batch']} rows, {row['mix']}: {row['milliseconds']}" for row in result["peft"]]
-    for row in result["one_row"]:
-        lines.append(f"one row, r {row['r']}: the base {1e3 * row['milliseconds']['base']:.2f} µs; over it:")
-        lines += [f"    {name:50}{cost:+8.1%}" for name, cost in row["cost"].items()]
-        lines += [f"    {name:50}{problem}" for name, problem in row["problems"].items()]
+    names = (*CONTESTANTS, "floor")
+    rows, groups = [], dict.fromkeys((row["mix"], row["batch"]) for row in result["cells"])
+    for mix, batch in groups:
+        cells = [row["milliseconds"] | {"floor": row["floor"]} for row in result["cells"] if (row["mix"], row["batch"]) == (mix, batch)]
+        times = ([cell[name] for cell in cells if isinstance(cell[name], float)] for name in names)
+        rows.append([f"{mix}, {batch} row{'s' * (batch > 1)}", *(1e3 * statistics.median(each) if each else None for each in times)])
+    lines = ["µs a layer, the median over shapes and ranks", columns(("", *names), rows, ".1f")]
+    problems = {(name, time) for row in result["cells"] for name, time in row["milliseconds"].items() if isinstance(time, str)}
+    lines += [failed(name, problem) for name, problem in sorted(problems)]
+
+    known = {(row["peer"], row["mix"]): row for row in result["ratios"]}
+    mixes, rows = (*MIXES, "all"), []
+    for peer in dict.fromkeys(peer for peer, _ in known):
+        cells = (known.get((peer, mix)) for mix in mixes)
+        rows.append([peer, *(f"{cell['median']:.2f} ({cell['least']:.2f})" if cell else None for cell in cells)])
+    lines += ["", "time over ours, the median of all cells (the least)", columns(("", *mixes), rows)]
+    below = {peer: row for (peer, mix), row in known.items() if mix == "all" and peer != "floor" and row["below_1"]}
+    faster = ", ".join(f"{peer} in {row['below_1']} of {row['cells']} cells" for peer, row in below.items())
+    lines.append(f"faster than ours: {faster or 'none'}")
+
+    ranks = [f"r {row['r']}" for row in result["one_row"]]
+    rows = [["base", *(f"{1e3 * row['milliseconds']['base']:.2f} µs" for row in result["one_row"])]]
+    for name in dict.fromkeys(name for row in result["one_row"] for name in row["cost"]):
+        rows.append([name, *(f"{row['cost'][name]:+.1%}" if name in row["cost"] else None for row in result["one_row"])])
+    lines += ["", columns(("one row: time of a layer, over the base", *ranks), rows)]
+    lines += [failed(f"r {row['r']}, {name}", problem) for row in result["one_row"] for name, problem in row["problems"].items()]
     for row in (result["swap"], result["swap_70b"]):
         shares = f"{row['share_of_bus']:.0%} of the bus, {row['share_of_bus_looked_at']:.0%} if all layers look at their factors"
-        lines.append(f"swap, {row['layers']} layers, {row['bytes'] / 1e6:.1f} MB: {row['milliseconds']:.3f} ms, {shares}")
-    lines.append("time over ours" + " " * 14 + f"{'cells':>6}{'median':>9}{'below 1':>9}{'least':>8}")
-    for row in result["ratios"]:
-        name = f"{row['peer']}, {row['mix']}"
-        lines.append(f"{name:28}{row['cells']:6}{row['median']:9.2f}{row['below_1']:9}{row['least']:8.2f}  at {row['least_at']}")
+        lines.append(wrapped(f"swap, {row['layers']} layers, {row['bytes'] / 1e6:.1f} MB: {row['milliseconds']:.3f} ms, {shares}"))
     errors = ", ".join(f"{name} {error:.1e}" for name, error in result["largest_error"].items() if error is not None)
-    lines.append(f"largest error: {errors}")
-    return "\n".join(lines)
+    return "\n".join([*lines, wrapped(f"largest error: {errors}")])
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import torch
 from benchmarks.cli import options
 from course import ENVIRONMENT, ROOT
 from course.lab import recorded
+from course.lab.tables import columns, wrapped
 
 SIDE, ROUNDS, THREADS, BLOCK = 4096, 15, (1, 2), 64
 SMOKE = {"side": 256, "rounds": 2}
@@ -95,14 +96,16 @@ def measure(smoke: bool = False) -> dict:
     return host | settings | {"threads": {str(threads): measure_with(threads, smoke) for threads in THREADS}}
 
 
-def show(result: dict) -> None:
-    print(f"{result['cpu']} ({result['capability']}), {result['side']}×{result['side']}, block {result['block_size']}: milliseconds")
-    print(f"{'':12}{'dtype':10}{'threads':>8}{'ours':>9}{'bitsandbytes':>14}{'ratio':>8}")
-    for work in ("quantize", "dequantize"):
-        for dtype in DTYPES:
-            for threads, measured in result["threads"].items():
-                row = measured[work][dtype]
-                print(f"{work:12}{dtype:10}{threads:>8}{row['ours']:9.1f}{row['bitsandbytes']:14.1f}{row['ratio']:8.2f}")
+def table(result: dict) -> str:
+    about = f"{result['cpu']} ({result['capability']}), {result['side']}×{result['side']}, block {result['block_size']}: milliseconds"
+    rows = [
+        (f"{work}, {dtype}, {threads} thread{'s' * (threads != '1')}", row["ours"], row["bitsandbytes"], f"{row['ratio']:.2f}")
+        for work in ("quantize", "dequantize")
+        for dtype in DTYPES
+        for threads, measured in result["threads"].items()
+        for row in [measured[work][dtype]]
+    ]
+    return "\n".join([wrapped(about), columns(("", "ours", "bitsandbytes", "ours / theirs"), rows, ".1f")])
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def main() -> None:
         print(json.dumps(measure_here(**SMOKE if given.smoke else {})))
         return
     result = measure(given.smoke)
-    show(result)
+    print(table(result))
     torch.set_num_threads(max(THREADS))  # part of the device's name
     print("saved to", recorded.save("nf4_cpu", result, given.out, torch.device("cpu")))
 

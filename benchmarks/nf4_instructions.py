@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.cli import record
+from course.lab.tables import wrapped
 
 SIDE, BLOCK, LANES = 8192, 64, 32
 SMS, SCHEDULERS, CLOCK = 132, 4, 1.98e9  # of an H100 SXM, at its highest clock
@@ -100,8 +101,8 @@ def table(result: dict) -> str:
     lines = []
     for name, row in result.items():
         if isinstance(row, dict):
-            kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in row["kinds"].items())
-            lines.append(f"{name:30}{row['instructions']:5.2f} instructions a weight, {row['milliseconds']:.4f} ms to start them: {kinds}")
+            lines.append(wrapped(f"{name}: {row['instructions']:.2f} instructions a weight, {row['milliseconds']:.4f} ms to start them"))
+            lines.append(wrapped("    " + ", ".join(f"{kind}\N{NO-BREAK SPACE}{count:.2f}" for kind, count in row["kinds"].items())))
     return "\n".join(lines)
 
 

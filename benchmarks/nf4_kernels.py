@@ -20,55 +20,24 @@ from torch.nn.functional import linear
 from benchmarks.cli import record
 from benchmarks.meters import cold_milliseconds
 from course.lab.devices import device
+from course.lab.tables import columns, short, wrapped
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
-import triton
-import triton.language as tl
-
 from reference import nf4 as plain
 from reference.double_quant import double_quantize
-from reference.kernels import nf4 as kernels
 from reference.nf4 import NF4Tensor
 
 SIDE, BLOCK, COPIES = 8192, 64, 16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 
 
-@triton.jit
-def _read_kernel(packed_ptr, absmax_ptr, codes_ptr, scales_ptr, N, K_BLOCKS, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sums of ROWS rows' words of codes, and of their scales, over one part of the features; BLOCKS blocks at a time."""
-    WORDS: tl.constexpr = BLOCKS * BLOCK // 8
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    turns = K_BLOCKS // BLOCKS
-    share = tl.cdiv(turns, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    words_ptr = packed_ptr + row[:, None] * (K_BLOCKS * (BLOCK // 8)) + tl.arange(0, WORDS)[None, :]
-    absmax_ptr += row[:, None] * K_BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    codes, scales = tl.zeros((ROWS, WORDS), tl.int32), tl.zeros((ROWS, BLOCKS), tl.float32)
-    turn = tl.minimum(first, turns - 1)
-    words, absmax = tl.load(words_ptr + turn * WORDS), tl.load(absmax_ptr + turn * BLOCKS)
-    for turn in range(first, tl.minimum(first + share, turns)):
-        turn = tl.minimum(turn + 1, turns - 1)  # the next are on their way while these are added
-        next_words, next_absmax = tl.load(words_ptr + turn * WORDS), tl.load(absmax_ptr + turn * BLOCKS)
-        codes, scales = codes + words, scales + absmax
-        words, absmax = next_words, next_absmax
-    tl.store(codes_ptr + tl.program_id(1) * N + row, tl.sum(codes, 1))
-    tl.store(scales_ptr + tl.program_id(1) * N + row, tl.sum(scales, 1))
-
-
-def read(q: NF4Tensor, parts: int, rows: int = 64, blocks: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """(parts, out_features) sums of codes, eight to a word, and of scales; sizes are multiples of ``rows`` and ``blocks`` blocks."""
-    N, K = q.shape
-    sums = [torch.empty(parts, N, dtype=dtype, device=q.packed.device) for dtype in (torch.int32, torch.float32)]
-    words = q.packed.view(-1).view(torch.int32)
-    _read_kernel[(N // rows, parts)](words, q.absmax, *sums, N, K // q.block_size, q.block_size, rows, blocks, num_warps=4)
-    return tuple(sums)
-
-
 def measure(side: int = SIDE, counts: tuple[int, ...] = ROWS, copies: int = COPIES, repeats: int = 24) -> dict:
     import bitsandbytes
     import bitsandbytes.functional as bnb
+
+    from benchmarks.reading_nf4 import read
+    from reference.kernels import nf4 as kernels  # Triton is not needed to show a table
 
     where, time = device(), partial(cold_milliseconds, repeats=repeats)
     torch.manual_seed(0)
@@ -138,6 +107,8 @@ def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list, compiled
     """Whether what was timed computes the same."""
     import bitsandbytes.functional as bnb
 
+    from reference.kernels import nf4 as kernels
+
     packed, state = double[0]
     q, n = ours[0], nested[0]
     return {
@@ -150,15 +121,19 @@ def equal(ours: list[NF4Tensor], nested: list[NF4Tensor], double: list, compiled
 
 
 def table(result: dict) -> str:
-    lines = [f"copy: {result['copy_gigabytes_per_second']:.0f} GB/s; milliseconds; × is bitsandbytes' time over ours"]
-    lines.append(f"codes and scales of a weight, read and added up: {result['reading']:.4f}")
+    keys = "ours", "ours, double quantization", "bitsandbytes", "torch", "torch.compile", "bf16 weights", "floor"
+    heads = ("µs", "ours", "nested", "bnb", "×", "torch", "compile", "bf16", "floor")
+    rows = []
     for row in result["rows"]:
-        name = f"{row['work']} {row.get('rows', '')}"
-        others = "".join(f"{key} {row[key]:.4f}  " for key in row if key not in ("work", "rows", "ours", "bitsandbytes"))
-        lines.append(
-            f"{name:34}{row['ours']:8.4f}  bitsandbytes {row['bitsandbytes']:.4f} ({row['bitsandbytes'] / row['ours']:.2f}×)  {others}"
-        )
-    return "\n".join([*lines, f"equal: {result['equal']}"])
+        times = [short(1e3 * row[key]) if key in row else "" for key in keys]
+        name = f"{row['rows']:,} row{'s' * (row['rows'] > 1)}" if "rows" in row else row["work"].replace("double quantization", "nested")
+        rows.append([name, *times[:3], f"{row['bitsandbytes'] / row['ours']:.2f}", *times[3:]])
+    copied = f"a copy reaches {result['copy_gigabytes_per_second']:.0f} GB/s"
+    reading = f"reading codes and scales takes {1e3 * result['reading']:.1f} µs"
+    different = [name for name, same in result["equal"].items() if not same]
+    equal = f"NOT the same results: {', '.join(different)}" if different else "all give the same results"
+    about = "nested: ours with double quantization; bnb: bitsandbytes; ×: its time over ours; bf16: a layer of bf16 weights"
+    return "\n".join([columns(heads, rows), wrapped(about), wrapped(f"{copied}; {reading}; {equal}")])
 
 
 def main() -> None:

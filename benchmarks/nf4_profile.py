@@ -19,6 +19,7 @@ from benchmarks.cli import options
 from course import ROOT
 from course.lab import recorded
 from course.lab.devices import device
+from course.lab.tables import columns, wrapped
 
 SIDE = 8192
 METRICS = {
@@ -99,6 +100,16 @@ def measure() -> dict:
     return {"side": SIDE, "kernels": parse(run.stdout + run.stderr)}
 
 
+def table(result: dict) -> str:
+    busy = "dram", "issue", "alu", "fma", "l1", "tensor"
+    rows = [
+        (name, row["microseconds"], *(row[what] for what in busy), row["instructions"] / 1e6, row["alu instructions"] / 1e6)
+        for name, row in result["kernels"].items()
+    ]
+    about = "each part in % of the most that it can do; millions of instructions, of all and of the ALU"
+    return "\n".join([wrapped(about), columns(("", "µs", *busy, "all, M", "ALU, M"), rows, ".1f")])
+
+
 def main() -> None:
     given = options("nf4_profile", __doc__, work={"action": "store_true", "help": "only launch the kernels: for ncu"})
     if given.work:
@@ -106,8 +117,7 @@ def main() -> None:
     if given.smoke:
         work(256)
     result = {"side": 256, "kernels": {}} if given.smoke else measure()
-    for name, row in result["kernels"].items():
-        print(f"{name:12}" + "".join(f"{what} {value:,.1f}  " for what, value in row.items()))
+    print(table(result))
     print("saved to", recorded.save("nf4_profile", result, given.out))
 
 

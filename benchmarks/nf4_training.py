@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from benchmarks.cli import record
 from benchmarks.meters import cold_milliseconds as time
 from benchmarks.nf4_kernels import BLOCK, COPIES, SIDE
+from course.lab.tables import columns, wrapped
 from reference.qlora.layer import NF4Linear
 
 ROWS = 512, 2048, 8192
@@ -56,12 +57,15 @@ def measure(side: int = SIDE, counts: tuple[int, ...] = ROWS, repeats: int = 24,
 
 
 def table(result: dict) -> str:
-    lines = ["forward and backward, milliseconds; × is bitsandbytes' time over ours"]
+    heads = ("forward + backward, ms", "ours", "nested", "bitsandbytes", "×", "bf16 weights")
+    keys = "ours", "ours, double quantization", "bitsandbytes", "bf16 weights"
+    rows = []
     for row in result["rows"]:
-        theirs = f"bitsandbytes {row['bitsandbytes']:.4f} ({row['bitsandbytes'] / row['ours']:.2f}×)"
-        others = "".join(f"{key} {row[key]:.4f}  " for key in ("ours, double quantization", "bf16 weights"))
-        lines.append(f"{row['rows']:6,} rows {row['ours']:9.4f}  {theirs}  {others}gradients differ by {row['difference']:.1e}")
-    return "\n".join(lines)
+        *times, half = (f"{row[key]:.4f}" for key in keys)
+        rows.append([f"{row['rows']:,} rows", *times, f"{row['bitsandbytes'] / row['ours']:.2f}", half])
+    apart = max(row["difference"] for row in result["rows"])
+    about = f"nested: ours with double quantization; ×: bitsandbytes' time over ours; gradients differ by at most {apart:.1e}"
+    return "\n".join([columns(heads, rows), wrapped(about)])
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from course.lab import recorded
-from course.lab.meters import milliseconds
+from course.lab.meters import milliseconds, show_bytes
+from course.lab.tables import columns, wrapped
 from reference.llama.model import Layer, rotation
 from reference.lora import inject_lora
 from reference.model_shapes import LLAMA_2_7B, ModelShape
@@ -195,12 +196,23 @@ def measure(s: Setting, save: Callable[[dict], None]) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{key}: {value}" for key, value in result.items() if key != "rows"]
+    size = f"{result['layers']} layers, {show_bytes(result['weights'])} of weights, {result['bytes per weight']} bytes each"
+    where = f"under a cap of {show_bytes(result['cap'])}, over a bus of {result['bus']:.1f} GB/s"
+    same = "" if result["equal"] else "NOT "
+    lines = [wrapped(f"{size}, {where}; built in {result['building']:.1f} s; results are {same}those of resident layers")]
+    rows = []
     for row in result["rows"]:
-        said = row.get("error") or f"{row['seconds']:9.4f} s {row['peak'] / 1e9:6.2f} GB"
-        if "share" in row:
-            said += f"  predicted {row['predicted']:.4f} s, {row['share']:.0%} of the bus"
-        lines.append(f"{row['how']:12}{row['tokens']:7} tokens {said}")
+        name = f"{row['how']}, {row['tokens']:,} tokens"
+        if "error" in row:
+            lines.append(failed(name, row["error"]))
+            continue
+        more = (f"{row['predicted']:.4f}", f"{row['share']:.0%}") if "share" in row else ("", "")
+        rows.append([name, f"{row['seconds']:.4f}", show_bytes(row["peak"]), *more])
+    lines.append(columns(("a pass", "seconds", "peak", "predicted, s", "of the bus"), rows))
+    if step := result.get("training"):
+        about = f"a training step of {step['layers']} layers, {step['tokens']} tokens: {step['seconds']:.4f} s"
+        lines.append(wrapped(f"{about}, {show_bytes(step['peak'])} at the peak, {step['share']:.0%} of the bus"))
+    lines += [failed(key.removeprefix("error in "), said) for key, said in result.items() if key.startswith("error in ")]
     return "\n".join(lines)
 
 

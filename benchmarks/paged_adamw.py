@@ -24,9 +24,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from course.lab import recorded
 from course.lab.meters import milliseconds
+from course.lab.tables import columns
 from reference.model_shapes import LLAMA_2_7B
 from reference.paging import POLICIES, OffloadedAdamW, PagedAdamW
 
@@ -291,16 +292,32 @@ PARTS = ("bus", "bits", "resident", "paged", "timeline", "offloaded")
 
 
 def table(result: dict) -> str:
-    lines = [f"bus {result.get('bus')}"]
-    lines += [f"{row['model']:14}{row['how']:28}{row.get('ms', row.get('error'))}" for row in result.get("resident", ())]
-    for row in result.get("paged", ()):
-        rates = f"{row['rate in']:6.1f} in {row['rate out']:6.1f} out GB/s, {row['share in']:.0%} {row['share out']:.0%} of the bus"
-        lines.append(
-            f"{row['policy']:10}{row['streams']} streams {row['frames']:4} of {row['pages']} pages {1e3 * row['seconds']:8.1f} ms {rates}"
-        )
-    for row in result.get("offloaded", ()):
-        lines.append(f"{row['how']:28}{row.get('seconds', row.get('error'))}  {row.get('after_backward')}")
-    return "\n".join([*lines, f"bits {result.get('bits')}"])
+    parts = []
+    if "bus" in result:
+        parts.append("bus, GB/s: " + ", ".join(f"{way} {rate:.1f}" for way, rate in result["bus"].items()))
+    if rows := result.get("resident"):
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        times = {(row["how"], row["model"]): row.get("ms") for row in rows}
+        names = dict.fromkeys(row["how"] for row in rows)
+        parts.append(columns(("ms a step", *models), [(how, *(times.get((how, model)) for model in models)) for how in names]))
+    if rows := result.get("paged"):
+        lines = [
+            (
+                f"{row['policy']}, {row['streams']} stream{'s' * (row['streams'] > 1)}, {row['frames']} of {row['pages']} pages",
+                1e3 * row["seconds"],
+                *(row[f"rate {way}"] for way in ("in", "out")),
+                *(f"{row[f'share {way}']:.0%}" for way in ("in", "out")),
+            )
+            for row in rows
+        ]
+        parts.append(columns(("paged, frames", "ms", "GB/s in", "out", "of the bus", "out"), lines, ".1f"))
+    if rows := result.get("offloaded"):
+        lines = [(row["how"], row.get("seconds"), row.get("after_backward")) for row in rows]
+        parts.append(columns(("seconds", "a step", "after backward"), lines, ".3f"))
+    parts += [failed(row["how"], row["error"]) for part in ("resident", "offloaded") for row in result.get(part, ()) if "error" in row]
+    if bits := result.get("bits"):
+        parts.append(columns((f"of {bits['numbers']:,} numbers differ from torch's loop", ""), bits["differ"].items()))
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -7,15 +7,15 @@ Ten steps of the same training: without a cap with torch's AdamW, then under a c
 the same.
 """
 
-import json
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from benchmarks.paged_adamw import RATE, Setting, deep
 from course.lab import recorded
+from course.lab.meters import show_bytes
 
 
 def cap(s: Setting) -> dict:
@@ -65,10 +65,19 @@ def cap(s: Setting) -> dict:
     return result | {"equal": same}
 
 
+def table(result: dict) -> str:
+    found = result["cap"]
+    lines = [f"{found['steps']} steps of {found['numbers']:,} numbers; the cap is {show_bytes(found['cap'])}"]
+    for name, label in (("uncapped", "torch, no cap"), ("torch", "torch"), ("paged", "paged")):
+        row = found[name]
+        lines.append(failed(label, row["error"]) if "error" in row else f"{label}: {show_bytes(row['peak'])} at the peak")
+    return "\n".join([*lines, f"the paged weights are {'' if found['equal'] else 'NOT '}those without a cap"])
+
+
 def main() -> None:
     given = options("paged_caps", __doc__)
     result = {"cap": rounded(cap(Setting(given.device, given.smoke)))}
-    print(json.dumps(result, indent=1))
+    print(table(result))
     print("saved to", recorded.save("paged_caps", result, given.out, given.device))
 
 

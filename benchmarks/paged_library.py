@@ -24,6 +24,8 @@ from benchmarks.cli import options, rounded
 from benchmarks.paged_adamw import RATE, SMALL, Setting, bitsandbytes, factors
 from course import ROOT
 from course.lab import recorded
+from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 
 
 def decay(s: Setting) -> dict:
@@ -117,6 +119,17 @@ def lora(s: Setting) -> dict:
     return found
 
 
+def table(result: dict) -> str:
+    decay = ", ".join(f"{value:.1e} with {name.removeprefix('apart, ')}" for name, value in result["decay"].items())
+    lines = [wrapped(f"numbers are apart from torch's by at most {decay}")]
+    for name, row in result["memory"].items():
+        lines.append(f"state of the optimizer, {name}: {show_bytes(row['torch'])} by torch, {show_bytes(row['driver'])} by the driver")
+    again = result["resume"]
+    paged = ", ".join(f"{name} {sum(again.get(name, []))} of {len(again.get(name, []))}" for name in ("before", "after"))
+    lines.append(wrapped(f"a state loaded on {again['loaded on']}: paged {paged}; {'stepped' if again.get('stepped') else again['said']}"))
+    return "\n".join([*lines, columns(("a step of LoRA's factors", "ms"), result["factors"].items())])
+
+
 def main() -> None:
     if "--resume" in sys.argv:
         parser = argparse.ArgumentParser()
@@ -127,8 +140,8 @@ def main() -> None:
     s, result = Setting(given.device, given.smoke), {}
     for name, part in {"decay": decay, "memory": memory, "factors": lora, "resume": lambda s: resumed("cpu")}.items():
         result[name] = rounded(part(s))
-        print(json.dumps({name: result[name]}), flush=True)
         path = recorded.save("paged_library", result, given.out, given.device)
+    print(table(result))
     print("saved to", path)
 
 

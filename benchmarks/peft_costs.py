@@ -20,6 +20,7 @@ from benchmarks.cli import record
 from benchmarks.meters import Meter
 from benchmarks.peft_family import WORLD, Run, adapted, base
 from course.lab.family import METHODS, stored_tensors
+from course.lab.tables import columns
 from course.lab.training import next_token_loss
 
 CPU = torch.device("cpu")
@@ -83,11 +84,20 @@ def measure(methods: tuple[str, ...] = tuple(METHODS), turns: int = 5, rounds: i
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':20}{'trained':>10}{'stored':>10}{'file kB':>9}{'ms/step':>9}{'MB':>7}{'ms/row':>8}   plain {result['latency_ms']:.2f}"]
-    for row in result["methods"]:
-        numbers = f"{row['parameters']:10,}{row['stored']:10,}{row['file_bytes'] / 1e3:9.1f}"
-        lines.append(f"{row['method']:20}{numbers}{row['step_ms']:9.1f}{row['peak_bytes'] / 1e6:7.1f}{row['latency_ms']:8.2f}")
-    return "\n".join(lines)
+    rows = [
+        (
+            row["method"],
+            row["parameters"],
+            row["stored"],
+            f"{row['file_bytes'] / 1e3:,.1f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            row["latency_ms"],
+        )
+        for row in result["methods"]
+    ]
+    rows.insert(0, ("without a method", *[""] * 5, result["latency_ms"]))
+    return columns(("", "trained", "stored", "file kB", "ms/step", "peak MB", "ms/row"), rows)
 
 
 def main() -> None:

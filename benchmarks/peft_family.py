@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.cli import options, rounded
 from course.lab import models, recorded, seed_everything
 from course.lab.family import METHODS, TOKENS
+from course.lab.tables import columns, wrapped
 from course.lab.training import above_floor, next_token_loss, warmup_cosine
 from course.lab.world import DISEASES, World
 from reference.t_few import answer_scores, choice_losses
@@ -243,19 +244,22 @@ def measure(s: Settings, workers: int, until: float) -> dict:
 
 
 def table(result: dict) -> str:
-    def mean(values: list) -> str:
-        return f"{statistics.fmean(values):8.3f}" if values else "    none"
+    def mean(values: list | None) -> float | None:
+        return statistics.fmean(values) if values else None
 
-    sizes = [str(size) for size in result["settings"]["sizes"]]
-    head = f"{'':20}{'clinic':>8}{'sql':>8}{'forgot':>8}"
-    lines = [head + "".join(f"{'few ' + n:>8}" for n in sizes) + "".join(f"{'T ' + n:>8}" for n in sizes) + "   rates; seeds"]
-    for row in result["methods"]:
-        few = "".join(mean(row["few"].get(losses, {}).get(n)) for losses in ("lm", "t-few") for n in sizes)
-        rates = " ".join(f"{rate:.2g}" for rate in row["rates"].values())
-        lines.append(
-            f"{row['method']:20}" + mean(row["clinic"]) + mean(row["sql"]) + mean(row["forgotten"]) + f"{few}   {rates}; {len(row['sql'])}"
-        )
-    return "\n".join([*lines, f"base: {result['base']}", f"{result['seconds']:.0f} s on {result['workers']} workers"])
+    def few(row: dict, losses: str) -> list[float | None]:
+        return [mean(row["few"].get(losses, {}).get(size)) for size in sizes]
+
+    sizes, methods, base = [str(size) for size in result["settings"]["sizes"]], result["methods"], result["base"]
+    seeds = max(len(row["sql"]) for row in methods)
+    about = f"means of {seeds} seed{'s' * (seeds > 1)}: nats above the floor in two domains, nats of the general text that are lost; the"
+    about += f" share of right answers from so many examples, with the usual loss (lm) and with T-Few's (T); {result['seconds']:.0f} s"
+    heads = ("", "clinic", "sql", "forgot", *(f"lm {size}" for size in sizes), *(f"T {size}" for size in sizes))
+    rows = [("base", base["clinic"], base["sql"], 0.0, *[base["few"]] * len(sizes), *[None] * len(sizes))]
+    for row in methods:
+        rows.append((row["method"], *(mean(row[key]) for key in ("clinic", "sql", "forgotten")), *few(row, "lm"), *few(row, "t-few")))
+    rates = [(row["method"], *(f"{rate:.2g}" for rate in row["rates"].values())) for row in methods]
+    return "\n".join([wrapped(about), columns(heads, rows), "", columns(("learning rate", *methods[0]["rates"]), rates)])
 
 
 def main() -> None:

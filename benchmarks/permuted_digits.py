@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cli import record, rounded
 from course.lab import permuted
+from course.lab.tables import columns
 
 GRIDS = {
     "L2 to the start": (0.003, 0.01, 0.03, 0.1, 0.3),
@@ -44,12 +45,12 @@ def measure(seeds: int = 6, tasks: int = permuted.TASKS, epochs: int = permuted.
 
 
 def table(result: dict) -> str:
-    lines = [f"{'method':20}{'value':>9}{'mean of all tasks at the end':>32}{'first task':>12}"]
+    rows = []
     for row in result["runs"]:
         ends = [t[-1] for t in row["tables"]]
         mean, first = statistics.fmean(map(statistics.fmean, ends)), statistics.fmean(end[0] for end in ends)
-        lines.append(f"{row['method']:20}{row['value']:9g}{mean:32.3f}{first:12.3f}{'   chosen' * row['chosen']}")
-    return "\n".join(lines)
+        rows.append((row["method"], f"{row['value']:g}", mean, first, "chosen" * row["chosen"]))
+    return "\n".join(["share of right answers after the last task", columns(("", "value", "all tasks", "first task", ""), rows, ".3f")])
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checkpointing import SHAPE, SMOKE_BATCH, SMOKE_SHAPE, chain
-from benchmarks.cli import message, options, rounded
+from benchmarks.cli import failed, message, options, rounded
 from benchmarks.meters import Meter, timed
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns
 from reference.model_shapes import ModelShape
 from reference.precision import LossScaler, MasterWeights
 
@@ -105,13 +106,11 @@ def measure(smoke: bool, device: torch.device) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':28}{'seconds':>10}{'held':>11}{'kept':>11}{'peak':>11}"]
-    for row in result["rows"]:
-        if "error" in row:
-            lines.append(f"{row['way']:28}  FAILED {row['error']}")
-            continue
-        lines.append(f"{row['way']:28}{row['seconds']:10.4f}" + "".join(f"{show_bytes(row[key]):>11}" for key in ("held", "kept", "peak")))
-    return "\n".join(lines)
+    keys = "held", "kept", "peak"
+    good = [row for row in result["rows"] if "error" not in row]
+    rows = [(row["way"], row["seconds"], *(show_bytes(row[key]) for key in keys)) for row in good]
+    failures = [failed(row["way"], row["error"]) for row in result["rows"] if "error" in row]
+    return "\n".join([columns(("", "seconds", *keys), rows, ".4f"), *failures])
 
 
 def main() -> None:

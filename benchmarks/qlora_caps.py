@@ -18,10 +18,11 @@ import time
 import torch
 
 from benchmarks.cases import ALPHA, OURS, RANK, Case, build
-from benchmarks.cli import options
+from benchmarks.cli import failed, options
 from benchmarks.meters import Extra, Meter, take_step
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns
 from reference.memory import training_memory
 from reference.memory.recipes import QLORA
 from reference.model_shapes import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_33B, ModelShape
@@ -96,17 +97,17 @@ def attempt(name: str, meter: Meter, device: torch.device) -> dict:
         return {"name": name, "error": str(error).splitlines()[0][:200]}
 
 
-def table(rows: list[dict]) -> str:
-    form = "{:14}{:>10}{:>10}{:>10}{:>10}{:>11}{:>10}{:>9}   {}"
-    lines = [form.format("shape", "cap", "built", "peak", "predicted", "all taken", "s/step", "tokens", "loss, first and last step")]
-    for row in rows:
+def table(result: dict) -> str:
+    rows, lines = [], []
+    for row in result["rows"]:
         if "error" in row:
-            lines.append(f"{row['name']:14}  FAILED {row['error']}")
+            lines.append(failed(row["name"], row["error"]))
             continue
         sizes = [show_bytes(x) for x in (row["cap"], row["built"], row["peak"], row["predicted"], row["context"] + row["reserved"])]
-        losses = f"{row['losses'][0]:.2f} → {row['losses'][-1]:.2f}"
-        lines.append(form.format(row["shape"], *sizes, f"{row['seconds']:.2f}", f"{row['batch']}×{row['sequence']}", losses))
-    return "\n".join(lines)
+        name = f"{row['shape']}, {row['batch']}×{row['sequence']}"
+        rows.append([name, *sizes, row["seconds"], f"{row['losses'][-1] - row['losses'][0]:+.2f}"])
+    heads = ("", "cap", "built", "peak", "predicted", "taken", "s/step", "loss")
+    return "\n".join([columns(heads, rows), *lines, f"taken: by the whole process; loss: of step {result['steps']} less that of the first"])
 
 
 def main() -> None:
@@ -118,8 +119,8 @@ def main() -> None:
             rows.append(attempt(name, meter, given.device))
             result = {"rank": RANK, "alpha": ALPHA, "rate": RATE, "steps": STEPS, "rows": rows}
             path = recorded.save("qlora_caps", result, given.out, given.device)
-            print(table(rows[-1:]), flush=True)
-    print(table(rows))
+            print(table(result | {"rows": rows[-1:]}), flush=True)
+    print(table(result))
     print("saved to", path)
 
 

@@ -28,11 +28,12 @@ import torch
 from torch import nn
 
 from benchmarks.cases import DENSE, DENSE_PEFT, LIKE_GEMMA, OURS, PEERS, PREPARED, RANK, Case, build, tiny_shape
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from benchmarks.meters import Extra, Meter, take_step
 from course import ROOT
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from reference.memory import training_memory
 from reference.memory.recipes import LORA, QLORA, Recipe
 from reference.model_shapes import LLAMA_2_7B, LLAMA_3_2_1B, ModelShape
@@ -149,17 +150,23 @@ def run_apart(how: str, smoke: bool, seconds: float) -> list[dict]:
         return [{"shape": "all", "how": how, "error": f"exit code {done.returncode}: {last}"[:300]}]
 
 
-def table(rows: list[dict]) -> str:
-    form = "{:34}{:38}{:>10}{:>10}{:>10}{:>10}{:>10}"
-    lines = [form.format("shape", "how", "tokens", "built", "extra", "peak", "predicted")]
-    for row in sorted(rows, key=lambda row: (row["shape"], row.get("batch", 0) * row.get("sequence", 0), row.get("sequence", 0))):
-        if "error" in row:
-            lines.append(f"{row['shape']:34}{row['how']:38}  FAILED {row['error']}")
-            continue
-        tokens = f"{row['batch']}×{row['sequence']}"
-        sizes = [show_bytes(row[key]) if key in row else "" for key in ("built", "building_extra", "peak", "predicted")]
-        lines.append(form.format(row["shape"], row["how"], tokens, *sizes))
-    return "\n".join(lines)
+def table(result: dict) -> str:
+    parts, good = [], [row for row in result["rows"] if "error" not in row]
+    for shape in sorted({row["shape"] for row in good}):
+        rows = sorted((row for row in good if row["shape"] == shape), key=lambda row: (row["batch"] * row["sequence"], row["sequence"]))
+        lines = [
+            (
+                row["how"].replace("bitsandbytes", "bnb"),
+                f"{row['batch']}×{row['sequence']}",
+                *(show_bytes(row[key]) if key in row else None for key in ("built", "building_extra", "peak", "predicted")),
+            )
+            for row in rows
+        ]
+        parts.append(columns((shape, "tokens", "built", "extra", "peak", "predicted"), lines))
+    failures = [failed(f"{row['shape']}, {row['how']}", row["error"]) for row in result["rows"] if "error" in row]
+    ratios = ", ".join(f"{case} {ratio:.3f}" for case, ratio in compared(good).items())
+    about = "built: bytes of the model; extra: more that building it took; bnb: bitsandbytes"
+    return "\n".join(["\n\n".join(parts), "", *failures, wrapped(about), wrapped(f"our peak over that of {PEERS}: {ratios}")])
 
 
 def compared(rows: list[dict]) -> dict[str, float]:
@@ -188,8 +195,7 @@ def main() -> None:
         result = {"rank": RANK, "steps": STEPS, "rows": rows, "ours_over_peers": compared(rows)}
         path = recorded.save("qlora_memory", result, given.out, given.device)
         print(f"{how}: done after {time.monotonic() - began:.0f} s", flush=True)
-    print(table(rows))
-    print("ours over peft + bitsandbytes:", {case: round(ratio, 3) for case, ratio in compared(rows).items()})
+    print(table(result))
     print("saved to", path)
 
 

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import ALPHA, OURS, PEERS, RANK, Case, build, fill, random_weights
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from benchmarks.meters import Extra, Meter, timed
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from reference.llama import Llama
 from reference.llama.loss import IGNORED, next_tokens
 from reference.llama.step import GraphedStep, capturable_adamw, compile_layers
@@ -206,20 +207,20 @@ def compared(rows: list[dict]) -> dict[str, dict[str, float]]:
     }
 
 
-def table(rows: list[dict]) -> str:
-    ratios = compared(rows)
-    form = "{:28}{:>9}{:>11}{:>9}{:>11}{:>9}{:>9}{:>9}   {}"
-    lines = [form.format("how", "tokens", "s/step", "faster", "peak", "memory", "kernels", "busy", "losses")]
-    for row in rows:
+def table(result: dict) -> str:
+    good = [row for row in result["rows"] if "error" not in row]
+    ratios, rows = compared(good), []
+    for row in good:
         tokens = f"{row['batch']}×{row['sequence']}"
-        if "error" in row:
-            lines.append(f"{row['how']:28}{tokens:>9}  FAILED {row['error']}")
-            continue
-        ratio = ratios.get(f"{row['how']} {tokens}", {"faster": float("nan"), "memory": float("nan")})
-        share_busy = f"{row['busy']:.0%}" if "busy" in row else ""
-        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-        numbers = f"{row['seconds']:.4f}", f"{ratio['faster']:.2f}×", show_bytes(row["peak"]), f"{ratio['memory']:.2f}×"
-        lines.append(form.format(row["how"], tokens, *numbers, row.get("kernels", ""), share_busy, losses))
+        ratio = ratios.get(f"{row['how']} {tokens}", {})
+        times = f"{row['seconds']:.4f}", ratio.get("faster"), show_bytes(row["peak"]), ratio.get("memory"), row.get("kernels", "")
+        rows.append([f"{row['how']}, {tokens}", *times, f"{row['busy']:.0%}" if "busy" in row else ""])
+    about = "×: times faster than peft + bitsandbytes, and the peak over theirs; kernels of a step, how long one runs"
+    lines = [columns(("", "s/step", "×", "peak", "×", "kernels", "busy"), rows), wrapped(about)]
+    for tokens in dict.fromkeys((row["batch"], row["sequence"]) for row in good):
+        losses = [row["losses"][0] for row in good if (row["batch"], row["sequence"]) == tokens]
+        lines.append(f"loss of the first step, {tokens[0]}×{tokens[1]}: {min(losses):.4f} to {max(losses):.4f}")
+    lines += [failed(f"{row['how']}, {row['batch']}×{row['sequence']}", row["error"]) for row in result["rows"] if "error" in row]
     return "\n".join(lines)
 
 
@@ -240,10 +241,11 @@ def main() -> None:
             rows.append({"how": name, "batch": batch[0], "sequence": batch[1], "error": "no time was left"})
         else:
             rows.append(attempt(name, tuple(n // 16 + 1 for n in batch) if given.smoke else batch, models))
-        print(table(rows[-1:]).splitlines()[-1], f"({time.monotonic() - began:.0f} s)", flush=True)
+        last = rows[-1].get("error") or f"{rows[-1]['seconds']:.4f} s/step"
+        print(f"{name}, {batch[0]}×{batch[1]}: {last} (after {time.monotonic() - began:.0f} s)", flush=True)
         result = {"shape": shape.name, "rank": RANK, "alpha": ALPHA, "rows": rows, "compared": compared(rows)}
         path = recorded.save("qlora_step", result, given.out, device)
-    print(table(rows))
+    print(table(result))
     print("saved to", path)
 
 

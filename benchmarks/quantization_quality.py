@@ -42,6 +42,7 @@ from benchmarks.gemma_lora import Benchmark, OutOfTime
 from course.lab import models, probes, recorded, seed_everything, training
 from course.lab.evaluation import FORMATS, compare_answers, compare_losses, facts_right, recommend, sequence_divergence, sequence_losses
 from course.lab.quantized import KINDS, bits_per_weight, quantized_copy
+from course.lab.tables import columns, wrapped
 from course.lab.world import DOMAINS, World
 from reference.lora import inject_lora
 
@@ -133,13 +134,15 @@ def won_back_tiny(world: World, model: nn.Module, s: TinySettings) -> list[dict]
 
 
 def tiny_table(result: dict) -> str:
-    lines = [f"{'format':10}{'bits':>6}{'above floor':>13}{'lost, nats per token':>34}{'divergence':>12}{'facts':>8}"]
+    rows = []
     for row in result["table"]:
         lost = row["lost_nats"]["general"]
         span = f"{lost['estimate']:+.5f} ({lost['low']:+.5f} to {lost['high']:+.5f})"
-        floor, facts = row["above_floor"]["general"], row["facts"]
-        lines.append(f"{row['kind']:10}{row['bits']:6.2f}{floor:13.4f}{span:>34}{row['divergence']:12.2e}{facts:8.1%}")
-    return "\n".join(lines)
+        others = f"{row['divergence']:.1e}", f"{row['facts']:.1%}"
+        rows.append([row["kind"], row["bits"], f"{row['above_floor']['general']:.4f}", span, *others])
+    back = [(f"{row['kind']}, {row['domain']}", row["before"], statistics.fmean(row["after"])) for row in result["won_back"]]
+    parts = [columns(("", "bits", "above floor", "lost, nats per token", "diverges", "facts"), rows), ""]
+    return "\n".join([*parts, columns(("nats above the floor", "before LoRA", "after"), back, ".4f")])
 
 
 # A real model: perplexity, facts, grammar
@@ -285,21 +288,23 @@ class Quality(Benchmark):
 
 
 def gemma_table(result: dict) -> str:
-    lines = [f"{'format':8}{'bits':>6}{'code':>9}{'passages':>10}{'manual':>9}{'facts':>9}{'grammar':>9}   passages lost, nats per token"]
+    losses, rows, spans = ("code", "passages", "manual"), [], []
     for kind, row in result["formats"].items():
-        values = "".join(f"{row[name]:{width}.4f}" for name, width in (("code", 9), ("passages", 10), ("manual", 9)))
-        lost = result["lost"].get(kind, {}).get("passages")
-        span = f"   {lost['estimate']:+.4f} ({lost['low']:+.4f} to {lost['high']:+.4f})" if lost else ""
-        lines.append(f"{kind:8}{result['bits'][kind]:6.2f}{values}{row['cloze']:9.1%}{row['pairs']:9.1%}{span}")
+        rows.append([kind, f"{result['bits'][kind]:.2f}", *(row[name] for name in losses), f"{row['cloze']:.1%}", f"{row['pairs']:.1%}"])
+        if lost := result["lost"].get(kind):
+            cells = (lost[name] for name in losses[:2])
+            spans.append([kind, *(f"{cell['estimate']:+.4f} ({cell['low']:+.4f} to {cell['high']:+.4f})" for cell in cells)])
+    back = []
     for row in result["won_back"]:
-        code, prose = row["code"], row["passages"]
-        after = ", ".join(f"{gap:+.4f}" for gap in code["gap_after"])
-        lines.append(
-            f"LoRA on {row['kind']:7} gap in code {code['gap_before']:+.4f} → {after}; in passages {prose['gap_before']:+.4f} → ",
-        )
-        lines[-1] += ", ".join(f"{gap:+.4f}" for gap in prose["gap_after"])
+        cells = [row[name] for name in losses[:2]]
+        gaps = (gap for cell in cells for gap in (cell["gap_before"], statistics.fmean(cell["gap_after"])))
+        back.append([row["kind"], *(f"{gap:+.4f}" for gap in gaps)])
+    parts = [columns(("nats per token", "bits", *losses, "facts", "grammar"), rows, ".4f")]
+    parts.append(columns(("lost to 16 bits", *losses[:2]), spans))
+    parts.append(columns(("LoRA on it: gap to 16 bits", "code before", "after", "passages before", "after"), back))
     verdict = result["two_percent_rule"]
-    return "\n".join([*lines, verdict["text"] if verdict else "the 2 % rule: formats are missing"])
+    said = verdict["text"].splitlines() if verdict else ["the 2 % rule: formats are missing"]
+    return "\n\n".join([*parts, "\n".join(wrapped(" ".join(line.split())) for line in said)])
 
 
 def stored_formats(path: Path) -> dict[str, int] | None:
@@ -350,9 +355,14 @@ def run_gemma(given: argparse.Namespace) -> None:
     benchmark = Quality(model, tokenizer, settings, given.minutes, resumed, save)
     benchmark.execute()
     path = save(benchmark)
-    print(gemma_table(benchmark.quality_result(name, stored)))
+    print(table(benchmark.quality_result(name, stored)))
     missing = len(settings.trained) * len(settings.seeds) - sum("measures" in run for run in benchmark.runs)
     print(f"{path.name}; {missing} runs are missing; {time.monotonic() - began:.0f} s in all")
+
+
+def table(result: dict) -> str:
+    """Of either part."""
+    return gemma_table(result) if "formats" in result else tiny_table(result)
 
 
 def main() -> None:
@@ -369,7 +379,7 @@ def main() -> None:
         return
     result = measure_tiny(SMOKE if given.smoke else TinySettings())
     path = recorded.save("quantization_quality_tiny", result, given.out, torch.device("cpu"))
-    print(tiny_table(result))
+    print(table(result))
     print("saved to", path)
 
 

@@ -33,6 +33,7 @@ from benchmarks.meters import free
 from benchmarks.qlora_caps import cap_process
 from course.lab.devices import device
 from course.lab.serving import copy_rate, measured_costs, random_adapter
+from course.lab.tables import columns, short, wrapped
 from reference.llama import Llama
 from reference.model_shapes import LLAMA_3_70B, ModelShape
 from reference.multi_lora import Factors, MultiLoRA, bytes_of
@@ -221,19 +222,21 @@ def measure(setting: Setting = FULL, where: torch.device | None = None) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':22}{'req/s':>9}{'tokens/s':>10}{'first p50':>11}{'p99':>9}{'gap p50':>10}{'p99':>9}{'loads':>7}"]
     named = {"base alone": result["base"], "merged": result["merged"]}
     named |= {f"{row['live']} live": row for row in result["unmerged"]}
     named[f"{result['no_graphs']['live']} live, no graphs"] = result["no_graphs"]
+    rows = []
     for name, row in named.items():
         first, gap = row["first_token"], row["between_tokens"]
-        times = f"{first['p50']:11.3f}{first['p99']:9.3f}{gap['p50']:10.4f}{gap['p99']:9.4f}"
-        lines.append(f"{name:22}{row['requests_per_second']:9.2f}{row['tokens_per_second']:10.1f}{times}{row['loads']:7}")
-    turn = result["in_turn"]
-    merge = max(turn["merge_seconds"])
-    lines.append(f"{'merged in turn, ' + str(turn['live']):22}{turn['requests_per_second']:9.2f}   a merge: {merge:.2f} s")
-    lines.append("costs: " + ", ".join(f"{name} {value:.3g}" for name, value in result["costs"].items()))
-    return "\n".join(lines)
+        times = (f"{first['p50']:.3f}", f"{first['p99']:.3f}", f"{1e3 * gap['p50']:.1f}", f"{1e3 * gap['p99']:.1f}")
+        rows.append((name, row["requests_per_second"], f"{row['tokens_per_second']:.1f}", *times, row["loads"]))
+    turn, costs = result["in_turn"], result["costs"]
+    rows.append((f"merged in turn, {turn['live']}", turn["requests_per_second"], *[""] * 6))
+    about = "first token in s, gap between tokens in ms"
+    about += f"; a merge takes up to {max(turn['merge_seconds']):.2f} s; the bus carries {costs['bus'] / 1e9:.1f} GB/s"
+    times = ", ".join(f"{name} {short(1e3 * cost)} ms" for name, cost in costs.items() if name != "bus")
+    heads = ("", "req/s", "tokens/s", "first p50", "p99", "gap p50", "p99", "loads")
+    return "\n".join([columns(heads, rows), wrapped(about), wrapped(f"costs: {times}")])
 
 
 def main() -> None:

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.cases import ALPHA, PEERS, RANK, Case, build, random_weights
-from benchmarks.cli import message, options
+from benchmarks.cli import failed, message, options
 from benchmarks.meters import Extra, Meter, timed
 from benchmarks.qlora_step import build_ours, library_loss
 from course.lab import recorded
 from course.lab.meters import show_bytes
+from course.lab.tables import columns, wrapped
 from reference.llama import Llama
 from reference.lora import inject_lora
 from reference.memory import received_bytes, sharded_memory
@@ -168,19 +169,27 @@ def compared(rows: list[dict]) -> list[dict]:
     return found
 
 
-def table(rows: list[dict]) -> str:
-    form = "{:22}{:12}{:>9}{:>11}{:>8}{:>11}{:>11}{:>11}{:>11}{:>11}"
-    lines = [form.format("case", "how", "s/step", "tokens/s", "share", "held", "predicted", "peak", "predicted", "received")]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"{row['case']:22}{row['how']:12}  FAILED {row['error']}")
-            continue
-        share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
-        keys = "held", "predicted_held", "peak", "predicted_peak", "predicted_received"
-        sizes = (show_bytes(row[key]) if key in row else "" for key in keys)
-        times = f"{row['seconds']:.4f}", f"{row['tokens_a_second']:,.0f}", share
-        lines.append(form.format(row["case"], row["how"], *times, *sizes))
-    return "\n".join(lines)
+def table(result: dict) -> str:
+    parts, good = [], [row for row in result["rows"] if "error" not in row]
+    for case in dict.fromkeys(row["case"] for row in good):
+        rows = [
+            (
+                row["how"],
+                f"{row['seconds']:.4f}",
+                f"{row['tokens_a_second']:,.0f}",
+                f"{row['efficiency']:.0%}" if "efficiency" in row else "",
+                *(show_bytes(row[key]) if key in row else None for key in ("held", "peak", "predicted_received")),
+            )
+            for row in good
+            if row["case"] == case
+        ]
+        parts.append(columns((case, "s/step", "tokens/s", "share", "held", "peak", "received"), rows))
+    lines = [failed(f"{row['case']}, {row['how']}", row["error"]) for row in result["rows"] if "error" in row]
+    for key in ("held", "peak"):
+        if found := [row[f"predicted_{key}"] / row[key] for row in good if row.get(f"predicted_{key}") and row[key]]:
+            lines.append(f"predicted over measured, {key}: {min(found):.3f} to {max(found):.3f}")
+    about = "share: of the whole model's speed; held, peak, received: bytes of each card, received as predicted"
+    return "\n".join(["\n\n".join(parts), "", wrapped(about), *lines])
 
 
 def main() -> None:
@@ -195,11 +204,12 @@ def main() -> None:
             for way in WAYS:
                 rows.append(attempt(way, case, mesh, meter, device))
                 if mesh.get_local_rank() == 0:
-                    print(table(rows[-1:]).splitlines()[-1], flush=True)
+                    last = rows[-1].get("error") or f"{rows[-1]['seconds']:.4f} s/step"
+                    print(f"{named(case)}, {way}: {last}", flush=True)
         result = {"rank": RANK, "alpha": ALPHA, "rows": compared(rows)}
         path = on_first(lambda: str(recorded.save(f"sharded_{mesh.size()}", result, given.out, device)))
         if mesh.get_local_rank() == 0:
-            print(table(result["rows"]))
+            print(table(result))
             print("saved to", path)
 
 

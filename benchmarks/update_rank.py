@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.cases import pretrained
 from benchmarks.cli import options, rounded
 from course.lab import device, recorded, seed_everything
+from course.lab.tables import columns
 from course.lab.training import above_floor, train, warmup_cosine
 from course.lab.world import World
 from reference import lowrank
@@ -201,22 +202,33 @@ def measure(s: Settings) -> dict:
     return rounded(result) | {"seconds": round(time.perf_counter() - started)}
 
 
+def table(result: dict) -> str:
+    def means(runs: list[list[float]]) -> list[float]:
+        return [statistics.fmean(values) for values in zip(*runs, strict=True)]
+
+    truncated = [(domain, *means(runs)) for domain, runs in result["retained"].items()]
+    along = [(name, *means(runs["share"])) for name, runs in result["along_training"]["runs"].items()]
+    tiny = result["tiny"]["share_of_gain"]
+    digits = []
+    for width, found in result["digits"].items():
+        full = statistics.fmean(found["full"])
+        digits.append((f"width {width}", *(statistics.fmean(right) / full for right in found["subspace"].values())))
+    parts = [
+        ("nats above the floor, update of rank", result["ranks"], truncated),
+        ("effective rank of the update over the largest possible, after step", result["along_training"]["steps"], along),
+        ("the tiny model: share of the gain, d", tiny, [("", *map(statistics.fmean, tiny.values()))]),
+        ("digits: share of the accuracy, d", next(iter(result["digits"].values()))["subspace"], digits),
+    ]
+    return "\n\n".join(f"{about}\n{columns(('', *map(str, heads)), rows)}" for about, heads, rows in parts)
+
+
 def main() -> None:
     given = options("update_rank", __doc__, gpu=False)
     s = SMOKE if given.smoke else Settings()
     if device().type == "cuda":
         print("the tiny model is slower on a GPU's launches than on a CPU; the recorded result is a CPU's")
     result = measure(s)
-    for domain, runs in result["retained"].items():
-        means = [statistics.fmean(run[i] for run in runs) for i in range(len(s.ranks))]
-        print(f"{domain:8}", "  ".join(f"r={rank}: {mean:.3f}" for rank, mean in zip(s.ranks, means, strict=True)))
-    for label, runs in result["along_training"]["runs"].items():
-        means = [statistics.fmean(shares) for shares in zip(*runs["share"], strict=True)]
-        print(f"{label:18}", "  ".join(f"{step}: {mean:.2f}" for step, mean in zip(s.marks, means, strict=True)))
-    print("tiny model", "  ".join(f"d={d}: {statistics.fmean(shares):.2f}" for d, shares in result["tiny"]["share_of_gain"].items()))
-    for width, entry in result["digits"].items():
-        full = statistics.fmean(entry["full"])
-        print(f"width {width:>3}", "  ".join(f"d={d}: {statistics.fmean(a) / full:.2f}" for d, a in entry["subspace"].items()))
+    print(table(result))
     print("saved to", recorded.save("update_rank", result, given.out), f"{result['seconds']} s on {torch.get_num_threads()} threads")
 
 

@@ -4,12 +4,15 @@ A row of a result is told by its words and its sizes (what was done, with how ma
 Where it has the time of "ours", the others are read against it: a peer's time over ours, and the limit's time over ours.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from course.lab import recorded
+from course.lab.meters import show_bytes
+from course.lab.tables import columns, short
 
 PEERS = ("bitsandbytes", "peft", "torch")  # the first that a row has
 LIMITS = ("floor", "limit")
@@ -17,7 +20,8 @@ SIZES = ("rows", "batch", "sequence", "tokens", "rank", "r", "seed", "size", "wi
 SIZES += ("threads", "streams")
 SLOWER = 1.10  # than the record of the same card: still as expected
 SHARE = 0.85  # of the lowest ratio on recorded cards: still as expected on another card
-TRIED = "  the fastest of those tried"
+LINES = 24  # of a table that is read at a glance
+DIFFERENCES = ("error", "apart")  # how far results are apart is no time
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,9 @@ class Row:
 
     Attributes:
         numbers: what was measured, by name.
-        tried: other ways to do the same, and their times.
     """
 
     numbers: dict[str, float]
-    tried: dict[str, float] = field(default_factory=dict)
 
     @property
     def ours(self) -> float | None:
@@ -72,9 +74,8 @@ def _found(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
     elif isinstance(value, dict):
         numbers = {key: float(each) for key, each in value.items() if _is_number(each) and key not in SIZES}
         path = path + tuple(_words(value))
-        others = [each for each in value.get("candidates", []) if isinstance(each, dict)]
         if numbers and path:
-            yield ", ".join(path), Row(numbers, {each["way"]: each["ms"] for each in others if "ms" in each})
+            yield ", ".join(path), Row(numbers)
         for key, each in value.items():
             if key == "candidates":
                 continue
@@ -95,59 +96,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def table(entries: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: for each row and card what :func:`legend` says, and the fastest other way; else every number."""
-    by_card = {card: rows(entry) for card, entry in entries.items()}
-    labels = list(dict.fromkeys(label for found in by_card.values() for label in found))
-    lines = []
-    for label in labels:
-        there = {card: found[label] for card, found in by_card.items() if label in found}
-        if all(row.ours is not None for row in there.values()):
-            cells = [_cell(there.get(card)) for card in entries]
-            lines.append([label, *cells])
-            if any(row.tried for row in there.values()):
-                lines.append([TRIED, *(_fastest(there.get(card)) for card in entries)])
-            continue
-        for name in dict.fromkeys(name for row in there.values() for name in row.numbers):
-            values = [there[card].numbers.get(name) if card in there else None for card in entries]
-            lines.append([f"{label}: {name}", *("" if value is None else f"{value:.4g}" for value in values)])
-    return ["", *entries], lines
+def table(entries: dict[str, dict]) -> str:
+    """A line for each row of ours that two cards have: on each our time, or our bytes, and the peer's and the limit's over it.
+
+    Empty if there is none, or if there are more than ``LINES``: then the cards' own tables are easier to read.
+    """
+    by_card = {card: {label: row for label, row in rows(entry).items() if row.ours is not None} for card, entry in entries.items()}
+    cards = Counter(label for found in by_card.values() for label in found if not label.endswith(DIFFERENCES))
+    labels = [label for label, count in cards.items() if count > 1 or len(entries) == 1]
+    if not 0 < len(labels) <= LINES:
+        return ""
+    names = [label.removesuffix(", milliseconds").replace("_", " ") for label in labels]
+    lines = [[name, *(_cell(label, found.get(label)) for found in by_card.values())] for name, label in zip(names, labels, strict=True)]
+    shown = [found[label] for found in by_card.values() for label in labels if label in found]
+    parts = ["our time in milliseconds" + " or our bytes" * any(label.endswith("bytes") for label in labels)]
+    parts += ["the peer's over it (×)"] * any(row.peer is not None for row in shown)
+    parts += ["the limit's over it (%)"] * any(row.limit is not None for row in shown)
+    return "\n".join([columns(("", *entries), lines), "", " · ".join(parts)])
 
 
-def legend(entries: dict[str, dict]) -> str:
-    """What the parts of a cell are; nothing for a table without our times."""
-    found = [row for entry in entries.values() for row in rows(entry).values() if row.ours is not None]
-    parts = ["our time"] * bool(found)
-    parts += ["the peer's over it (×)"] * any(row.peer is not None for row in found)
-    parts += ["the limit's over it (%)"] * any(row.limit is not None for row in found)
-    parts += ["reached / bar"] * any(_has_bar(row) for row in found)
-    return " · ".join(parts)
-
-
-def _cell(row: Row | None) -> str:
+def _cell(label: str, row: Row | None) -> str:
     if row is None:
         return ""
-    parts = [_short(row.ours)]
-    parts += [f"{_short(row.peer)}×"] if row.peer is not None else []
+    parts = [show_bytes(row.ours) if label.endswith("bytes") else short(row.ours)]
+    parts += [f"{short(row.peer)}×"] if row.peer is not None else []
     parts += [f"{row.limit:.0%}"] if row.limit is not None else []
-    parts += [f"{row.numbers['reached']:.3f} / {row.numbers['bar']:.2f}"] if _has_bar(row) else []
     return " · ".join(parts)
-
-
-def _has_bar(row: Row) -> bool:
-    return {"reached", "bar"} <= set(row.numbers)
-
-
-def _fastest(row: Row | None) -> str:
-    if row is None or not row.tried:
-        return ""
-    way = min(row.tried, key=row.tried.get)
-    return f"{row.ours / row.tried[way]:.2f} × our speed: {way}"
-
-
-def _short(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def check(entry: dict, known: dict[str, dict]) -> list[str]:

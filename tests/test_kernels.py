@@ -14,7 +14,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
-from benchmarks import nf4_kernels as benchmark  # noqa: E402
+from benchmarks.reading_nf4 import read  # noqa: E402
 from reference import nf4 as plain  # noqa: E402
 from reference.blockwise import midpoints  # noqa: E402
 from reference.double_quant import QuantizedScales, double_quantize  # noqa: E402
@@ -216,7 +216,7 @@ def test_cuda_equals_bitsandbytes(dtype):
 
 def test_the_benchmark_that_only_reads_reads_everything():
     q = plain.quantize_nf4(draw((64, 512), HALF))
-    codes, scales = benchmark.read(q, parts=3, rows=32, blocks=2)  # the last part has nothing left
+    codes, scales = read(q, parts=3, rows=32, blocks=2)  # the last part has nothing left
     assert codes.shape == scales.shape == (3, 64)
     words = q.packed.view(-1).view(torch.int32).view(64, -1).sum(1, dtype=torch.int32)
     assert torch.equal(codes.sum(0, dtype=torch.int32), words)

@@ -82,55 +82,78 @@ def train_tiny() -> None:
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None,
-    only_recorded: Annotated[bool, typer.Option("--recorded", help="Measure nothing: show the recorded cards side by side.")] = False,
+    only_recorded: Annotated[
+        bool,
+        typer.Option("--recorded", help="Measure nothing: the table of each recorded card. NAME may be a recorded result, too."),
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Say whether this card's figures are as expected.")] = False,
     figure: Annotated[Path | None, typer.Option(help="Also draw the ratios, and save them here.", show_default=False)] = None,
 ) -> None:
     """Measure something side by side with other libraries, record it, and show it beside the recorded cards.
 
-    What follows the name and is no option of this command is passed on to the measurement.
+    What follows the name and is no option of this command is passed on to the measurement. `course bench NAME --help` shows this text,
+    `python -m benchmarks.NAME --help` the options of the measurement.
     """
+    from course import bench as benchmarks
     from course import beside
-    from course.bench import abouts, load
     from course.lab import recorded
 
+    folder = shared.ROOT / "benchmarks" / "recorded"
     if name is None:
-        for known, about in abouts(shared.ROOT).items():
-            shared.console.print(f"[bold]{known}[/bold]  {escape(about)}")
+        _list_benchmarks()
         return
     if check and only_recorded:
         raise CourseError("--check holds a new measurement to the recorded ones: leave --recorded out")
-    module = load(name, shared.ROOT)
-    before = beside.cards(name)  # read first: the record of this card may be replaced
-    shown = dict(before)
-    if not only_recorded:
-        sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
-        recorded.SAVED.clear()
-        module.main()
-        found = [entry for entry in map(recorded.read, recorded.SAVED) if entry["name"] == name]
-        if not found or "--smoke" in context.args:
-            return  # a dry run's times mean nothing
-        shown |= {f"{found[-1]['device']}, now": found[-1]}
-    if not shown:
-        raise CourseError(f"nothing is recorded of {name} yet: run it without --recorded")
-    _beside(shown, figure)
-    if check:
-        shared.console.print(escape(beside.verdict(found[-1], before)))
+    if only_recorded:
+        for result, measurement in benchmarks.recorded_by(name, shared.ROOT).items():
+            cards = beside.cards(result, folder)
+            for entry in cards.values():
+                shared.console.print(f"[bold]{escape(result)} on {escape(entry['device'])}[/bold]")
+                shared.console.print(escape(recorded.described(entry)))
+                _print(benchmarks.load(measurement, shared.ROOT).table(entry["result"]) + "\n")
+            if len(cards) > 1 or figure:
+                _beside(cards, figure)
+        return
+    module = benchmarks.load(name, shared.ROOT)
+    before = {each: beside.cards(each, folder) for each, by in benchmarks.results(shared.ROOT).items() if by == name}  # may be replaced
+    sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
+    recorded.SAVED.clear()
+    module.main()
+    if "--smoke" in context.args:
+        return  # a dry run's times mean nothing
+    for entry in {entry["name"]: entry for entry in map(recorded.read, recorded.SAVED)}.values():
+        known = before.get(entry["name"], {})
+        if known or figure:
+            _beside(known | {f"{entry['device']}, now": entry}, figure)
+            shared.console.print(f"The tables of the recorded cards: course bench {escape(entry['name'])} --recorded")
+        if check:
+            shared.console.print(escape(beside.verdict(entry, known)))
+
+
+def _list_benchmarks() -> None:
+    """Each measurement, what it is, and names of results that are not its own."""
+    from rich.table import Table
+
+    from course.bench import abouts, results
+
+    by, listed = results(shared.ROOT), Table.grid(padding=(0, 2, 0, 0))
+    for known, about in abouts(shared.ROOT).items():
+        others = [each for each, measurement in by.items() if measurement == known and each != known]
+        listed.add_row(f"[bold]{known}[/bold]", escape(about) + (f" [dim]Records {', '.join(others)}.[/dim]" if others else ""))
+    shared.console.print(listed)
+
+
+def _print(text: str) -> None:
+    """As it is: its lines are not wrapped."""
+    shared.console.print(escape(text), soft_wrap=True)
 
 
 def _beside(entries: dict, figure: Path | None) -> None:
-    """A table of the cards, and the figure if a path is given."""
-    from rich.table import Table
-
+    """The cards side by side, and the figure if a path is given."""
     from course import beside
 
-    heads, lines = beside.table(entries)
-    shown = Table(*map(escape, heads), box=None, header_style="bold")
-    for line in lines:
-        shown.add_row(*map(escape, line))
-    shared.console.print(shown)
-    if words := beside.legend(entries):
-        shared.console.print(f"\n{escape(words)}")
+    if table := beside.table(entries):
+        _print(table)
     if figure is not None:
         drawn = beside.figure(entries)
         if drawn is None:

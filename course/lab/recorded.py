@@ -92,6 +92,11 @@ def provenance(entry: dict) -> str:
     return f"Recorded on {entry['device']}, {entry['day']} (torch {entry['versions']['torch']})."
 
 
+def described(entry: dict) -> str:
+    """The day and all versions, for whom the device is said already."""
+    return f"Recorded {entry['day']}: {', '.join(f'{package} {version}' for package, version in entry['versions'].items())}"
+
+
 def live_or_recorded(name: str, measure: Callable[[], Any], needs_gpu: bool = True, recorded_on: str | None = None) -> Any:
     """Run ``measure()`` where a GPU is present (or none is needed); else return the recorded result and print where it is from.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from course.bench import abouts
+from course.bench import results as measured_by
 from course.website.texts import raw, table
 
 ROWS, COLUMNS = 200, 60  # of one table; the file has them all, and what is wider is shown entry by entry
@@ -18,9 +19,9 @@ def pages(root: Path) -> dict[str, str]:
         results.setdefault(path.stem, []).append((path, json.loads(path.read_text(encoding="utf-8"))))
     if not results:
         return {}
-    about, made, rows = abouts(root), {}, []
+    about, by, made, rows = abouts(root), measured_by(root), {}, []
     for name, found in sorted(results.items()):
-        said = about.get(_measurement(name, about, root), "")
+        said = about.get(by[name], "")
         made[name] = "\n\n".join([f"# {_words(name)}", html.escape(said), *(_device(path, entry, root) for path, entry in found)]) + "\n"
         rows += [
             (
@@ -37,14 +38,6 @@ def pages(root: Path) -> dict[str, str]:
     listed = raw(table(("measured", "what", "on", "day"), body, "", "Measurements"))
     made["index"] = f"# Measurements\n\n{said}\n\n{listed}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
     return made
-
-
-def _measurement(name: str, known: dict[str, str], root: Path) -> str:
-    """The measurement that records ``name``: that of the same name, one that writes the name, or the one whose name it begins with."""
-    if name in known:
-        return name
-    written = (each for each in known if f'"{name}"' in (root / "benchmarks" / f"{each}.py").read_text(encoding="utf-8"))
-    return next(written, max((each for each in known if name.startswith(f"{each}_")), key=len, default=""))
 
 
 def _slug(words: str) -> str:
