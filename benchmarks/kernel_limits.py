@@ -8,7 +8,6 @@ is longer, its products at the rate of bf16 weights with many rows), and every c
 "reached" is the floor over our time, or, for 16 to 128 rows, the time with bf16 weights over ours; "bar" is what it should be.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -19,13 +18,9 @@ from torch.nn.functional import linear
 
 from benchmarks.cli import failed, message, record
 from benchmarks.meters import cold_milliseconds
+from benchmarks.nf4_kernels import BLOCK, COPIES, SIDE, decode
 from course.lab.devices import device
 from course.lab.tables import columns, short, wrapped
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
-
-from benchmarks.nf4_kernels import BLOCK, COPIES, SIDE, decode
 from reference import nf4 as plain
 from reference.double_quant import double_quantize
 from reference.nf4 import NF4Tensor

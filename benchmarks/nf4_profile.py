@@ -9,6 +9,7 @@ All shares are of what the part could do at most: of DRAM during the whole launc
 
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,9 @@ SCALES = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1, "us": 1, "msecond": 1e3, "m
 
 def work(side: int = SIDE) -> None:
     """One launch of each kernel while the profiler looks, after one while it doesn't."""
-    from benchmarks.nf4_kernels import kernels  # without a GPU they are interpreted
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
+    from reference.kernels import nf4 as kernels
 
     torch.manual_seed(0)
     where = device()

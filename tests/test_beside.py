@@ -2,8 +2,6 @@
 
 import copy
 
-import pytest
-
 from course import beside
 
 KNOWN = beside.cards("nf4_kernels")
@@ -24,20 +22,25 @@ def test_ratios_are_those_of_the_record():
 
 
 def test_the_table_has_a_column_a_card_and_a_line_a_row():
-    heads, lines = beside.table(KNOWN)
-    assert heads == ["", H100, H200] and len(lines) == len(beside.rows(KNOWN[H200]))
-    assert lines[0][1] == "0.0679 · 10.7× · 87%"
-    assert beside.legend(KNOWN).split(" · ") == ["our time", "the peer's over it (×)", "the limit's over it (%)"]
+    head, *lines, _, legend = beside.table(KNOWN).splitlines()
+    assert head.split(maxsplit=4)[:4] == H100.split() and head.endswith(f" {H200}") and len(lines) == len(beside.rows(KNOWN[H200]))
+    assert lines[0].split("  ")[0] == "quantize" and "0.0679 · 10.7× · 87%" in lines[0]
+    assert legend.split(" · ") == ["our time in milliseconds", "the peer's over it (×)", "the limit's over it (%)"]
 
 
-def test_the_table_of_kernel_limits_fits_a_terminal_and_has_one_line_for_all_that_was_tried():
-    known = beside.cards("kernel_limits")
-    _, lines = beside.table(known)
-    by_label = dict(zip([line[0] for line in lines[::2]], zip(lines[::2], lines[1::2], strict=True), strict=True))
-    ours, tried = by_label["linear, 1 row"]
-    assert tried[0] == beside.TRIED and ours[1].endswith("54% · 0.542 / 0.70") and "× our speed: ahead" in tried[1]
-    assert max(len(line[0]) for line in lines) + max(len(line[1]) for line in lines) <= 80
-    assert beside.legend(known).endswith("reached / bar")
+def test_the_table_has_what_two_cards_have_and_says_bytes_as_bytes():
+    first = {
+        "device": "A",
+        "result": {"rows": [{"work": "x", "kept_bytes": {"ours": 2e6}, "error": {"ours": 1e-3}}, {"work": "y", "ours": 1.0}]},
+    }
+    second = {"device": "B", "result": {"rows": first["result"]["rows"][:1]}}
+    assert [line.split("  ")[0] for line in beside.table({"A": first}).splitlines()[1:3]] == ["x, kept bytes", "y"]
+    _, line, _, legend = beside.table({"A": first, "B": second}).splitlines()
+    assert line.split("  ") == ["x, kept bytes", "2.0 MB", "2.0 MB"] and legend == "our time in milliseconds or our bytes"
+
+
+def test_a_result_that_is_no_comparison_or_a_long_one_has_no_table():
+    assert {beside.table(beside.cards(name)) for name in ("qlora_step", "growth", "fisher", "multi_lora")} == {""}
 
 
 def test_the_same_card_is_held_to_its_own_record():
@@ -67,10 +70,3 @@ def test_nothing_to_hold_it_to_is_said():
 def test_the_figure_has_two_panels_and_is_left_out_without_ratios():
     assert len(beside.figure(KNOWN).axes) == 2
     assert beside.figure(beside.cards("qlora_step")) is None
-
-
-@pytest.mark.parametrize("name", ["qlora_step", "memory_peaks", "nf4_training", "lora_layer", "growth"])
-def test_every_kind_of_result_has_a_table(name):
-    known = beside.cards(name)
-    heads, lines = beside.table(known)
-    assert len(heads) == len(known) + 1 and lines and all(len(line) == len(heads) for line in lines)

@@ -100,7 +100,7 @@ def test_every_configuration_has_all_seeds_and_all_measures(results):
     equal = [count for config, count in shares.items() if config.split()[0] in ("q,v", "attention", "mlp")]
     assert len(equal) == 3 and all(count == pytest.approx(four, rel=0.1) for count in equal)
     assert len(result["samples"]) == 4 and all(set(sample) == {"prompt", "base", "lora", "full"} for sample in result["samples"].values())
-    print(gemma_lora.table(result["summary"]))
+    assert "all-linear r=1, lr" in gemma_lora.table(result)
 
 
 def test_spectra_hold_what_the_figures_need(results):

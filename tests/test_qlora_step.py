@@ -26,7 +26,7 @@ def test_every_variant_trains():
     ratios = benchmark.compared(rows)
     assert ratios["peft 1×24"]["faster"] == 1 and len(ratios) == len(rows)
     json.dumps(rows, allow_nan=False)
-    assert "compiled, graph" in benchmark.table(rows)
+    assert "compiled, graph" in benchmark.table({"rows": rows})
 
 
 def test_ours_is_quantized_once_and_a_compiled_layer_can_be_plain_again():
@@ -40,7 +40,7 @@ def test_ours_is_quantized_once_and_a_compiled_layer_can_be_plain_again():
 
 def test_a_failure_is_a_row():
     row = benchmark.attempt("llama", (1, 0), models_of())
-    assert "error" in row and "FAILED" in benchmark.table([row]) and benchmark.compared([row]) == {}
+    assert "error" in row and "FAILED" in benchmark.table({"rows": [row]}) and benchmark.compared([row]) == {}
 
 
 def test_recorded_steps_are_faster_than_those_of_the_libraries():

@@ -149,10 +149,11 @@ def _print(text: str) -> None:
 
 
 def _beside(entries: dict, figure: Path | None) -> None:
-    """The cards side by side, and the figure if a path is given."""
+    """The cards side by side where that is short and fits the terminal, and the figure if a path is given."""
     from course import beside
 
-    if table := beside.table(entries):
+    table = beside.table(entries)
+    if table and max(map(len, table.splitlines())) <= shared.console.width:
         _print(table)
     if figure is not None:
         drawn = beside.figure(entries)
