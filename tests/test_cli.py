@@ -1,5 +1,6 @@
 """The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,51 @@ def test_bench_passes_on_what_follows_the_name(course, monkeypatch):
     )
     assert course("bench", "told", "--smoke", "--only", "a") == (0, "Namespace(only='a', smoke=True)\n")
     assert course("bench", "told") == (0, "Namespace(only=None, smoke=False)\n")
+
+
+def record(root: Path, name: str, device: str, **rows: float) -> None:
+    path = root / "benchmarks" / "recorded" / device / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"name": name, "device": f"Card {device}", "day": "2026-01-01", "versions": {"torch": "2.9"}}
+    path.write_text(json.dumps(entry | {"result": {"rows": [{"work": work, "ours": ms, "floor": 1.0} for work, ms in rows.items()]}}))
+
+
+COUNTING = '''"""How fast one counts."""
+
+
+def table(result):
+    return "counted: [" + ", ".join(row["work"] for row in result["rows"]) + "]" + 90 * "-"
+
+
+def main():
+    raise RuntimeError("measured")
+'''
+
+
+def test_bench_shows_recorded_tables_and_cards_side_by_side(course):
+    root = course.unit.root
+    record(root, "speed", "a", up=2.0, down=4.0)
+    record(root, "speed", "b", up=1.0)
+    record(root, "speed_far", "a", far=3.0)
+    (root / "benchmarks" / "speed.py").write_text(COUNTING)
+    assert "How fast one counts. Records speed_far." in course("bench")[1]
+    status, printed = course("bench", "speed", "--recorded")
+    first, second, beside, _far = (part.splitlines() for part in printed.split("\n\n")[:3] + printed.split("\n\n")[4:])
+    assert status == 0 and first == ["speed on Card a", "Recorded 2026-01-01: torch 2.9", "counted: [up, down]" + 90 * "-"]
+    assert second[0] == "speed on Card b" and [line.split() for line in beside[1:]] == [["up", "2.00", "·", "50%", "1.00", "·", "100%"]]
+
+
+def test_bench_shows_one_recorded_result_by_its_own_name(course):
+    root = course.unit.root
+    record(root, "speed_far", "a", far=3.0)
+    (root / "benchmarks" / "speed.py").write_text(COUNTING)
+    status, printed = course("bench", "speed_far", "--recorded")
+    assert status == 0 and printed.startswith("speed_far on Card a\n") and "counted: [far]" in printed
+    status, printed = course("bench", "other", "--recorded")
+    assert status == 2 and "there is no recorded result 'other'. There are: speed_far" in printed
+    (root / "benchmarks" / "new.py").write_text(COUNTING)
+    status, printed = course("bench", "new", "--recorded")
+    assert status == 2 and "nothing is recorded of new yet. There are: speed_far" in printed
 
 
 def test_lead_commands_are_wired():
