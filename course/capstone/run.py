@@ -41,8 +41,7 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True, s
 
     Raises:
         CourseError: whatever the user can mend: a plan that does not fit, data that are wrong, a disk that is full, a loss that is NaN.
-        What
-            was written before stays, and the same command goes on from there.
+            What was written before stays, and the same command goes on from there.
     """
     began, out = time.perf_counter(), plan.path("out")
     data.check_files(plan)

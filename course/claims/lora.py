@@ -329,7 +329,7 @@ def recited_nats(r: int) -> float:
 
 
 def _layer_ms(rows: str, who: str, device: str) -> float:
-    """One 4096 × 4096 layer in a chain, without gradients; float32 factors. ``rows`` is "1 row" or "64 rows", ``who`` base, ours or peft."""
+    """One 4096 × 4096 layer in a chain, without gradients; float32 factors. ``rows``: "1 row" or "64 rows"; ``who``: base, ours, peft."""
     return recorded.load("lora_layer", device)["result"]["generation"]["float32 factors, α/r = 2"][rows][who]
 
 
