@@ -232,7 +232,7 @@ def test_bench_shows_recorded_tables_and_cards_side_by_side(course):
     (root / "benchmarks" / "speed.py").write_text(COUNTING)
     assert "How fast one counts. Records speed_far." in course("bench")[1]
     status, printed = course("bench", "speed", "--recorded")
-    first, second, beside, _far = (part.splitlines() for part in printed.split("\n\n")[:3] + printed.split("\n\n")[4:])
+    first, second, beside, _legend, _ = (part.splitlines() for part in printed.split("\n\n"))
     assert status == 0 and first == ["speed on Card a", "Recorded 2026-01-01: torch 2.9", "counted: [up, down]" + 90 * "-"]
     assert second[0] == "speed on Card b" and [line.split() for line in beside[1:]] == [["up", "2.00", "·", "50%", "1.00", "·", "100%"]]
 

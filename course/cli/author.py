@@ -154,7 +154,7 @@ def _beside(entries: dict, figure: Path | None) -> None:
 
     table = beside.table(entries)
     if table and max(map(len, table.splitlines())) <= shared.console.width:
-        _print(table)
+        _print(table + "\n")
     if figure is not None:
         drawn = beside.figure(entries)
         if drawn is None:
