@@ -10,9 +10,9 @@ A result is ``recorded/<device>/<name>.json``, with the day and the versions; le
 (``course.lab.recorded``) and tests hold them to their bars. A part of a measurement (``--only``) and a dry run go to a temporary folder.
 
 A benchmark is a module with a ``main()``. Its docstring begins with a line for the list, shows how to start it, and says what is measured,
-against what, and how the comparison is made fair. Its ``table(result)`` is what it prints, of a new result and of a recorded one: 80 columns,
-and importing the module needs neither a GPU nor Triton. It measures all sides in one run on one device, after warm-up, and keeps a failure as a
-row, so that the others go on. What benchmarks share:
+against what, and how the comparison is made fair. It measures all sides in one run on one device, after warm-up, and keeps a failure as a
+row, so that the others go on. Its ``table(result)`` is what it prints, of a new result as of a recorded one, in 80 columns; to import the
+module needs neither a GPU nor Triton. What benchmarks share:
 
 - ``cli``: the options that all of them have, and where a result goes;
 - ``meters``: milliseconds, bytes, and the step whose phases are watched;
