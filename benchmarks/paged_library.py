@@ -126,7 +126,8 @@ def table(result: dict) -> str:
         lines.append(f"state of the optimizer, {name}: {show_bytes(row['torch'])} by torch, {show_bytes(row['driver'])} by the driver")
     again = result["resume"]
     paged = ", ".join(f"{name} {sum(again.get(name, []))} of {len(again.get(name, []))}" for name in ("before", "after"))
-    lines.append(wrapped(f"a state loaded on {again['loaded on']}: paged {paged}; {'stepped' if again.get('stepped') else again['said']}"))
+    end = "stepped" if again.get("stepped") else again.get("said") or "did not step"
+    lines.append(wrapped(f"a state loaded on {again['loaded on']}: tensors that are paged {paged}; {end}"))
     return "\n".join([*lines, columns(("a step of LoRA's factors", "ms"), result["factors"].items())])
 
 

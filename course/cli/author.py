@@ -81,7 +81,9 @@ def train_tiny() -> None:
 
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="The measurement; lists them if not given.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The measurement; lists them if not given.", show_default=False)
+    ] = None,
     only_recorded: Annotated[
         bool,
         typer.Option("--recorded", help="Measure nothing: the table of each recorded card. NAME may be a recorded result, too."),
