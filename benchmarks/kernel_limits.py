@@ -152,7 +152,7 @@ def table(result: dict) -> str:
         rows.append([name.replace("double quantization", "nested"), *times, row["reached"], verdict])
         tried = sorted((found for found in row["candidates"] if "ms" in found), key=lambda found: found["ms"])
         speeds = ", ".join(f"{found['way'].replace(' × ', '×')} {row['ours'] / found['ms']:.2f}" for found in tried)
-        lines.append(wrapped(f"{name}: {speeds}; with the fastest {row['reached by the fastest']:.2f} of {row['bar']:.2f}"))
+        lines.append(wrapped(f"{name}: {speeds or 'none'}; with the fastest {row['reached by the fastest']:.2f} of {row['bar']:.2f}"))
         lines += [failed(f"    {found['way']}", found["problem"]) for found in row["candidates"] if "problem" in found]
     heads = ("µs", "ours", "bnb", "compile", "bf16", "floor", "of it", "")
     copied = f"a copy reaches {result['copy_gigabytes_per_second']:.0f} GB/s; nested: double quantization; bnb: bitsandbytes"

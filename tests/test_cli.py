@@ -250,6 +250,22 @@ def test_bench_shows_one_recorded_result_by_its_own_name(course):
     assert status == 2 and "nothing is recorded of new yet. There are: speed_far" in printed
 
 
+def test_bench_holds_a_new_run_to_the_record_that_was_there_before(course):
+    folder = course.unit.root / "benchmarks"
+    folder.mkdir()
+    (folder / "pace.py").write_text(
+        '"""How fast it is."""\n\nimport sys\nfrom pathlib import Path\n\nfrom course.lab import recorded\n\n\ndef main():\n'
+        "    for name in ('pace', 'pace_far'):\n        result = {'rows': [{'work': 'up', 'ours': float(sys.argv[1])}]}\n"
+        "        recorded.save(name, result, Path(__file__).parent / 'recorded')\n"
+    )
+    status, printed = course("bench", "pace", "--check", "1.0")
+    assert status == 0 and printed.count("there is nothing to hold it to") == 2 and "--recorded" not in printed
+    status, printed = course("bench", "pace", "--check", "2.0")
+    assert status == 0 and printed.count("Not as expected: 1 figure of 1 row") == 2
+    assert [line.split() for line in printed.splitlines() if line.startswith("up ")] == [["up", "1.00", "2.00"]] * 2
+    assert "course bench pace --recorded" in printed and "course bench pace_far --recorded" in printed
+
+
 def test_lead_commands_are_wired():
     import inspect
 

@@ -70,7 +70,7 @@ def test_the_result_holds_together(finished, tmp_path):
     zero, other = result["won_back"]
     assert zero["code"]["gap_after"] == [0, 0] and other["seeds"] == [0, 1]
     assert other["code"]["gap_before"] == pytest.approx(other["code"]["before"] - zero["code"]["before"], abs=1e-5)
-    assert "LoRA on INT4" in benchmark.gemma_table(result)
+    assert "LoRA on it: gap to 16 bits" in benchmark.table(result)
 
 
 def test_it_resumes_and_runs_only_what_is_missing(finished, fewer_sources, tmp_path):
