@@ -285,7 +285,8 @@ def table(result: dict) -> str:
         rows.append((name, f"{runs[0]['lr']:g}", *measures))
     before = {each["name"]: each["before"] for part in ("learned", "forgotten") for each in good[0][part]} if good else {}
     rows.insert(0, ("before", "", *(f"{before[measure]:.3f}" for measure in names)))
-    said = ", ".join(f"{key}: {measure}" for key, measure in zip("ABCDEF", names, strict=False))
+    units = {each["name"]: each["unit"] for row in good for part in ("learned", "forgotten") for each in row[part]}
+    said = ", ".join(f"{key}: {measure} ({units[measure]})" for key, measure in zip("ABCDEF", names, strict=False))
     parts = [wrapped(f"{result['model']}, means of the seeds; {said}") + "\n" + columns(("", "rate", *"ABCDEF"[: len(names)]), rows)]
     costs, exports = [], []
     for name in dict.fromkeys(row["plan"] for row in good):

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import cli
 from course.lab import instructions, training
+from course.lab.tables import columns, wrapped
 from reference.instruct import IGNORED, Example
 
 LR, STEPS, ASKED, WRONG = 1e-3, 150, 120, 0.4
@@ -66,12 +67,13 @@ def measure(steps: int = STEPS, asked: int = ASKED, seeds: int = 3, settings: in
 
 
 def table(result: dict) -> str:
-    lines = [f"{'data':<20}{'rows':>6}{'right':>8}{'stops':>8}{'general':>9}"]
+    rows = []
     for key in dict.fromkeys((row["data"], row["rows"]) for row in result["rows"]):
         runs = [row for row in result["rows"] if (row["data"], row["rows"]) == key]
         mean = {name: sum(run[name] for run in runs) / len(runs) for name in ("right", "stops", "general")}
-        lines.append(f"{key[0]:<20}{key[1]:>6}{mean['right']:>8.2f}{mean['stops']:>8.2f}{mean['general']:>9.3f}")
-    return "\n".join(lines)
+        rows.append((*key, f"{mean['right']:.2f}", f"{mean['stops']:.2f}", f"{mean['general']:.3f}"))
+    about = "means of the seeds: shares of answers that are right and that stop; nats above the floor, general text"
+    return "\n".join([wrapped(about), columns(("", "rows", "right", "stops", "general"), rows)])
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 from benchmarks import cli
 from course.lab import merging
 from course.lab.merging import METHODS, Method, adapter_for, merged, scores, update_of
+from course.lab.tables import columns
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -42,13 +43,11 @@ def measure(steps: int = merging.STEPS, seeds: int = 3, rows: int = 64, points: 
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':26}" + "".join(f"{domain:>10}" for domain in merging.ASKED)]
-    lines.append(f"{'untouched':26}" + "".join(f"{result['before'][domain]:10.2f}" for domain in merging.ASKED))
+    rows = [("untouched", *(result["before"][domain] for domain in merging.ASKED))]
     for key in dict.fromkeys((row["kind"], row["name"]) for row in result["rows"]):
         runs = [row for row in result["rows"] if (row["kind"], row["name"]) == key]
-        means = [sum(run[domain] for run in runs) / len(runs) for domain in merging.ASKED]
-        lines.append(f"{key[0]} {key[1]!s:18}".ljust(26) + "".join(f"{mean:10.2f}" for mean in means))
-    return "\n".join(lines)
+        rows.append((f"{key[0]} {key[1]}", *(sum(run[domain] for run in runs) / len(runs) for domain in merging.ASKED)))
+    return "\n".join(["nats above the floor, means of the seeds", columns(("", *merging.ASKED), rows)])
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from course.lab import peers, recorded
-from course.lab.tables import columns
+from course.lab.tables import columns, short, wrapped
 
 
 def test_columns_are_as_wide_as_they_need():
@@ -54,3 +54,12 @@ def test_a_verdict_turns_at_the_goal():
     verdicts = {peers.Row("", "", 1.0, library, "ms", 2).verdict for library in (2.0, 2.1)}
     assert verdicts == {"met"}
     assert peers.Row("", "", 1.0, 1.99, "ms", 2).verdict == "not met"
+
+
+def test_three_digits_that_count():
+    assert [short(value) for value in (0.012345, 1.5, 99.96, 1234.5, 0)] == ["0.0123", "1.50", "100", "1,234", "0.00"]
+
+
+def test_sentences_beside_a_table_are_cut_into_lines():
+    lines = wrapped("word " * 40).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 80 and lines[1].startswith("    word")

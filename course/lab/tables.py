@@ -29,7 +29,7 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence], form: str = ".2f") -
 
 def short(value: float) -> str:
     """Three digits that count: 0.0123, 1.23, 12.3, 1,234."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def wrapped(text: str) -> str:
