@@ -1,5 +1,7 @@
 """The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ import miniature
 import pytest
 from rich.console import Console
 
-from course import ROOT, build, cli, doctor
+from course import ROOT, beside, build, cli, doctor
+from course.lab import recorded
 from course.notebooks import marks, read
 from course.units import Unit
 
@@ -202,6 +205,37 @@ def test_bench_passes_on_what_follows_the_name(course, monkeypatch):
     )
     assert course("bench", "told", "--smoke", "--only", "a") == (0, "Namespace(only='a', smoke=True)\n")
     assert course("bench", "told") == (0, "Namespace(only=None, smoke=False)\n")
+
+
+def test_bench_says_how_to_have_the_old_records_again(course, monkeypatch):
+    """Lessons and notebooks quote what is in the folder, also what a reader measured."""
+    folder = course.unit.root / "benchmarks"
+    folder.mkdir()
+    monkeypatch.setattr(recorded, "FOLDER", folder / "recorded")
+    monkeypatch.setattr(beside, "cards", lambda name: {entry["device"]: entry for entry in map(recorded.read, folder.rglob("*.json"))})
+    (folder / "recording.py").write_text(
+        '"""How fast one counts."""\n\nfrom course.lab import recorded\n\n\ndef main():\n'
+        '    recorded.save("recording", [{"how": "ours", "ms": 1.0}], recorded.FOLDER)\n'
+    )
+    file = r"benchmarks/recorded/[\w-]+/recording\.json"
+    assert re.search(f"may quote this record from now on. Without it again: rm {file}\n", course("bench", "recording")[1])
+    assert re.search(
+        f"replaces what lessons and notebooks quote. The old record again: git restore {file}\n", course("bench", "recording")[1]
+    )
+    assert "Note" not in course("bench", "recording", "--recorded")[1]
+
+
+def test_a_terminal_breaks_a_sentence_between_words(monkeypatch):
+    said = io.StringIO()
+    for terminal, printed in ((True, "one two three\nfour\n"), (False, "one two three four\n")):
+        monkeypatch.setattr(
+            cli.shared,
+            "Console",
+            lambda *, stderr, terminal=terminal, **more: Console(file=said, force_terminal=terminal, width=22, no_color=True, **more),
+        )
+        said.seek(0), said.truncate()
+        cli.shared.say("one two three four")
+        assert re.sub("\x1b[^m]*m", "", said.getvalue()).replace(" \n", "\n") == f"course: {printed}"
 
 
 def test_lead_commands_are_wired():

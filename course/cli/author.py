@@ -15,7 +15,7 @@ def build(
     check_only: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file is out of date.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace exercises that somebody has worked in.")] = False,
 ) -> None:
-    """For authors: exercises from solutions, claimed numbers into the pages, notebooks without times of day."""
+    """Exercises from solutions, claimed numbers into the pages, notebooks without times of day."""
     from course import build as building
 
     derived = [*building.notebooks(shared.ROOT), *building.exercises(shared.ROOT), *building.pages()]
@@ -37,7 +37,7 @@ def new(
     number: Annotated[str, typer.Argument(metavar="NN", help="The unit's number, 07.")],
     topic: Annotated[str, typer.Argument(help="Its topic, a Python name: paged_optimizers.")],
 ) -> None:
-    """For authors: lay out an empty unit, whole and working, to be filled."""
+    """Lay out an empty unit, whole and working, to be filled."""
     from course.new import lay_out
 
     for path in lay_out(number, topic, shared.ROOT):
@@ -60,7 +60,7 @@ def figures(
         list[str] | None, typer.Argument(metavar="[NAME ...]", help="Figures; those out of date if none.", show_default=False)
     ] = None,
 ) -> None:
-    """For authors: draw the figures of README and lessons whose data have moved on, or those that are named."""
+    """Draw the figures of README and lessons whose data have moved on, or those that are named."""
     from course import figures as drawing
 
     known = drawing.figures()
@@ -90,13 +90,19 @@ def bench(
 
     What follows the name and is no option of this command is passed on to the measurement.
     """
+    from rich.table import Table
+
     from course import beside
     from course.bench import abouts, load
     from course.lab import recorded
 
     if name is None:
+        listed = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+        listed.add_column(style="bold", no_wrap=True)
+        listed.add_column()
         for known, about in abouts(shared.ROOT).items():
-            shared.console.print(f"[bold]{known}[/bold]  {escape(about)}")
+            listed.add_row(known, escape(about))
+        shared.console.print(listed)
         return
     if check and only_recorded:
         raise CourseError("--check holds a new measurement to the recorded ones: leave --recorded out")
@@ -106,16 +112,32 @@ def bench(
     if not only_recorded:
         sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
         recorded.SAVED.clear()
+        if shared.console.is_terminal:
+            shared.console.print(f"measuring: {escape(abouts(shared.ROOT)[name])}")
         module.main()
         found = [entry for entry in map(recorded.read, recorded.SAVED) if entry["name"] == name]
         if not found or "--smoke" in context.args:
             return  # a dry run's times mean nothing
         shown |= {f"{found[-1]['device']}, now": found[-1]}
+        _say_what_it_replaces(found[-1]["device"] in before, recorded)
     if not shown:
         raise CourseError(f"nothing is recorded of {name} yet: run it without --recorded")
     _beside(shown, figure)
     if check:
         shared.console.print(escape(beside.verdict(found[-1], before)))
+
+
+def _say_what_it_replaces(was_there: bool, recorded) -> None:
+    """Lessons and notebooks quote what is recorded in the checkout: how to have the old state again."""
+    path = recorded.SAVED[-1]
+    if recorded.FOLDER not in path.parents:
+        return
+    path = path.relative_to(shared.ROOT)
+    if was_there:
+        said = f"This replaces what lessons and notebooks quote. The old record again: git restore {path}"
+    else:
+        said = f"Lessons and notebooks may quote this record from now on. Without it again: rm {path}"
+    shared.console.print(f"[yellow]Note:[/yellow] {said}", soft_wrap=not shared.console.is_terminal)
 
 
 def _beside(entries: dict, figure: Path | None) -> None:

@@ -177,6 +177,7 @@ def progress() -> None:
 
     standings = work.progress(shared.ROOT)
     table = Table("", "unit", "points", "last check", "not right yet", box=None, header_style="bold", padding=(0, 1))
+    table.columns[1].no_wrap, table.columns[1].overflow = True, "fold"  # names whole, in 80 columns too
     table.columns[2].justify = "right"
     for each in standings:
         mark = "[green]✓[/green]" if each.done else "[yellow]–[/yellow]" if each.started or each.when else ""
