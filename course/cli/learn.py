@@ -120,7 +120,7 @@ def start(
     if begun.kept:
         shared.console.print(f"kept your earlier work as {begun.kept.relative_to(shared.ROOT)}")
     if begun.new:
-        shared.console.print(f"wrote {name}. Open it in JupyterLab; `course check {chosen.number}` judges it.")
+        shared.console.print(f"wrote {name}. Open it in JupyterLab (`make lab`); `course check {chosen.number}` judges it.")
     else:
         shared.console.print(
             f"{name} is there already and stays as it is; `course start {chosen.number} --fresh` begins again and keeps it."
