@@ -119,12 +119,13 @@ def bench(
         if not found or "--smoke" in context.args:
             return  # a dry run's times mean nothing
         shown |= {f"{found[-1]['device']}, now": found[-1]}
-        _say_what_it_replaces(found[-1]["device"] in before, recorded)
     if not shown:
         raise CourseError(f"nothing is recorded of {name} yet: run it without --recorded")
     _beside(shown, figure)
     if check:
         shared.console.print(escape(beside.verdict(found[-1], before)))
+    if not only_recorded:
+        _say_what_it_replaces(found[-1]["device"] in before, recorded)
 
 
 def _say_what_it_replaces(was_there: bool, recorded) -> None:
