@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_helpers import tiny_llama
 from torch import nn
 from torch.utils import checkpoint as torchs
 
@@ -310,6 +311,13 @@ def test_torchs_default_is_re_entrant_with_a_warning():
     said = " ".join(str(each.message) for each in caught)
     assert "the use_reentrant parameter should be passed explicitly" in said and "None of the inputs have requires_grad=True" in said
     assert all(p.grad is None for p in layers.parameters())
+
+
+def test_the_default_of_transformers_is_not_re_entrant():
+    llama = tiny_llama()
+    llama.gradient_checkpointing_enable()
+    how = [m._gradient_checkpointing_func for m in llama.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert how and all(each.keywords == {"use_reentrant": False} for each in how)
 
 
 def test_the_number_of_results_is_compared():
