@@ -7,11 +7,11 @@ from course.claims.interview import wrapped_by_peft
 from course.lab import families
 
 FOUND = {family.name: families.look(family) for family in families.FAMILIES}
-PAGE = (ROOT / "lessons" / "appendix" / "02_lora.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "lessons" / "appendix" / "02_targets.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_the_table_of_now():
-    assert families.table() in PAGE, "put what `python -m course.lab.families` prints into lessons/appendix/02_lora.md"
+    assert families.table() in PAGE, "put what `python -m course.lab.families` prints into lessons/appendix/02_targets.md"
 
 
 @pytest.mark.parametrize("name", FOUND)
