@@ -15,8 +15,6 @@ with three rates around a default and goes on outwards while the best is at an e
 
 On a GPU several processes share it (``--workers``), since one run alone leaves it idle most of the time: a run's seconds are then those of
 a run among others. Each process loads and prepares once what runs have in common. The results are those of one process.
-
-Of Gemma 3 270M twelve of fifteen runs are recorded, two seeds or three of each plan, and neither the audit nor the 2 % rule.
 """
 
 import copy

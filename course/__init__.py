@@ -1,5 +1,6 @@
 """The machinery of the course: lab, checks, interview questions, and the ``course`` command."""
 
+import logging
 from pathlib import Path
 
 # One thread by default, for the command and the kernels that it starts. Two are faster on an idle machine, but OpenMP's threads wait by
@@ -8,3 +9,6 @@ from pathlib import Path
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout; the course is installed in place (pip install -e .)
+
+# On some processors bitsandbytes says, whenever it is imported, that a faster kernel for the CPU could be downloaded. We compare numbers.
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import re
@@ -218,7 +217,6 @@ def tiny_model(where: str) -> Finding:
 def four_bits(where: str) -> Finding:
     """bitsandbytes, by quantizing random weights to NF4 and back."""
     what = f"bitsandbytes, {where}"
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises kernels that nothing here needs
     try:
         import bitsandbytes
         import torch

@@ -1,5 +1,6 @@
-"""The 4-bit formats of unit 03's map, against their definitions and, where it is installed, against the package that reads GGUF files."""
+"""The 4-bit formats of unit 03's map, against their definitions and against the package that reads GGUF files."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -112,7 +113,6 @@ def test_bits_are_those_that_are_stored():
 
 @pytest.mark.parametrize("name", ["Q4_0", "MXFP4"])
 def test_as_the_gguf_package_writes_and_reads_it(name):
-    gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[name]
     values, size = gguf.GGML_QUANT_SIZES[kind]
     assert 8 * size / values == formats.bits(name)
@@ -122,7 +122,6 @@ def test_as_the_gguf_package_writes_and_reads_it(name):
 
 
 def test_q4_k_as_the_gguf_package_reads_it():
-    gguf = pytest.importorskip("gguf")
     x = rows("Q4_K")
     of_steps, of_lows, steps, lows, codes = formats.q4_k_fields(x)
     steps, lows, codes = (each.to(torch.uint8).numpy() for each in (steps, lows, codes))

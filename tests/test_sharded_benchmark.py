@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sharded
+from benchmarks import sharded, sharded_tokens
 from course.claims import sharding
 from course.lab import recorded
 from reference.memory import sharded_memory
@@ -22,6 +22,16 @@ def test_a_dry_run_alone(monkeypatch, tmp_path):
     assert [row["predicted_held"] for row in ours] == [sharded_memory(shape, 1, 16, block=block).held for block in (64, 64, None)]
     assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=0.01)  # near log 301, whatever the weights
     assert not torch.distributed.is_initialized()
+
+
+def test_a_dry_run_by_tokens(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sharded_tokens", "--smoke", "--out", str(tmp_path)])
+    sharded_tokens.main()
+    found = recorded.load("sharded_tokens_1", folder=tmp_path)["result"]
+    measured = recorded.load("sharded_tokens_2", "h200")["result"]
+    assert [set(row) for row in found["rows"]] == [set(row) for row in measured["rows"]]
+    assert [row["how"] for row in found["rows"]] == [row["how"] for row in measured["rows"]]
+    assert all(row["least"] <= row["seconds"] <= row["most"] for row in [*found["rows"], *measured["rows"]])
 
 
 def test_what_follows_from_the_whole_model():
@@ -58,3 +68,10 @@ def test_what_the_appendix_says_of_two_cards():
     assert abs(sharding.of_a_copy_each(long, "sharded") - sharding.engine_alone(long)) < 3  # what is sent is hidden
     assert sharding.of_a_copy_each(large, "sharded") < sharding.engine_alone(large) - 10  # and here it is not
     assert rows[large, "16 bits"]["seconds"] < rows[large, "sharded"]["seconds"]
+
+
+def test_with_few_tokens_launches_decide_and_with_many_arithmetic():
+    step = sharding.step_seconds
+    for how in sharded_tokens.ORDER:
+        assert step(how, 1, 16) > 0.7 * step(how, 1, 2048) and step(how, 4, 2048) > 2.9 * step(how, 1, 2048)
+    assert step("16 bits", 1, 2048) < step("sharded", 1, 2048) and step("sharded", 4, 2048) < step("16 bits", 4, 2048)

@@ -46,9 +46,12 @@ def capstone(
     in_one_piece = not console.is_terminal  # a terminal would break lines inside words
     result = run.run(plan, lambda words: console.print(escape(words), soft_wrap=in_one_piece), console.is_terminal)
     console.print(report.table(result))
-    for words in result["verdict"]["against"]:
-        console.print(f"[yellow]–[/yellow] {escape(words)}", soft_wrap=in_one_piece)
-    console.print("[green]Ready.[/green]" if result["verdict"]["ready"] else "[yellow]Not ready: see – above.[/yellow]")
+    verdict = result["verdict"]
+    for mark, colour, kind in (("✗", "red", "against"), ("?", "yellow", "decide")):
+        for words in verdict[kind]:
+            console.print(f"[{colour}]{mark}[/{colour}] {escape(words)}", soft_wrap=in_one_piece)
+    colour = "red" if not verdict["ready"] else "yellow" if verdict["decide"] else "green"
+    console.print(f"[{colour}]{report.judgement(verdict)}[/{colour}]")
     console.print(f"{plan.path('out') / 'report.html'}  ({result['seconds']:.0f} s, {result['peak'] / 1e9:.1f} GB)")
 
 

@@ -178,7 +178,7 @@ def check_merged(folder: Path, base: Base, plan, rows: Rows, wanted: Trained) ->
 
 
 def gguf(model: nn.Module, base: Base, folder: Path, plan, rows: Rows, wanted: Trained) -> Export:
-    """Write and check a GGUF; where gguf is not installed or the family is unknown, say so."""
+    """Write and check a GGUF; where the family is unknown, say so."""
     from course.capstone import gguf_file
 
     try:

@@ -5,9 +5,9 @@ its halves, so the rows of Llama's q and k are put into another order. And Gemma
 written as they are: float32 as F32, bfloat16 as BF16; quantizing a GGUF is llama.cpp's own work.
 """
 
-import importlib.util
 from pathlib import Path
 
+import gguf
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +45,8 @@ def write(model: nn.Module, base: Base, file: Path) -> str:
     """Write a plain model; returns what a user has to know about the file.
 
     Raises:
-        CannotWrite: the package gguf is missing, or the family is not one of ``FAMILIES``.
+        CannotWrite: the family is not one of ``FAMILIES``, or the model has what the format has no place for.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise CannotWrite("a GGUF is written by the package gguf: pip install -e '.[real-llm]'")
     config = model.config
     if (family := FAMILIES.get(config.model_type)) is None:
         raise CannotWrite(
@@ -56,8 +54,6 @@ def write(model: nn.Module, base: Base, file: Path) -> str:
         )
     if family == "gemma3":
         check_gemma(config)
-    import gguf
-
     writer = gguf.GGUFWriter(file, family)
     writer.add_name(Path(base.name).name)
     writer.add_block_count(config.num_hidden_layers)
@@ -136,8 +132,6 @@ def read(file: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _add(writer, name: str, value: Tensor) -> None:
-    import gguf
-
     if value.dtype == torch.bfloat16 and value.ndim > 1:
         raw = value.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -147,8 +141,6 @@ def _add(writer, name: str, value: Tensor) -> None:
 
 def _vocabulary(writer, base: Base) -> str:
     """The tokens, where the base's own GGUF has them in llama.cpp's form; else none, and the tokenizer's files are beside the GGUF."""
-    import gguf
-
     source = Path(base.name) if base.name.endswith(".gguf") else None
     if base.name == "gemma-3-270m":
         from course.lab.models import packaged_gemma

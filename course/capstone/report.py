@@ -45,12 +45,20 @@ def merge_sentence(merge: dict) -> str:
 def export_sentence(each: dict) -> str:
     if each["logits"] is None:
         return f"{each['kind']}: not there: {each['words']}"
-    lost = each["lost"]
-    told = (
-        f"{each['kind']}: {show_bytes(each['bytes'])}, logits within {each['logits']:.1e}, {100 * each['changed']:.1f} % of answers changed"
-    )
-    told += f", {lost['estimate']:+.1e} nats ({lost['low']:+.1e} to {lost['high']:+.1e})"
+    lost, changed = each["lost"], each["changed"]
+    told = f"{each['kind']}: {show_bytes(each['bytes'])}, {f'{100 * changed:.1f} % of answers' if changed else 'no answer'} changed, "
+    if each["logits"] == 0:
+        told += "logits equal to the bit"
+    else:
+        told += f"logits within {each['logits']:.1e}, loss by {lost['estimate']:+.1e} nats ({lost['low']:+.1e} to {lost['high']:+.1e})"
     return told + (f"; {each['words']}" if each["words"] else "")
+
+
+def judgement(verdict: dict) -> str:
+    """In a few words."""
+    if not verdict["ready"]:
+        return "Not ready."
+    return "Ready, if you accept this." if verdict["decide"] else "Ready."
 
 
 def card(result: dict) -> str:
@@ -122,10 +130,10 @@ def page(result: dict) -> str:
     there = sorted(result["memory"]["there"].items(), key=lambda pair: -pair[1])
     said = [tuple(e(str(each[key])) for key in ("asked", "right", "before", "after")) for each in result["samples"]]
     exports = [(e(each["kind"]), e(export_sentence(each).partition(": ")[2])) for each in result["exports"]]
-    ready = "Ready to be deployed." if verdict["ready"] else "Not ready:"
-    against = "".join(f"<li>{e(each)}</li>" for each in verdict["against"])
+    colour = "bad" if not verdict["ready"] else "open" if verdict["decide"] else "good"
+    reasons = "".join(f"<li>{e(each)}</li>" for each in verdict["against"] + verdict["decide"])
     body = f"""<h1>{e(result["memory"]["title"])}</h1>
-<div class="verdict {"good" if verdict["ready"] else "bad"}"><strong>{ready}</strong><ul>{against}</ul></div>
+<div class="verdict {colour}"><strong>{judgement(verdict)}</strong>{f"<ul>{reasons}</ul>" if reasons else ""}</div>
 <h2>Before and after, on the same items</h2>{rows(("measure", "before", "after", "difference (95 %)", ""), changes)}
 <h2>Training</h2>{curve(result["training"]["losses"])}
 <p>{len(result["training"]["losses"])} steps, {result["training"]["seconds"]:.0f} s; {result["training"]["trained"]:,} numbers trained of

@@ -41,8 +41,7 @@ def run(plan: Plan, say: Callable[[str], None] = print, progress: bool = True, s
 
     Raises:
         CourseError: whatever the user can mend: a plan that does not fit, data that are wrong, a disk that is full, a loss that is NaN.
-        What
-            was written before stays, and the same command goes on from there.
+            What was written before stays, and the same command goes on from there.
     """
     began, out = time.perf_counter(), plan.path("out")
     data.check_files(plan)
@@ -180,16 +179,17 @@ def record(plan: Plan, base: bases.Base, rows: data.Rows, result: dict, wanted: 
 
 
 def verdict(result: dict, exports: list[export.Export], plan: Plan) -> dict:
-    """Whether it may be deployed, and what speaks against it."""
-    against = []
+    """Whether it may be deployed, what speaks against it, and what somebody has to decide: a price is no fault."""
+    against, decide = [], []
     if not any(change["verdict"] == "better" for change in result["learned"][:2]):
         against.append("nothing was shown to be learned: neither the held-out loss nor the answers are better beyond their intervals")
     if result["learned"][1]["after"] == 0:
         against.append("not one held-out answer is the expected one, word for word: read what it says before you ship it")
-    if lost := [change["name"] for change in result["forgotten"] if change["verdict"] == "worse"]:
-        against.append(f"something is forgotten ({', '.join(lost)}): decide whether that matters; more replay or a lower rate costs less")
+    for change in result["forgotten"]:
+        if change["verdict"] == "worse":
+            decide.append(f"{report.sentence(change)}. Too much? More replay or a lower rate costs less")
     if far := [each.kind for each in exports if not each.within(plan.tolerance)]:
         against.append(f"{', '.join(far)}: more than {100 * plan.tolerance:g} % of perplexity may be lost against the trained model")
     if not plan.licence:
         against.append("the plan names no licence (--licence): an adapter inherits its base's terms, and those of its data")
-    return {"ready": not against, "against": against}
+    return {"ready": not against, "against": against, "decide": decide}

@@ -116,14 +116,19 @@ def exports_changed(base: str = "tiny") -> float:
     return 100 * max(changed)
 
 
-def rule(measure: str, end: str = "estimate", bits: str = "4-bit") -> float:
+def rule(measure: str, end: str = "estimate", bits: str = "4-bit", base: str = "tiny") -> float:
     """The 2 % rule over the first plan's merged model: what is lost, in percent."""
-    return 100 * figures.record()["rule"]["found"][bits][measure][end]
+    return 100 * figures.record(base)["rule"]["found"][bits][measure][end]
 
 
 def rule_is_undecided() -> bool:
-    """The recorded verdict for the first plan's model is "not enough data"."""
-    return figures.record()["rule"]["choice"] == "not enough data"
+    """On both bases the recorded verdict for the first plan's model is "not enough data"."""
+    return all(figures.record(base)["rule"]["choice"] == "not enough data" for base in figures.RECORDS)
+
+
+def audits_passed() -> bool:
+    """Of both bases' first plan every question of the audit is answered, and passed."""
+    return all(figures.record(base)["audit"] == {"passed": checks(), "failed": 0, "unknown": 0, "skipped": 0} for base in figures.RECORDS)
 
 
 def replay_forgets_less() -> bool:

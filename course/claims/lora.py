@@ -329,18 +329,18 @@ def recited_nats(r: int) -> float:
 
 
 def _layer_ms(rows: str, who: str, device: str) -> float:
-    """One 4096 × 4096 layer in a chain, without gradients; float32 factors. ``rows`` is "1 row" or "64 rows", ``who`` "base" or "ours"."""
+    """One 4096 × 4096 layer in a chain, without gradients; float32 factors. ``rows``: "1 row" or "64 rows"; ``who``: base, ours, peft."""
     return recorded.load("lora_layer", device)["result"]["generation"]["float32 factors, α/r = 2"][rows][who]
 
 
-def unmerged_times(rows: str, device: str = GPU) -> float:
+def unmerged_times(rows: str, device: str = GPU, who: str = "ours") -> float:
     """How many times as long as the base an unmerged layer takes for "1 row" or "64 rows"."""
-    return _layer_ms(rows, "ours", device) / _layer_ms(rows, "base", device)
+    return _layer_ms(rows, who, device) / _layer_ms(rows, "base", device)
 
 
 def launches_percent(rows: str = "1 row", device: str = "h200") -> float:
-    """Of an unmerged layer's extra time, what one launch in place of many saves."""
-    extra, replayed = (_layer_ms(label, "ours", device) - _layer_ms(label, "base", device) for label in (rows, f"{rows}, one launch"))
+    """Of the extra time of PEFT's unmerged layer, what one launch in place of many saves."""
+    extra, replayed = (_layer_ms(label, "peft", device) - _layer_ms(label, "base", device) for label in (rows, f"{rows}, one launch"))
     return 100 * (1 - replayed / extra)
 
 

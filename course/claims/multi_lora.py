@@ -261,6 +261,11 @@ def update_us(mix: str, batch: int, r: int = 16, width: int = 8192, who: str = "
     return 1e3 * cell["milliseconds"][who]
 
 
+def update_times(mix: str, batch: int, r: int = 16, width: int = 8192, who: str = "vLLM") -> float:
+    """A peer's time for them over ours."""
+    return update_us(mix, batch, r, width, who) / update_us(mix, batch, r, width)
+
+
 OURS_BARE = "base, 1 × all, 4 warps"  # our product of one row with W alone
 
 

@@ -94,6 +94,21 @@ def ours_over(other: str, case: str) -> float:
     return measured(case, "sharded", "tokens") / measured(case, other, "tokens")
 
 
+def step_seconds(how: str, batch: int, sequence: int, which: str = "seconds") -> float:
+    """Of the 70B model on two cards, with so many tokens for each card: the median, the "least" or the "most"."""
+    return recorded.row("sharded_tokens_2", "h200", how=how, batch=batch, sequence=sequence)[which]
+
+
+def more_seconds(how: str = "sharded") -> float:
+    """That a step with 2,048 tokens takes beyond one with 16."""
+    return step_seconds(how, 1, 2048) - step_seconds(how, 1, 16)
+
+
+def of_a_copy_at(batch: int, sequence: int, how: str = "sharded") -> float:
+    """Percent of the speed of a copy on each card, in the same run."""
+    return 100 * step_seconds("replicated", batch, sequence) / step_seconds(how, batch, sequence)
+
+
 def worst_peak_prediction(cards: int = 2) -> float:
     """Largest distance of a predicted peak from the measured one, in percent."""
     rows = recorded.load(f"sharded_{cards}", "h200")["result"]["rows"]

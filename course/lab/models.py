@@ -28,7 +28,7 @@ def load(
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub name that is neither cached nor reachable.
-        ImportError: a .gguf file without the package that reads it.
+        ImportError: "gemma-3-270m" without the extra.
         ValueError: the folder holds no model, or one that lacks tensors, is cut off or does not fit its config.
     """
     name, where = str(name), where or device()
@@ -83,8 +83,6 @@ def source(name: str) -> tuple[str | Path, dict[str, str]]:
 def _gguf(path: Path) -> tuple[Path, dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"reading {path.name} needs the package gguf: pip install -e '.[real-llm]'")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: its first bytes should be GGUF")
