@@ -33,7 +33,11 @@ def course(small_course: Unit, monkeypatch, capsys):
         return ended.value.code or 0, printed.out + printed.err
 
     run.unit = small_course
-    return run
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "benchmarks"}
+    yield run
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]  # `course bench` puts the small course's in their place
+    sys.modules.update(before)
 
 
 def test_help_is_there_for_every_command_and_imports_nothing_heavy():
