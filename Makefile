@@ -32,6 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "$$($(PYTHON) --version 2>&1) is too old: the course needs Python 3.11 or newer. Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "This Python has no venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up in $(VENV): torch and some hundred other packages come in; minutes, the first time only."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@

@@ -11,6 +11,7 @@ import torch
 from course.lab import recorded
 from course.lab.devices import device
 from course.lab.tables import wrapped
+from course.units import CourseError
 
 
 def options(name: str, about: str, gpu: bool = True, **more: dict[str, Any]) -> argparse.Namespace:
@@ -22,7 +23,7 @@ def options(name: str, about: str, gpu: bool = True, **more: dict[str, Any]) -> 
         more: further options, name -> what ``add_argument`` takes. One that is called ``only`` asks for a part of the measurement.
 
     Raises:
-        RuntimeError: a CUDA device is needed and this machine has none.
+        CourseError: a CUDA device is needed and this machine has none.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.partition("\n")[0])
     parser.add_argument(
@@ -33,7 +34,10 @@ def options(name: str, about: str, gpu: bool = True, **more: dict[str, Any]) -> 
         parser.add_argument(f"--{option}", **settings)
     given = parser.parse_args()
     if gpu and not (given.smoke or torch.cuda.is_available()):
-        raise RuntimeError(f"{name} is measured on a CUDA device, and this machine has none: try --smoke")
+        raise CourseError(
+            f"{name} is measured on a CUDA device, and this machine has none. "
+            f"What other cards gave: course bench {name} --recorded. A dry run: course bench {name} --smoke"
+        )
     given.device = torch.device("cpu") if given.smoke else device()
     whole = not (given.smoke or getattr(given, "only", None))
     given.out = given.out or (recorded.FOLDER if whole else Path(tempfile.mkdtemp()))

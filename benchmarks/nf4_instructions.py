@@ -1,4 +1,4 @@
-"""What the compiler makes of the NF4 linear kernels for an H100: instructions a weight in the loop over the weight.
+"""What the compiler makes of the NF4 linear kernels for an H100: instructions per weight in the loop over the weight.
 
     python -m benchmarks.nf4_instructions         # no GPU, Triton on Linux; seconds; saves the recorded result "nf4_instructions"
 

@@ -1,4 +1,4 @@
-"""Sizes of the grouped kernels, timed on this GPU for cells of :mod:`benchmarks.multi_lora`: what to write into ``sizes.TABLE``.
+"""Sizes of the grouped kernels, timed on this GPU for cells of the benchmark multi_lora: what to write into ``sizes.TABLE``.
 
     python -m benchmarks.tune_multi_lora               # a CUDA device, about a minute: compiles in several processes, then times
     python -m benchmarks.tune_multi_lora --smoke       # on a CPU: two rows of sizes, no times worth reading

@@ -14,7 +14,7 @@ def abouts(root: Path = ROOT) -> dict[str, str]:
     """Name -> first line of the docstring, of every module in ``benchmarks/`` that has a ``main()``; the others are what these share."""
     trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((root / "benchmarks").glob("*.py"))}
     runs = [name for name, tree in trees.items() if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)]
-    return {name: (ast.get_docstring(trees[name]) or "").partition("\n")[0] for name in runs}
+    return {name: (ast.get_docstring(trees[name]) or "").partition("\n")[0].replace("``", "") for name in runs}
 
 
 def results(root: Path = ROOT) -> dict[str, str]:

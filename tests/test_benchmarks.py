@@ -11,6 +11,7 @@ import torch
 from benchmarks import cli
 from course import ROOT, bench
 from course.lab import recorded
+from course.units import CourseError
 
 SHORT = (
     "family_layers",
@@ -51,7 +52,7 @@ def test_a_part_and_a_dry_run_are_not_recorded(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 def test_without_a_gpu_the_dry_run_is_named(monkeypatch):
-    with pytest.raises(RuntimeError, match="x is measured on a CUDA device, and this machine has none: try --smoke"):
+    with pytest.raises(CourseError, match=r"x is measured on a CUDA device, and this machine has none.*x --recorded.*x --smoke"):
         given(monkeypatch)
 
 

@@ -1,6 +1,7 @@
 """The decision for GPUs without bfloat16. None is here: what CUDA says is replaced, and the decision is tested, not the speed."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -123,3 +124,7 @@ def test_qlora_computes_in_what_the_device_has(monkeypatch):
     quantize_linears(model)
     assert model[0].compute_dtype == torch.float16
     assert NF4Linear.from_linear(linear, compute_dtype=torch.float32).compute_dtype == torch.float32
+
+
+def test_torch_counts_emulation_unless_told_otherwise():
+    assert inspect.signature(torch.cuda.is_bf16_supported).parameters["including_emulation"].default is True

@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_helpers import tiny_llama
 from torch import nn
 from torch.utils import checkpoint as torchs
 
@@ -283,6 +285,39 @@ def test_what_the_comparison_of_two_runs_sees():
     assert torch.allclose(wrong, x.grad) and not torch.allclose(wrong, x.cos())
     with pytest.raises(RuntimeError, match="must do the same twice"):
         checkpoint_by_hooks(Changing("value"), x, check_values=True).sum().backward()
+
+
+def test_what_torch_does_not_see():
+    """Early stop hides tensors that would be too many, and the re-entrant variant compares nothing."""
+
+    def deeper_each_time():
+        depths = itertools.count(1)
+        return lambda x: functools.reduce(lambda y, _: torch.sin(y), range(next(depths)), x)
+
+    x = torch.randn(3, requires_grad=True)
+    torchs.checkpoint(deeper_each_time(), x, use_reentrant=False).sum().backward()
+    with torchs.set_checkpoint_early_stop(False):
+        y = torchs.checkpoint(deeper_each_time(), x, use_reentrant=False)
+    with pytest.raises(torchs.CheckpointError):
+        y.sum().backward()
+    for what in ("number", "value"):
+        torchs.checkpoint(Changing(what), x, use_reentrant=True).sum().backward()
+
+
+def test_torchs_default_is_re_entrant_with_a_warning():
+    layers, head, x = block(), nn.Linear(16, 2), torch.randn(3, 16)
+    with pytest.warns(UserWarning) as caught:
+        head(torchs.checkpoint(layers, x)).sum().backward()
+    said = " ".join(str(each.message) for each in caught)
+    assert "the use_reentrant parameter should be passed explicitly" in said and "None of the inputs have requires_grad=True" in said
+    assert all(p.grad is None for p in layers.parameters())
+
+
+def test_the_default_of_transformers_is_not_re_entrant():
+    llama = tiny_llama()
+    llama.gradient_checkpointing_enable()
+    how = [m._gradient_checkpointing_func for m in llama.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert how and all(each.keywords == {"use_reentrant": False} for each in how)
 
 
 def test_the_number_of_results_is_compared():

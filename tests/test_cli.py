@@ -1,6 +1,8 @@
 """The `course` command: what it says, what it exits with, and that mistakes end in a sentence."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from course import ROOT, build, cli, doctor
+from course.lab import recorded
 from course.notebooks import marks, read
 from course.units import Unit
 
@@ -31,7 +34,11 @@ def course(small_course: Unit, monkeypatch, capsys):
         return ended.value.code or 0, printed.out + printed.err
 
     run.unit = small_course
-    return run
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "benchmarks"}
+    yield run
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]  # `course bench` puts the small course's in their place
+    sys.modules.update(before)
 
 
 def test_help_is_there_for_every_command_and_imports_nothing_heavy():
@@ -264,6 +271,36 @@ def test_bench_holds_a_new_run_to_the_record_that_was_there_before(course):
     assert status == 0 and printed.count("Not as expected: 1 figure of 1 row") == 2
     assert [line.split() for line in printed.splitlines() if line.startswith("up ")] == [["up", "1.00", "2.00"]] * 2
     assert "course bench pace --recorded" in printed and "course bench pace_far --recorded" in printed
+
+
+def test_bench_says_how_to_have_the_old_records_again(course, monkeypatch):
+    """Lessons and notebooks quote what is in the folder, also what a reader measured."""
+    folder = course.unit.root / "benchmarks"
+    folder.mkdir()
+    monkeypatch.setattr(recorded, "FOLDER", folder / "recorded")
+    (folder / "recording.py").write_text(
+        '"""How fast one counts."""\n\nfrom course.lab import recorded\n\ntable = str\n\n\ndef main():\n'
+        '    recorded.save("recording", [{"how": "ours", "ms": 1.0}], recorded.FOLDER)\n'
+    )
+    file = r"benchmarks/recorded/[\w-]+/recording\.json"
+    assert re.search(f"may quote this record from now on. Without it again: rm {file}\n", course("bench", "recording")[1])
+    assert re.search(
+        f"replaces what lessons and notebooks quote. The old record again: git restore {file}\n", course("bench", "recording")[1]
+    )
+    assert "Note" not in course("bench", "recording", "--recorded")[1]
+
+
+def test_a_terminal_breaks_a_sentence_between_words(monkeypatch):
+    said = io.StringIO()
+    for terminal, printed in ((True, "one two three\nfour\n"), (False, "one two three four\n")):
+        monkeypatch.setattr(
+            cli.shared,
+            "Console",
+            lambda *, stderr, terminal=terminal, **more: Console(file=said, force_terminal=terminal, width=22, no_color=True, **more),
+        )
+        said.seek(0), said.truncate()
+        cli.shared.say("one two three four")
+        assert re.sub("\x1b[^m]*m", "", said.getvalue()).replace(" \n", "\n") == f"course: {printed}"
 
 
 def test_lead_commands_are_wired():

@@ -3,14 +3,15 @@
 import pytest
 
 from course import ROOT
+from course.claims.interview import wrapped_by_peft
 from course.lab import families
 
 FOUND = {family.name: families.look(family) for family in families.FAMILIES}
-PAGE = (ROOT / "lessons" / "appendix" / "02_lora.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "lessons" / "appendix" / "02_targets.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_the_table_of_now():
-    assert families.table() in PAGE, "put what `python -m course.lab.families` prints into lessons/appendix/02_lora.md"
+    assert families.table() in PAGE, "put what `python -m course.lab.families` prints into lessons/appendix/02_targets.md"
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -28,6 +29,12 @@ def test_what_the_page_says_of_single_families():
     assert "qkv_proj" in FOUND["Phi-3-mini"].wrapped
     assert all("query_key_value" in FOUND[name].wrapped for name in ("GPT-NeoX-20B", "Falcon-7B"))
     assert all("lm_head" not in FOUND[name].left for name in ("Gemma 3 270M", "Falcon-7B", "GPT-2", "T5-small"))
+
+
+def test_peft_adapts_the_experts_and_routers_of_these_two():
+    by_name = {family.name: family for family in families.FAMILIES}
+    for name in ("Mixtral-8x7B", "DeepSeek-V3"):
+        assert {"mlp.experts", "mlp.experts.base_layer", "mlp.gate"} <= wrapped_by_peft(by_name[name].built(small=True)), name
 
 
 def test_the_shapes_are_those_of_the_models():

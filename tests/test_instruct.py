@@ -1,5 +1,6 @@
 """`reference.instruct` against TRL, against transformers' own markers, and on every kind of bad row."""
 
+import dataclasses
 import importlib.resources
 import json
 from types import SimpleNamespace
@@ -365,3 +366,12 @@ def test_bad_arguments_are_named(packed):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_what_answers_say_of_trl():
+    """It keeps the start, masks neither prompts of messages nor those of a text, and its collator that searched for a marker is gone."""
+    trl = pytest.importorskip("trl")
+    assert not hasattr(trl, "DataCollatorForCompletionOnlyLM")
+    fields = {field.name: field.default for field in dataclasses.fields(trl.SFTConfig)}
+    found = [fields[name] for name in ("truncation_mode", "assistant_only_loss", "completion_only_loss", "eos_token")]
+    assert found == ["keep_start", False, None, None]

@@ -320,3 +320,13 @@ def test_a_broken_row_is_not_merged():
     with pytest.raises(ValueError, match="embed_tokens: the trained rows hold NaN"):
         merge_lora(model)
     assert all(not layer.merged for _, layer in lora_layers(model))
+
+
+def test_peft_warns_when_one_of_two_tied_tables_is_trained_whole():
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        peft.get_peft_model(tiny_llama(**TIED), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def test_the_defaults_that_answers_state():
+    config = peft.LoraConfig()
+    assert (config.r, config.lora_alpha, config.use_rslora, config.ensure_weight_tying) == (8, 8, False, False)

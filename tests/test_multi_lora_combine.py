@@ -1,5 +1,6 @@
 """reference.multi_lora.combine against peft's add_weighted_adapter where that is right, and against the definition where it is not."""
 
+import copy
 import math
 import warnings
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_helpers import assert_same, tiny_llama
 from peft.utils import merge_utils
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from reference.adapter_format import save_adapter
@@ -311,3 +313,19 @@ def test_models_whose_adapters_are_no_plain_lora_are_refused(tmp_path):
     save_adapter(pissa, tmp_path / "pissa")
     with pytest.raises(ValueError, match="belongs to a base of its own"):
         read_factors(tmp_path / "pissa")
+
+
+def test_a_hot_swap_in_peft_fills_a_smaller_rank_with_zeros(tmp_path):
+    base = tiny_llama()
+
+    def adapted(r):
+        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q_proj"], init_lora_weights=False)
+        return peft.get_peft_model(copy.deepcopy(base), config).eval()
+
+    first, second = adapted(4), adapted(2)
+    second.save_pretrained(tmp_path)
+    hotswap_adapter(first, str(tmp_path), adapter_name="default")
+    factors = [p for name, p in first.named_parameters() if "lora_A" in name]
+    assert factors and all(len(p) == 4 and p[:2].all() and not p[2:].any() for p in factors)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(first(ids).logits, second(ids).logits)

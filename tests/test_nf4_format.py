@@ -13,6 +13,7 @@ from lora_helpers import tiny_llama
 from qlora_helpers import bnb_linear
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from reference.lora import LoRALinear
 from reference.qlora import NF4Linear, quantize_linears
@@ -229,3 +230,11 @@ def test_missing_and_unexpected_keys_are_reported_as_torch_does():
     without = quantized(bias=False)
     with pytest.raises(RuntimeError, match="it has a bias, and this layer has none"):
         without.load_state_dict(quantized().state_dict())
+
+
+def test_the_defaults_that_answers_state():
+    """The library's layer is FP4, and transformers' configuration FP4 in float32 with single scales."""
+    assert bitsandbytes.nn.Linear4bit(64, 64, device="meta").weight.quant_type == "fp4"
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    found = (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype, config.bnb_4bit_use_double_quant)
+    assert found == ("fp4", torch.float32, False)

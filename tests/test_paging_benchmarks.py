@@ -3,7 +3,10 @@
 import json
 import sys
 
+import bitsandbytes
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import offloaded_layers, paged_adamw, paged_caps, paged_library
 from course.lab import recorded
@@ -77,3 +80,23 @@ def test_layers(monkeypatch, tmp_path):
     assert not [row for row in known["rows"] if "error" in row]
     first, last = found["training"]["losses"][0], found["training"]["losses"][-1]
     assert last < first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_torch_loads_the_librarys_state_and_fails_at_its_step():
+    theirs, ours = (nn.Parameter(torch.ones(8)) for _ in range(2))
+    for p in (theirs, ours):
+        p.grad = torch.ones(8)
+    library, optimizer = bitsandbytes.optim.PagedAdamW32bit([theirs]), torch.optim.AdamW([ours])
+    library.step()
+    assert {"state1", "state2", "step"} <= set(library.state[theirs])
+    optimizer.load_state_dict(library.state_dict())
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.step()
+
+
+def test_the_librarys_adam_decays_the_weights_apart_from_the_gradient():
+    p = nn.Parameter(torch.ones(8))
+    p.grad = torch.zeros(8)
+    bitsandbytes.optim.Adam32bit([p], lr=0.1, weight_decay=0.5).step()
+    assert torch.allclose(p, torch.full((8,), 0.95))  # L2 in the gradient would have moved it by the rate

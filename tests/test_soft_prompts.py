@@ -190,3 +190,12 @@ def test_what_is_refused():
         prefix(IDS)
     prefix.eval()
     prefix(IDS)
+
+
+def test_what_answers_say_of_pefts_encoders():
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    assert config.encoder_reparameterization_type == peft.PromptEncoderReparameterizationType.MLP and config.encoder_num_layers == 2
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))

@@ -146,7 +146,7 @@ def course(unit: Unit, monkeypatch, capsys):
 
 
 def test_check_judges_the_copy_first_and_progress_tells(course, unit: Unit):
-    assert course("start", "0") == (0, "wrote work/00_squares.ipynb. Open it in JupyterLab; `course check 00` judges it.\n")
+    assert course("start", "0") == (0, "wrote work/00_squares.ipynb. Open it in JupyterLab (`make lab`); `course check 00` judges it.\n")
     assert "is there already and stays as it is" in course("start", "0")[1]
     answer(unit.work, square="def square(x):\n    return x * x")
     status, printed = course("check", "0")

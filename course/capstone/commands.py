@@ -43,20 +43,21 @@ def capstone(
     from course.capstone import report, run
 
     logging.disable_progress_bar()
-    result = run.run(plan, lambda words: console.print(escape(words), soft_wrap=True), console.is_terminal)
+    in_one_piece = not console.is_terminal  # a terminal would break lines inside words
+    result = run.run(plan, lambda words: console.print(escape(words), soft_wrap=in_one_piece), console.is_terminal)
     console.print(report.table(result))
     verdict = result["verdict"]
     for mark, colour, kind in (("✗", "red", "against"), ("?", "yellow", "decide")):
         for words in verdict[kind]:
-            console.print(f"[{colour}]{mark}[/{colour}] {escape(words)}", soft_wrap=True)
+            console.print(f"[{colour}]{mark}[/{colour}] {escape(words)}", soft_wrap=in_one_piece)
     colour = "red" if not verdict["ready"] else "yellow" if verdict["decide"] else "green"
     console.print(f"[{colour}]{report.judgement(verdict)}[/{colour}]")
     console.print(f"{plan.path('out') / 'report.html'}  ({result['seconds']:.0f} s, {result['peak'] / 1e9:.1f} GB)")
 
 
 def audit(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    base: Annotated[str, typer.Option(help="What it will be served on.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, such as capstone/adapter.")],
+    base: Annotated[str, typer.Option(help="What it will be served on: tiny, a hub name, a folder; after a capstone its base/.")],
     max_rank: Annotated[int, typer.Option(help="The largest rank that the server takes.")] = 64,
     adapters: Annotated[int, typer.Option(help="Adapters that are resident at once.")] = 8,
     rows: Annotated[int, typer.Option(help="Rows of a batch, for the latency.")] = 8,
@@ -113,9 +114,15 @@ def rule(
     from course.capstone import rule as ruling
 
     logging.disable_progress_bar()
-    verdict = ruling.rule(base, adapter, items, rows, tolerance)
     console = Console(highlight=False)
-    console.print("What is lost against 16 bits, with its interval; below zero something is gained. Unknown: not enough data.")
-    console.print(escape(str(verdict)), soft_wrap=True)
+    with console.status(f"measuring {escape(base)} in 16, 8 and 4 bits"):
+        verdict = ruling.rule(base, adapter, items, rows, tolerance)
+    words = str(verdict)
+    console.print(
+        f"What {escape(base)} loses against 16 bits, with its 95 % interval; below zero something is gained. Unknown: not enough data."
+    )
+    if "certain words" in words:
+        console.print("Certain words: those where only one can follow, a fact or a sum; the share that is right.")
+    console.print(escape(words), soft_wrap=True)
     if verdict.choice != "4-bit":
         raise typer.Exit(1)

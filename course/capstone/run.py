@@ -191,5 +191,5 @@ def verdict(result: dict, exports: list[export.Export], plan: Plan) -> dict:
     if far := [each.kind for each in exports if not each.within(plan.tolerance)]:
         against.append(f"{', '.join(far)}: more than {100 * plan.tolerance:g} % of perplexity may be lost against the trained model")
     if not plan.licence:
-        against.append("the plan names no licence: an adapter inherits its base's terms, and those of its data")
+        against.append("the plan names no licence (--licence): an adapter inherits its base's terms, and those of its data")
     return {"ready": not against, "against": against, "decide": decide}

@@ -3,10 +3,14 @@
 Bandwidths, rates and counts that a sum assumes are arguments, so that the text that states the result states them too. GB are 1e9 bytes.
 """
 
+import copy
 import math
+import warnings
 from functools import cache
 
+import peft
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -239,6 +243,32 @@ def mixture(what: str, r: int = 16) -> float:
     on_experts = m["layers"] * m["experts"] * r * 3 * (m["hidden"] + m["mlp"])
     found = {"billions": total / 1e9, "experts": 100 * m["layers"] * m["experts"] * expert / total, "attention": on_attention / 1e6}
     return (found | {"all": (on_attention + on_experts) / 1e6})[what]
+
+
+def wrapped_by_peft(model: nn.Module, **targets) -> set[str]:
+    """Ends of names, behind the block's number, of what peft gives factors to; "all-linear" if nothing else is said."""
+    with warnings.catch_warnings(action="ignore"):  # what it says of names that it changes itself
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **({"target_modules": "all-linear"} | targets)))
+    names = (name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name)
+    return {name.partition(".layers.")[2].partition(".")[2] for name in names}
+
+
+def peft_takes_some_experts_and_leaves_others() -> bool:
+    """Its "all-linear" adapts Mixtral's experts and router, and no stacked expert of gpt-oss or Llama 4; `target_parameters` does."""
+    size = dict(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    more = dict(num_local_experts=4, head_dim=8)
+    mixtral = hf.MixtralForCausalLM(hf.MixtralConfig(**size, num_local_experts=4))
+    others = {
+        "mlp": hf.GptOssForCausalLM(hf.GptOssConfig(**size, **more, layer_types=["full_attention"])),
+        "feed_forward": hf.Llama4ForCausalLM(hf.Llama4TextConfig(**size, **more, intermediate_size_mlp=32, interleave_moe_layer_step=1)),
+    }
+    taken = wrapped_by_peft(mixtral) >= {"mlp.gate", "mlp.experts", "mlp.experts.base_layer"}
+    for place, model in others.items():
+        names = wrapped_by_peft(copy.deepcopy(model))
+        taken &= "self_attn.q_proj" in names and not any(name.startswith(f"{place}.experts") for name in names)
+        named = wrapped_by_peft(model, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+        taken &= named == {f"{place}.experts", f"{place}.experts.base_layer"}
+    return taken
 
 
 def everything_frozen_does_not_require_grad() -> bool:

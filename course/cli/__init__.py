@@ -4,6 +4,7 @@ The commands by who gives them: ``learn``, ``practice``, ``teach``, ``author``; 
 call, in ``course/practice`` and ``course/capstone``.
 """
 
+import logging
 import os
 import sys
 
@@ -22,23 +23,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (learn.run, learn.check, author.build, author.new, author.site, learn.doctor, author.figures, learn.demo):
-    app.command()(command)
-app.command(name="train-tiny")(author.train_tiny)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(author.bench)
-for command in (interviews.quiz, interviews.interview, interviews.plan, interviews.anki, practice.case, practice.claims):
-    app.command()(command)
-for command in (capstone.capstone, capstone.audit, capstone.rule, learn.start, learn.progress, teach.grade, teach.slides):
-    app.command()(command)
+# in the order in which --help shows them
+learning, practising, making = "Learn", "Practise for interviews", "Adapt and measure"
+teaching, writing = "For instructors", "For authors"
+for panel, commands in {
+    learning: (learn.doctor, learn.demo, learn.run, learn.start, learn.check, learn.progress, practice.case, practice.claims, author.site),
+    practising: (interviews.quiz, interviews.interview, interviews.plan, interviews.anki),
+    making: (capstone.capstone, capstone.audit, capstone.rule),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.command(rich_help_panel=making, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(author.bench)
+app.command(name="train-tiny", rich_help_panel=making)(author.train_tiny)
+for command in (teach.grade, teach.slides):
+    app.command(rich_help_panel=teaching)(command)
+for command in (author.build, author.new, author.figures):
+    app.command(rich_help_panel=writing)(command)
 
-classes = typer.Typer(help="For instructors: a class with nbgrader.", no_args_is_help=True)
+classes = typer.Typer(help="A class with nbgrader.", no_args_is_help=True)
 classes.command(name="init")(teach.class_init)
-app.add_typer(classes, name="class")
+app.add_typer(classes, name="class", rich_help_panel=teaching)
 
 
 def main() -> None:
     """Run the command line; a mistake that the user can mend ends in one sentence, not in a traceback."""
     os.environ |= ENVIRONMENT | os.environ  # read when torch is loaded
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises kernels that nothing here needs
     try:
         app()
     except CourseError as error:

@@ -15,7 +15,7 @@ def build(
     check_only: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file is out of date.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace exercises that somebody has worked in.")] = False,
 ) -> None:
-    """For authors: exercises from solutions, claimed numbers into the pages, notebooks without times of day."""
+    """Exercises from solutions, claimed numbers into the pages, notebooks without times of day."""
     from course import build as building
 
     derived = [*building.notebooks(shared.ROOT), *building.exercises(shared.ROOT), *building.pages()]
@@ -37,7 +37,7 @@ def new(
     number: Annotated[str, typer.Argument(metavar="NN", help="The unit's number, 07.")],
     topic: Annotated[str, typer.Argument(help="Its topic, a Python name: paged_optimizers.")],
 ) -> None:
-    """For authors: lay out an empty unit, whole and working, to be filled."""
+    """Lay out an empty unit, whole and working, to be filled."""
     from course.new import lay_out
 
     for path in lay_out(number, topic, shared.ROOT):
@@ -60,7 +60,7 @@ def figures(
         list[str] | None, typer.Argument(metavar="[NAME ...]", help="Figures; those out of date if none.", show_default=False)
     ] = None,
 ) -> None:
-    """For authors: draw the figures of README and lessons whose data have moved on, or those that are named."""
+    """Draw the figures of README and lessons whose data have moved on, or those that are named."""
     from course import figures as drawing
 
     known = drawing.figures()
@@ -120,16 +120,30 @@ def bench(
     before = {each: beside.cards(each, folder) for each, by in benchmarks.results(shared.ROOT).items() if by == name}  # may be replaced
     sys.argv = [f"course bench {name}", *context.args]  # it reads its options as if started by itself
     recorded.SAVED.clear()
+    if shared.console.is_terminal:
+        shared.console.print(f"measuring: {escape(benchmarks.abouts(shared.ROOT)[name])}")
     module.main()
     if "--smoke" in context.args:
         return  # a dry run's times mean nothing
-    for entry in {entry["name"]: entry for entry in map(recorded.read, recorded.SAVED)}.values():
+    for path in dict.fromkeys(recorded.SAVED):
+        entry = recorded.read(path)
         known = before.get(entry["name"], {})
         if known or figure:
             _beside(known | {f"{entry['device']}, now": entry}, figure)
             shared.console.print(f"The tables of the recorded cards: course bench {escape(entry['name'])} --recorded")
         if check:
             shared.console.print(escape(beside.verdict(entry, known)))
+        if folder in path.parents:
+            _say_what_it_replaces(path.relative_to(shared.ROOT), entry["device"] in known)
+
+
+def _say_what_it_replaces(path: Path, was_there: bool) -> None:
+    """Lessons and notebooks quote what is recorded in the checkout: how to have the old state again."""
+    if was_there:
+        said = f"This replaces what lessons and notebooks quote. The old record again: git restore {path}"
+    else:
+        said = f"Lessons and notebooks may quote this record from now on. Without it again: rm {path}"
+    shared.console.print(f"[yellow]Note:[/yellow] {said}", soft_wrap=not shared.console.is_terminal)
 
 
 def _list_benchmarks() -> None:
@@ -138,10 +152,12 @@ def _list_benchmarks() -> None:
 
     from course.bench import abouts, results
 
-    by, listed = results(shared.ROOT), Table.grid(padding=(0, 2, 0, 0))
+    by, listed = results(shared.ROOT), Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    listed.add_column(style="bold", no_wrap=True)
+    listed.add_column()
     for known, about in abouts(shared.ROOT).items():
         others = [each for each, measurement in by.items() if measurement == known and each != known]
-        listed.add_row(f"[bold]{known}[/bold]", escape(about) + (f" [dim]Records {', '.join(others)}.[/dim]" if others else ""))
+        listed.add_row(known, escape(about) + (f" [dim]Records {', '.join(others)}.[/dim]" if others else ""))
     shared.console.print(listed)
 
 

@@ -120,7 +120,7 @@ def start(
     if begun.kept:
         shared.console.print(f"kept your earlier work as {begun.kept.relative_to(shared.ROOT)}")
     if begun.new:
-        shared.console.print(f"wrote {name}. Open it in JupyterLab; `course check {chosen.number}` judges it.")
+        shared.console.print(f"wrote {name}. Open it in JupyterLab (`make lab`); `course check {chosen.number}` judges it.")
     else:
         shared.console.print(
             f"{name} is there already and stays as it is; `course start {chosen.number} --fresh` begins again and keeps it."
@@ -177,6 +177,7 @@ def progress() -> None:
 
     standings = work.progress(shared.ROOT)
     table = Table("", "unit", "points", "last check", "not right yet", box=None, header_style="bold", padding=(0, 1))
+    table.columns[1].no_wrap, table.columns[1].overflow = True, "fold"  # names whole, in 80 columns too
     table.columns[2].justify = "right"
     for each in standings:
         mark = "[green]✓[/green]" if each.done else "[yellow]–[/yellow]" if each.started or each.when else ""

@@ -15,8 +15,9 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[NN ...]", help="Uni
 
 
 def say(what: object) -> None:
-    """One sentence to stderr."""
-    Console(stderr=True, highlight=False).print(f"[red]course:[/red] {escape(str(what))}", soft_wrap=True)
+    """One sentence to stderr; broken between words in a terminal, in one piece elsewhere."""
+    errors = Console(stderr=True, highlight=False)
+    errors.print(f"[red]course:[/red] {escape(str(what))}", soft_wrap=not errors.is_terminal)
 
 
 def show_index() -> None:

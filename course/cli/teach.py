@@ -30,7 +30,7 @@ def grade(
     total_seconds: Annotated[float, typer.Option(help="Stop a notebook when this time is over.")] = 900.0,
     memory_gb: Annotated[float, typer.Option(help="Stop a notebook that holds more than this (in GB).")] = 4.0,
 ) -> None:
-    """For instructors: judge a folder of notebooks as `course check` does, in processes side by side."""
+    """Judge a folder of notebooks as `course check` does, in processes side by side."""
     from course import marking
     from course.running import Limits
 
@@ -50,7 +50,7 @@ def grade(
 
 
 def slides() -> None:
-    """For instructors: make the decks in slides/, to be shown in a browser without network."""
+    """Make the decks in slides/, to be shown in a browser without network."""
     from course import slides as decks
 
     pages = decks.build()

@@ -19,8 +19,9 @@ KINDS = {  # kind -> label, colour, mark
 }
 NAMED = (  # what each panel names, and where the name stands
     {
-        FULL: (-82, -3), "LoRA": (8, 3), "LoRA, r = 1": (8, 0), "OFT": (-10, -14), "IA³": (9, -3), "LN tuning": (9, -3), "VeRA": (-30, -12),
-        "LoKr": (8, 0), "adapter, Houlsby": (-28, -15), "adapter, Pfeiffer": (8, 0), "prompt, random": (9, 0), "prefix, random": (9, -3),
+        FULL: (-82, -3), "LoRA": (8, 3), "LoRA, r = 1": (8, -9), "OFT": (-10, -14), "IA³": (9, -3), "LN tuning": (9, -3),
+        "VeRA": (-30, -12), "LoKr": (8, 0), "adapter, Houlsby": (-7, -16), "adapter, Pfeiffer": (8, 0), "adapter, parallel": (9, -3),
+        "prompt, random": (9, 0), "prefix, random": (9, -3),
         "prefix, projected": (9, -3), "prefix, text": (9, -3), "P-tuning, LSTM": (-70, -12),
     },
     {

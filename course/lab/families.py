@@ -3,7 +3,7 @@
 Names and classes of layers differ between families, so this is found out rather than remembered: a small model is built from each
 architecture's config, adapted, and looked at. What share of the weights that is, is counted in the architecture's usual size.
 
-    python -m course.lab.families     # the table of lessons/appendix/02_lora.md
+    python -m course.lab.families     # the table of lessons/appendix/02_targets.md
 """
 
 import re
