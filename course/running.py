@@ -16,11 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
+from types import MappingProxyType
 
 import psutil
 from jupyter_client.asynchronous import AsyncKernelClient
@@ -225,6 +226,7 @@ def execute(
     limits: Limits = Limits(),
     allow_errors: bool = False,
     before_cell: Callable[[int], None] = lambda index: None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Execution:
     """Run ``notebook`` in place, its outputs included, in a fresh kernel whose working directory is ``folder``.
 
@@ -232,6 +234,7 @@ def execute(
         limits: of time and memory.
         allow_errors: go on after a cell that fails; else the first one ends the run.
         before_cell: called with the index of each code cell before it runs.
+        environment: variables of the kernel, beside this process's.
 
     Returns:
         Seconds, peak memory and the troubles; an error in a cell is a trouble, not an exception.
@@ -256,7 +259,7 @@ def execute(
     )
     result, began = Execution(), time.monotonic()
     try:
-        _outside_main_thread(client)
+        _outside_main_thread(client, environment)
     except CellExecutionError:
         pass  # the cell's own output tells
     except DeadKernelError:
@@ -279,10 +282,10 @@ def execute(
     return result
 
 
-def _outside_main_thread(client: _Client) -> None:
+def _outside_main_thread(client: _Client, environment: Mapping[str, str]) -> None:
     """Run the client in a thread, where it installs no signal handlers: Ctrl-C ends the kernel and stays a KeyboardInterrupt."""
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.execute, env=ENVIRONMENT | os.environ)
+        running = pool.submit(client.execute, env=ENVIRONMENT | os.environ | environment)
         try:
             running.result()
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_run_saves_when_asked(course):
     saved = read(course.unit.notebook)
     assert status == 0 and saved.cells[1].execution_count == 1 and "execution" not in saved.cells[1].metadata
     assert saved.cells[2].outputs[0].text == "drawn\n"
+
+
+def test_what_is_saved_does_not_depend_on_whose_answers_are_on_the_machine(course, monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path))
+    notebook = read(course.unit.notebook)
+    notebook.cells[1].source = "import os\nfrom pathlib import Path\nprint(list(Path(os.environ['COURSE_DATA']).iterdir()))"
+    miniature.save(notebook, course.unit.notebook)
+    (tmp_path / "reviews.jsonl").write_text("{}")
+    assert course("run", "squares", "--save")[0] == 0
+    assert read(course.unit.notebook).cells[1].outputs[0].text == "[]\n"
+    assert os.environ["COURSE_DATA"] == str(tmp_path)
 
 
 def test_a_slow_or_large_notebook_is_pointed_out(course, monkeypatch):

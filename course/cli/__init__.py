@@ -4,7 +4,6 @@ The commands by who gives them: ``learn``, ``practice``, ``teach``, ``author``; 
 call, in ``course/practice`` and ``course/capstone``.
 """
 
-import logging
 import os
 import sys
 
@@ -48,7 +47,6 @@ app.add_typer(classes, name="class", rich_help_panel=teaching)
 def main() -> None:
     """Run the command line; a mistake that the user can mend ends in one sentence, not in a traceback."""
     os.environ |= ENVIRONMENT | os.environ  # read when torch is loaded
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises kernels that nothing here needs
     try:
         app()
     except CourseError as error:

@@ -1,5 +1,6 @@
 """What a learner does: run, start, check, look back."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,8 @@ def run(
     if not chosen:
         raise CourseError("there is no notebook to run")
     limits, executed, results, stopped = running.Limits(cell_seconds=cell_seconds), {}, {}, False
+    # without it the author's own answers and dates would stand in what everybody reads
+    nobodys = {"COURSE_DATA": tempfile.mkdtemp()} if save else {}
     with shared.bars() as progress:
         overall = progress.add_task("notebooks", total=len(chosen))
         try:
@@ -38,7 +41,11 @@ def run(
                     continue
                 task = progress.add_task(unit.stem, total=len(notebook.cells))
                 result = running.execute(
-                    notebook, unit.notebook.parent, limits, before_cell=lambda index, task=task: progress.update(task, completed=index)
+                    notebook,
+                    unit.notebook.parent,
+                    limits,
+                    before_cell=lambda index, task=task: progress.update(task, completed=index),
+                    environment=nobodys,
                 )
                 results[unit], executed[unit.notebook] = result, notebook
                 progress.update(task, completed=len(notebook.cells), visible=len(chosen) == 1)
