@@ -71,11 +71,11 @@ def observe(answer, seed: int) -> Seen:
     }
     for label, given in cases.items():
         given = given if given.stride() != (0, 0) else given.clone()
-        given[:, -1] -= 4.0  # the largest is often negative, and last
+        given[::2, -1] -= 4.0  # the largest is often negative, and last, or first
+        given[1::2, 0] -= 4.0
         out = poisoned(len(given))
         trace = traced(answer, given, out)
-        yield from seen(trace, label, out)
-        yield f"numbers of x that no kernel read where they lie, {label}", trace.unread(given)
+        yield from seen(trace, label, out, given)
 
 
 check = Check(

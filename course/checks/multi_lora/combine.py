@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen, but, unpacked
+from course.checking import Check, NotYet, Seen, but, unpacked
 
 Factors = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), s
 
@@ -58,12 +58,10 @@ def observe(answer, seed: int) -> Seen:
         ]
         A, B = unpacked(answer(adapters, weights), "two tensors, A and B", Tensor, Tensor)
         what = f"of {len(ranks)} adapters of rank {', '.join(map(str, ranks))} with the weights {', '.join(map(str, weights))}"
-        fits = A.dim() == B.dim() == 2 and len(A) == B.shape[1] and (len(B), A.shape[1]) == (8, 7)
-        yield f"whether B·A is a matrix of the layer's size, (8, 7), {what}", fits
-        if not fits:
-            return
+        if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] and (len(B), A.shape[1]) == (8, 7)):
+            raise NotYet(f"A is {tuple(A.shape)} and B {tuple(B.shape)}: of a layer (8, 7) A is (rank, 7) and B (8, rank)")
         yield f"B·A {what}", B @ A
-        yield f"the rank {what} is no larger than all ranks together", len(A) <= sum(ranks)
+        yield f"by how much the rank {what} is larger than all ranks together", max(0, len(A) - sum(ranks))
 
 
 check = Check(

@@ -1,5 +1,7 @@
 """Exercise 4: what P-tuning trains, and what of it is saved."""
 
+from numbers import Integral
+
 from course.checking import Check, Seen, but, unpacked
 
 
@@ -47,7 +49,7 @@ def observe(answer, seed: int) -> Seen:
     for network in ("mlp", "lstm"):
         for P, d, h in sizes:
             result = answer(P, d, h, network)
-            trained, saved = unpacked(result, "a pair of numbers: trained, saved", int, int)
+            trained, saved = unpacked(result, "a pair of whole numbers: trained, saved", Integral, Integral)
             yield f"numbers trained for {P} tokens, width {d}, hidden {h}, {network}", trained
             yield f"numbers saved for {P} tokens, width {d}, hidden {h}, {network}", saved
 
