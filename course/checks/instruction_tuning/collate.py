@@ -95,8 +95,6 @@ check = Check(
         "places that you filled": but(masked=by_id, shown=lambda mask, ids, pad: (ids != pad).long()),
         "the first end of text of a row is kept and all later ones are masked: a conversation has several ends of turn, and all are "
         "targets; mask by place": but(masked=by_id_but_the_first),
-        "the last end of text of a row is kept and all earlier ones are masked: a conversation has several ends of turn, and all are "
-        "targets; mask by place": but(masked=by_id_but_the_last),
         "the filled places are targets: the model is trained to say the padding; give them −100": but(filler=lambda pad: pad),
         "the attention mask is made of ids, so real ends of text are hidden too: 1 for each given token, 0 for each filled one": but(
             shown=lambda mask, ids, pad: (ids != pad).long()
@@ -112,5 +110,7 @@ check = Check(
         "labels are shifted by one place already: the model's loss shifts them itself": but(
             masked=lambda labels, ids, pad: torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], 1)
         ),
+        "the last end of text of a row is kept and all earlier ones are masked: a conversation has several ends of turn, and all are "
+        "targets; mask by place": but(masked=by_id_but_the_last),
     },
 )

@@ -79,13 +79,6 @@ check = Check(
     misconceptions={
         "the norm runs over the wrong axis: torch keeps W as (out, in), and there is one magnitude for each output, so take the norm of "
         "each row, dim=1": but(norm=lambda V: V.norm(dim=0, keepdim=True)),
-        "the norms multiply columns: of (out,) torch makes a row; keepdim=True makes it (out, 1)": but(norm=lambda V: V.norm(dim=1)),
-        "the magnitudes multiply columns: of (out,) torch makes a row; magnitude[:, None] is (out, 1)": but(
-            scaled=lambda V, m, length: m * V / length
-        ),
-        "norms and magnitudes both multiply columns: of (out,) torch makes a row; make them (out, 1)": but(
-            norm=lambda V: V.norm(dim=1), scaled=lambda V, m, length: m * V / length
-        ),
         "one norm for the whole matrix: each row has its own": but(norm=lambda V: V.norm()),
         "the gradient flows through the norm: DoRA treats it as a constant, so detach it (the output is right, the gradients of A and B "
         "are not)": but(constant=lambda length: length),
@@ -101,6 +94,13 @@ check = Check(
         ),
         "the update is missing: D = W + s·B·A is what is normalized": but(
             changed=lambda weight, A, B, s: weight,
+        ),
+        "the norms multiply columns: of (out,) torch makes a row; keepdim=True makes it (out, 1)": but(norm=lambda V: V.norm(dim=1)),
+        "the magnitudes multiply columns: of (out,) torch makes a row; magnitude[:, None] is (out, 1)": but(
+            scaled=lambda V, m, length: m * V / length
+        ),
+        "norms and magnitudes both multiply columns: of (out,) torch makes a row; make them (out, 1)": but(
+            norm=lambda V: V.norm(dim=1), scaled=lambda V, m, length: m * V / length
         ),
     },
 )
