@@ -96,7 +96,8 @@ def observe(answer, seed: int) -> Seen:
         if not isinstance(found, list) or not all(isinstance(label, int) for label in found):
             raise NotYet(f"return a list of labels, one for each token of the rendered conversation, not {type(found).__name__}")
         yield f"how many labels, {form}", len(found)
-        yield f"the labels of {len(messages) // 2} exchanges, {form}", found
+        told = [tokenizer.convert_ids_to_tokens(label) if 0 <= label < len(tokenizer) else str(label) for label in found]
+        yield f"the labels of {len(messages) // 2} exchanges, as tokens, {form}", told
 
 
 check = Check(

@@ -24,6 +24,9 @@ def _kernel(
     value = tl.load(levels_ptr + code.to(tl.int32))
     if SCALE == 1:
         value *= tl.load(absmax_ptr + place // BLOCK, read, other=0.0)
+    elif SCALE == 4:
+        value = value.to(out_ptr.dtype.element_ty)
+        value *= tl.load(absmax_ptr + place // BLOCK, read, other=0.0).to(out_ptr.dtype.element_ty)
     elif SCALE == 3:
         value *= tl.load(absmax_ptr + place // 2 // BLOCK, read, other=0.0)
     elif SCALE == 2:
@@ -99,6 +102,7 @@ check = Check(
         "the levels are not scaled: multiply each by the absmax of its block": but(scale=0),
         "blocks are taken to hold 64 values: pass block_size to the kernel": but(block=lambda block_size: 64),
         "blocks are counted in bytes, so each scale serves two: a block holds block_size values, absmax[place // block_size]": but(scale=3),
+        "level and scale are rounded before the product: multiply in float32, and round once, at the end": but(scale=4),
         "the levels are those of NF4, whatever is given: load them from `levels`": (
             lambda packed, absmax, levels, out, block_size: dequantize(packed, absmax, NF4_CODEBOOK.clone(), out, block_size)
         ),

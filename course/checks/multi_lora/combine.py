@@ -86,6 +86,7 @@ check = Check(
         ),
         "weight and scale are in A and in B, so both count squared: put them in one of the two": but(share_of_B=lambda w, s: w * s),
         "the adapters' own scales are missing: ΔW is s·B·A, and the result has the scale 1": but(share=lambda w, s: w),
+        "the weights have no effect: multiply each A, or each B, by its own": but(share=lambda w, s: s),
         "the scale counts twice: s belongs in A or in B, not in both": but(share_of_B=lambda w, s: s),
         "the sign of a negative weight got lost: √|w| on both sides loses it; multiply one side by w": but(share=root, share_of_B=root),
         "the weights were made to add up to one: a weighted sum takes them as they are": but(

@@ -95,6 +95,7 @@ check = Check(
         "the sum is divided by the number of adapters: divide each entry by how many agree with its sign there": but(
             count=lambda agrees, w: torch.full(agrees.shape[1:], float(len(agrees)))
         ),
+        "where no update has the elected sign, 0 is divided by 0: the result there is 0": but(count=lambda agrees, w: agrees.sum(0)),
         "the sum is not divided: TIES averages those that agree, so weights 1 and 1 give a mean": but(count=lambda agrees, w: 1.0),
         "the sum is divided by the weights of those that agree: TIES counts them": but(
             count=lambda agrees, w: torch.where(agrees.any(0), (agrees * w).sum(0), 1.0)

@@ -76,6 +76,7 @@ check = Check(
         "the linear layers have biases too": but(layer=lambda inside, outside: inside * outside),
         "behind the LSTM the linear layers read both directions": but(head=lambda h: h),
         "the MLP has three linear layers: width → hidden → hidden → width": but(mlp_layers=lambda d, h: [(d, h), (h, d)]),
+        "the two numbers are exchanged: first what is trained, then what the file holds": lambda *given: p_tuning_numbers(*given)[::-1],
         "the rows that the network reads are trained too": but(rows=lambda P, d: 0),
         "the network is not saved: after training only what comes out of it is needed, the rows": but(saved=lambda P, d, trained: trained),
     },

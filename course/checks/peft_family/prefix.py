@@ -77,6 +77,9 @@ check = Check(
             place_prefix=lambda prefix_k: rotate(prefix_k, torch.arange(len(prefix_k)))
         ),
         "the text's positions begin at 0: the prefix takes the first ones, so they begin behind it": but(first=lambda prefix_k: 0),
+        "the text's positions begin one too late: the prefix takes 0 to T − 1, so they begin at T": but(
+            first=lambda prefix_k: len(prefix_k) + 1
+        ),
         "the mask is shifted: the first token sees only the first of all keys; every token sees the whole prefix": but(
             sees=lambda length, prefix: torch.ones(length, prefix + length, dtype=torch.bool).tril()
         ),
