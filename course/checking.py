@@ -4,6 +4,7 @@ A check never guesses. It runs the learner's answer and the right one on the sam
 order: type, shape, dtype, value. On a difference it runs the *known wrong answers* on the same inputs too; where one of them gives what
 the learner's answer gave, the learner reads that mistake's own words. So does who made two mistakes: if no known one gives all of it, the
 one counts that gives the longest beginning, if two or more wrong observations are in it. Otherwise the first difference is named.
+An answer that fails on its way, as with a wrong axis that a square matrix forgives, is known by all that was seen until then.
 
 In Jupyter all this happens where the learner's code is. For points (``course check``, nbgrader) :meth:`Check.witness` is called there,
 which only observes, and :meth:`Check.verdict` in a process that the learner's code never enters: see ``course/witness.py``.
@@ -190,8 +191,12 @@ def _watched(answer: Any, changed: list[str]) -> Any:
         plain = [
             (name, value, copy.deepcopy(value)) for name, value in given.items() if isinstance(value, (list, dict, set)) and _plain(value)
         ]
+        others = [
+            (name, value, _held(value)) for name, value in given.items() if isinstance(value, (list, dict, set)) and not _plain(value)
+        ]
         result = answer(*arguments, **settings)
         changed.extend(name for name, value, before in plain if value != before or _order(value) != _order(before))
+        changed.extend(name for name, value, before in others if list(map(id, _held(value))) != list(map(id, before)))
         changed.extend(name for name, tensor, before in tensors if first_difference(tensor.detach(), before, 0, 0) is not None)
         return result
 
@@ -203,6 +208,11 @@ def _order(value: list | dict | set) -> list:
     return [] if isinstance(value, set) else list(value)
 
 
+def _held(value: list | dict | set) -> list:
+    """The things themselves that are in it; of a dictionary the keys too."""
+    return [each for pair in value.items() for each in pair] if isinstance(value, dict) else list(value)
+
+
 def _plain(value: Any) -> bool:
     """A number or a name, or a list, tuple, set or dictionary of nothing else."""
     if isinstance(value, (list, tuple, set, dict)):
@@ -211,15 +221,18 @@ def _plain(value: Any) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Those that ``value`` is, or holds as a list, a tuple or a dataclass."""
+    """Those that ``value`` is, or holds as a list, a tuple, a dictionary or a dataclass."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
     if is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, each.name) for each in fields(value)]
     return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
 GIVEN = "what your code was given"
+FAILED = "your code failed"  # the observation of an error after others: its words
 CLOSER = 10.0  # times, than two right answers: what is to name a mistake by a beginning alone
 LIMIT_SECONDS = 60.0  # for one run of an answer; the worked ones take less than a tenth of a second
 
@@ -390,9 +403,10 @@ class Check:
         self._compare(self._observed(answer, seed), seed)
 
     def _observed(self, answer: Any, seed: int) -> Observations:
+        seen: dict[str, Any] = {}
         try:
             with _time_limit(LIMIT_SECONDS):
-                return self._run(answer, seed)
+                return self._run(answer, seed, seen)
         except NotYet:
             raise
         except _TooLong:
@@ -400,11 +414,16 @@ class Check:
         except Exception as error:
             if unwritten(error):
                 raise NotYet("nothing here yet: replace the NotImplementedError with your answer") from None
-            raise NotYet(f"your code raised {type(error).__name__}: {error}{_where(error)}") from error
+            words = f"your code raised {type(error).__name__}: {error}{_where(error)}"
+            if len(seen) < 2:  # nothing but what was given
+                raise NotYet(words) from error
+            return seen | {FAILED: words}
 
     def _compare(self, actual: Observations, seed: int) -> None:
         """Raise ``NotYet`` unless ``actual`` is what the worked answer gives."""
         expected = self._run(self.reference, seed)
+        if FAILED in actual:
+            raise NotYet(self._known_until_it_failed(actual, expected, seed) or str(actual[FAILED]))
         if (first := self._first(actual, expected)) is None:
             return
         beginnings: dict[str, int] = {}  # known mistakes that give a beginning of it -> how many observations
@@ -425,14 +444,36 @@ class Check:
             raise NotYet(longest[0])
         raise NotYet(f"{first[0]}: {first[1]}")
 
-    def _run(self, answer: Any, seed: int) -> Observations:
+    def _known_until_it_failed(self, actual: Observations, expected: Observations, seed: int) -> str | None:
+        """The one known mistake that gives all that was seen before the error, if something in it is wrong."""
+        labels = [label for label in actual if label != FAILED]
+        if not any(_holds_value(actual[label]) for label in labels if not self._alike(actual, expected, label)):
+            return None
+        found = []
+        for message in self.misconceptions:
+            known: dict[str, Any] = {}
+            with contextlib.suppress(Exception):  # it may fail in the same place
+                self._run(self.wrong(message), seed, known)
+            if all(self._alike(actual, known, label, CLOSER) for label in labels):
+                found.append(message)
+        return found[0] if len(found) == 1 else None
+
+    def _run(self, answer: Any, seed: int, seen: dict[str, Any] | None = None) -> Observations:
+        """What is seen; where ``seen`` is given it also holds what was seen before an error."""
         # A check leaves the notebook's random numbers as they were. A warning is no mistake, but nbgrader takes points for it.
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             changed: list[str] = []
-            seen = dict(self.observe(_watched(answer, changed), seed))
-            return {GIVEN: Changed(tuple(dict.fromkeys(changed))), **seen}  # first: a changed input makes all else hard to read
+            seen = {} if seen is None else seen
+            seen[GIVEN] = Changed()  # first: a changed input makes all else hard to read
+            try:
+                observed = self.observe(_watched(answer, changed), seed)
+                for label, value in observed.items() if isinstance(observed, Mapping) else observed:
+                    seen[label] = value
+            finally:
+                seen[GIVEN] = Changed(tuple(dict.fromkeys(changed)))
+            return seen
 
     def _first(self, actual: Observations, expected: Observations) -> tuple[str, str] | None:
         for label, value in expected.items():

@@ -374,6 +374,21 @@ def test_a_dictionary_of_numbers_that_is_changed_is_noticed(spoil):
     assert "argument 1 was changed in place" in refusal(lambda d: (sum(d.values()), spoil(d))[0], check)
 
 
+@pytest.mark.parametrize(
+    "spoil", [dict.clear, lambda given: given.update(b=3), lambda given: given["a"].mul_(2), lambda given: given.update(a=0)]
+)
+def test_a_dictionary_of_tensors_that_is_changed_is_noticed(spoil):
+    check = Check("a", lambda answer, seed: {"a": answer({"a": torch.ones(2)})}, lambda d: 1 * d["a"], lambda d: d["a"] + 0)
+    assert "argument 1 was changed in place" in refusal(lambda d: (1 * d["a"], spoil(d))[0], check)
+
+
+@pytest.mark.parametrize("spoil", [list.pop, lambda given: given.append(1), lambda given: given.__setitem__(0, torch.zeros(2))])
+def test_a_list_of_tensors_that_is_changed_is_noticed(spoil):
+    check = Check("a sum", lambda answer, seed: {"sum": answer([torch.ones(2), torch.ones(2)])}, sum, lambda xs: xs[0] + xs[1])
+    check(lambda xs: sum(xs))
+    assert "argument 1 was changed in place" in refusal(lambda xs: (sum(xs), spoil(xs))[0], check)
+
+
 @pytest.mark.parametrize("spoil", [list.sort, list.clear, lambda given: given.append((7, 7)), lambda given: given.reverse()])
 def test_a_list_of_sizes_that_is_changed_is_noticed(spoil):
     def total(sizes):
@@ -565,6 +580,42 @@ def test_shapes_alone_name_no_mistake():
     shapes = Check("scale by 3", lambda answer, seed: {n: tuple(answer(torch.ones(n)).shape) for n in (2, 3, 4)}, scale, scale, rows)
     said = refusal(lambda x: x[None] if len(x) < 4 else x[None, None], shapes)
     assert said.startswith("2: expected 1 values, got 2")
+
+
+# an answer that fails on its way
+
+
+def of_a_square_and_more(answer, seed):
+    g = torch.Generator().manual_seed(seed)
+    for rows, columns in ((3, 3), (3, 4)):
+        yield f"rows of {rows} × {columns}", answer(torch.randn(rows, columns, generator=g), torch.rand(rows, generator=g))
+
+
+def by_rows(x, s):
+    return x * s[:, None]
+
+
+BY_COLUMNS = "you scaled columns"
+
+
+def test_a_mistake_that_only_a_square_forgives_is_named():
+    mistakes = {BY_COLUMNS: lambda x, s: x * s, "you added": lambda x, s: x + s[:, None]}
+    check = Check("scale rows", of_a_square_and_more, by_rows, lambda x, s: torch.diag(s) @ x, mistakes)
+    assert refusal(lambda x, s: torch.mul(x, s), check) == BY_COLUMNS
+    assert refusal(lambda x, s: x * s if len(s) == x.shape[1] else x[9], check) == BY_COLUMNS
+    for right_first in (lambda x, s: by_rows(x, s) if len(s) == x.shape[1] else x[9], lambda x, s: x - s):
+        assert refusal(right_first, check).startswith("your code raised")  # nothing known is wrong in that way
+    with pytest.raises(NotYet, match=BY_COLUMNS):
+        check.verdict(json.loads(json.dumps(check.witness(lambda x, s: x * s, 5))), 5)
+
+
+def test_an_error_behind_the_last_observation_is_no_right_answer():
+    def observe(answer, seed):
+        yield "the result", answer(torch.ones(2))
+        answer(None)
+
+    check = Check("scale by 3", observe, lambda x: x if x is None else 3 * x, lambda x: scale(x) if x is not None else x)
+    assert refusal(scale, check).startswith("your code raised TypeError")
 
 
 # where a learner's own error was raised

@@ -78,6 +78,14 @@ def test_right_answers_pass(check, which):
 
 
 @every_check
+def test_every_observation_has_a_label_of_its_own(check):
+    """Of two with one label only the last would be judged."""
+    seen = check.observe(check.reference, SEEDS[0])
+    labels = [label for label, _ in seen] if not isinstance(seen, dict) else list(seen)
+    assert sorted(labels) == sorted(set(labels))
+
+
+@every_check
 def test_two_right_answers_are_two(check):
     assert check.second is not check.reference
     if inspect.isfunction(check.second) and inspect.isfunction(check.reference):
@@ -113,18 +121,23 @@ def known_runs():
 def test_every_misconception_is_named(check, message, known_runs, monkeypatch):
     run = Check._run
 
-    def run_once(check, answer, seed):
+    def run_once(check, answer, seed, seen=None):
         if answer is mistaken:
-            return run(check, answer, seed)  # as the learner's answer and as the known mistake: really twice
+            return run(check, answer, seed, seen)  # as the learner's answer and as the known mistake: really twice
         key = (id(check), id(answer), seed)
         if key not in known_runs:
+            found, error = {}, None
             try:
-                known_runs[key] = run(check, answer, seed)
-            except Exception as error:
-                known_runs[key] = error
-        if isinstance(known_runs[key], Exception):
-            raise known_runs[key]
-        return known_runs[key]
+                run(check, answer, seed, found)
+            except Exception as failed:
+                error = failed
+            known_runs[key] = found, error
+        found, error = known_runs[key]
+        if seen is not None:
+            seen.update(found)
+        if error:
+            raise error
+        return found
 
     monkeypatch.setattr(Check, "_run", run_once)
     mistaken = check.wrong(message)

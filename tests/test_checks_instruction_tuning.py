@@ -5,16 +5,17 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from course.checking import NotYet, mistaken
 from course.checks import instruction_tuning as check
 from course.checks.instruction_tuning.borders import pack_rows
 from course.checks.instruction_tuning.collate import collate
 from course.checks.instruction_tuning.fitting import fit_rows
-from course.checks.instruction_tuning.novel import keep
+from course.checks.instruction_tuning.novel import keep, longest
 from course.checks.instruction_tuning.targets import labels
 from course.checks.instruction_tuning.tokens import to_ids
-from reference.instruct import render_ids
+from reference.instruct import render_ids, shared
 
 ALL = (check.borders, check.collate, check.fitting, check.novel, check.targets, check.tokens)
 
@@ -67,7 +68,7 @@ def borders_by_loops(rows):
 
 def labels_from_the_end(tokenizer, messages):
     found = [-100] * len(render_ids(tokenizer, messages))
-    for turn in range(len(messages) - 1, 0, -2):
+    for turn in range(len(messages) - 1, 0, -2):  # they end with the assistant's
         prompt, upto = render_ids(tokenizer, messages[:turn], True), render_ids(tokenizer, messages[: turn + 1])
         start = next(i for i in range(len(upto)) if i >= len(prompt) or prompt[i] != upto[i])
         found[start : len(upto)] = upto[start:]
@@ -83,10 +84,25 @@ def fit_with_a_loop(rows, max_length):
     return [kept, dropped]
 
 
+def labels_by_characters(tokenizer, messages):
+    """Each token that reaches into a turn of the assistant."""
+
+    def rendered(part, prompt=False):
+        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
+
+    whole = tokenizer(rendered(messages), add_special_tokens=False, return_offsets_mapping=True)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(len(rendered(messages[:i], True)), len(rendered(messages[: i + 1]))) for i in turns]
+    pairs = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+    return [token if any(first < end and last > start for start, end in spans) else -100 for token, (first, last) in pairs]
+
+
 @pytest.mark.parametrize(
     "judge, answer",
     [
         (check.collate, padded_by_torch),
+        (check.collate, lambda rows, pad: BatchEncoding(collate(rows, pad))),
+        (check.targets, labels_by_characters),
         (check.borders, borders_by_loops),
         (check.targets, labels_from_the_end),
         (check.fitting, fit_with_a_loop),
@@ -147,6 +163,33 @@ def test_sly_answers_are_refused(judge, answer):
     assert refused(judge, answer)
 
 
+def ends_with_a_target(rows, max_length):
+    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in rows]
+    return [row for row in cut if row[1][-1] != -100], [i for i, row in enumerate(cut) if row[1][-1] == -100]
+
+
+def every_second_message(tokenizer, messages):
+    ids, found = render_ids(tokenizer, messages), []
+    for i in range(1, len(messages), 2):
+        start, end = (shared(render_ids(tokenizer, *part), ids) for part in ((messages[:i], True), (messages[: i + 1],)))
+        found += [-100] * (start - len(found)) + ids[start:end]
+    return found + [-100] * (len(ids) - len(found))
+
+
+def by_length(tokenizer, messages):
+    return labels(tokenizer, messages, start=lambda prompt, ids: len(prompt))
+
+
+def remembers_all(pool, pairs, threshold):
+    """An instruction whose answer is given away is not kept, and yet compared with."""
+    seen, kept = list(pool), []
+    for pair in pairs:
+        if keep(seen, [(pair[0], "")], threshold):
+            seen.append(pair[0])
+            kept += keep([], [pair], threshold)
+    return kept
+
+
 def shifted(rows):
     batch = pack_rows(rows)
     return {**batch, "labels": torch.cat([batch["input_ids"][1:], torch.tensor([-100])])}
@@ -165,6 +208,21 @@ def first_and_last(rows):
     [
         (check.borders, shifted, "over the borders"),
         (check.borders, first_and_last, "the last token of a sequence"),
+        (check.fitting, ends_with_a_target, "only the last label was looked at"),
+        (check.fitting, lambda rows, n: ([i for i in range(3)], []), "each a pair of its ids and its labels"),
+        (check.fitting, lambda rows, n: ([(3, 4)], []), "a pair of two lists"),
+        (check.targets, every_second_message, "look at the role"),
+        (check.targets, by_length, "an answer's first word is lost"),
+        (check.targets, lambda tokenizer, messages: torch.tensor(labels(tokenizer, messages)), "not Tensor"),
+        (check.tokens, without_doubled_bos, "one of two <bos> is taken off"),
+        (check.tokens, lambda tokenizer, messages: tokenizer("a"), 'not BatchEncoding: of what the tokenizer gives take ["input_ids"]'),
+        (check.tokens, lambda tokenizer, messages: [7, *to_ids(tokenizer, messages)], "the first tokens, "),
+        (check.collate, keeps_the_last_end, "the last end of text of a row is kept"),
+        (check.collate, lambda rows, pad: collate(rows, pad) | {"more": 1}, "too many: more"),
+        (check.borders, lambda rows: {"attention_mask": 1} | pack_rows(rows), "too many: attention_mask"),
+        (check.novel, remembers_all, 'with the output "Never." is kept at 0.700: expected True, got False'),
+        (check.novel, lambda pool, pairs, threshold: [3], "pairs (instruction, output)"),
+        (check.novel, mistaken(keep, given=lambda answer, asked: longest(answer, asked) == len(answer)), "stand between its own"),
         (check.novel, mistaken(keep, least=4), "exactly three"),
         (check.novel, mistaken(keep, given=lambda answer, asked: all(word in asked for word in answer)), "one behind the other"),
         (check.novel, mistaken(keep, score=lambda common, m, n: common / max(m, n)), "the longer text"),

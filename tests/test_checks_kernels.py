@@ -111,6 +111,74 @@ def test_a_kernel_for_show_is_seen():
     refused(check.dequantize, for_show, "no kernel wrote, .*: expected 0, got 1024")
 
 
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, n, TILE: tl.constexpr):
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(out_ptr + place, tl.load(x_ptr + place, place < n), place < n)
+
+
+def test_a_kernel_that_copies_what_torch_computed_is_seen():
+    def launch(values, out):
+        _copy_kernel[(triton.cdiv(out.numel(), 128),)](values, out, out.numel(), 128)
+
+    def of_codes(packed, absmax, levels, out, block_size):
+        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: out.numel()]
+        launch((levels[codes.int()] * absmax.repeat_interleave(block_size)[: out.numel()]).to(out.dtype), out)
+
+    refused(check.dequantize, of_codes, "no kernel read where they lie, 1024 .*: expected 0, got 512")
+    refused(check.shrink, lambda x, A, out: launch(x.float() @ A.float().T, out), "no kernel read where they lie")
+
+    def counted(codes, counts):
+        _copy_kernel[(2,)](codes, torch.zeros(3, dtype=torch.uint8), 3, 2)
+        counts += codes.int().bincount(minlength=16).int()
+
+    refused(check.histogram, counted, "codes that no kernel read where they lie, of 1024: expected 0, got 1021")
+
+
+def test_levels_and_blocks_are_those_that_are_given():
+    worked = check.dequantize.reference
+    refused(
+        check.dequantize,
+        lambda packed, absmax, levels, out, block_size: worked(packed, absmax, nf4.NF4_CODEBOOK.clone(), out, block_size),
+        "the levels are those of NF4",
+    )
+    refused(
+        check.dequantize,
+        lambda packed, absmax, levels, out, block_size: worked(packed, absmax, levels, out, 2 * block_size),
+        "blocks are counted in bytes",
+    )
+
+
+def test_the_largest_of_a_row_may_be_in_any_tile():
+    @triton.jit
+    def last_tile(x_ptr, out_ptr, columns, along, across, TILE: tl.constexpr):
+        best = tl.zeros((TILE,), tl.float32)
+        for start in range(0, columns, TILE):
+            column = start + tl.arange(0, TILE)
+            best = tl.abs(tl.load(x_ptr + tl.program_id(0) * along + column * across, column < columns, other=0.0).to(tl.float32))
+        tl.store(out_ptr + tl.program_id(0), tl.max(best, 0))
+
+    for seed in range(4):
+        with pytest.raises(NotYet):
+            check.row_absmax._judge(lambda x, out: last_tile[(len(x),)](x, out, x.shape[1], *x.stride(), 128), seed)
+
+
+def test_a_load_of_many_rows_is_too_large_too():
+    @triton.jit
+    def tall(x_ptr, a_ptr, out_ptr, T, K, R):
+        row, rank = tl.program_id(0) * 128 + tl.arange(0, 128), tl.program_id(1) * 16 + tl.arange(0, 16)
+        total = tl.zeros((128, 16), tl.float32)
+        for start in range(0, K, 64):
+            k = start + tl.arange(0, 64)
+            x = tl.load(x_ptr + row[:, None] * K + k[None, :], (row < T)[:, None] & (k < K)[None, :], other=0.0)
+            a = tl.load(a_ptr + rank[:, None] * K + k[None, :], (rank < R)[:, None] & (k < K)[None, :], other=0.0)
+            total += tl.dot(x, tl.trans(a))
+        tl.store(out_ptr + row[:, None] * R + rank[None, :], total, (row < T)[:, None] & (rank < R)[None, :])
+
+    grid = lambda x, A: (triton.cdiv(len(x), 128), triton.cdiv(len(A), 16))  # noqa: E731
+    refused(check.shrink, lambda x, A, out: tall[grid(x, A)](x, A, out, *x.shape, len(A)), "fewer features, rows or ranks")
+
+
 def test_nothing_written_is_said():
     refused(check.shrink, lambda x, A, out: _add_kernel[(1,)](x, torch.zeros(1), 1, 16, True), "change it in place")
 
@@ -155,6 +223,7 @@ def test_least_time_takes_a_list():
 
     check.least_time(as_list)
     refused(check.least_time, lambda *given: as_list(*given)[:2], "returned 2 values")
+    refused(check.least_time, lambda *given: (None, 1.0, "memory"), "number 1 of them is of type NoneType")
 
 
 def test_the_worked_dequantize_is_the_references():

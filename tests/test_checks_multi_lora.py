@@ -119,6 +119,87 @@ def test_rows_by_a_gather_pass_and_a_batch_in_place_does_not():
     refused(check.route, lambda x, weight, adapters, rows: x @ weight.T)
 
 
+def test_one_product_with_the_base_in_any_way_of_writing_it():
+    def updated(y, x, adapters, rows):
+        for i, name in enumerate(rows):
+            if name is not None:
+                A, B, s = adapters[name]
+                y[i] += s * (B @ (A @ x[i]))
+        return y
+
+    ways = (
+        torch.nn.functional.linear,
+        lambda x, weight: (weight @ x.T).T.contiguous(),
+        lambda x, weight: torch.einsum("ri,oi->ro", x, weight),
+        lambda x, weight: x @ weight.clone().T,
+        lambda x, weight: (x[:, None] * weight).sum(-1),
+        lambda x, weight: torch.vmap(lambda row: weight @ row)(x),
+    )
+    for way in ways:
+        accepted(check.route, lambda x, weight, adapters, rows, way=way: updated(way(x, weight), x, adapters, rows))
+
+    def anew_for_every_row(x, weight, adapters, rows):
+        return torch.stack([updated(x @ weight.T, x, adapters, rows)[i] for i in range(len(x))])
+
+    refused(check.route, anew_for_every_row, "the base was multiplied row by row")
+
+
+def test_the_adapters_that_were_given_stay_as_they_are():
+    def with_none(x, weight, adapters, rows):
+        adapters[None] = torch.zeros(1, x.shape[1]), torch.zeros(len(weight), 1), 0.0
+        return x @ weight.T + torch.stack([s * (B @ (A @ row)) for row, (A, B, s) in zip(x, map(adapters.get, rows), strict=True)])
+
+    def scaled(x, weight, adapters, rows):
+        for A, _, s in adapters.values():
+            A.mul_(s)
+        return mixed_batch(x, weight, adapters, rows, scale=lambda s: 1.0)
+
+    def trimmed(deltas, weights, density):
+        deltas[:] = [ties_trim(delta, density) for delta in deltas]
+        return ties(deltas, weights, 1.0)
+
+    ties_trim = importlib.import_module("course.checks.multi_lora.ties").largest
+    refused(check.route, with_none, "argument 3 was changed in place")
+    refused(check.route, scaled, "argument 3 was changed in place")
+    refused(check.ties, trimmed, "argument 1 was changed in place")
+
+
+def test_how_many_entries_stay_is_rounded_down():
+    def rounded(deltas, weights, density):
+        n = deltas[0].numel()
+        return ties(deltas, weights, (round(density * n) + 0.5) / n)
+
+    refused(check.ties, rounded, "was rounded")
+
+
+def test_factors_of_another_shape_are_told_their_shapes():
+    words = r"A is \(8, 6\) and B \(6, 7\): of a layer \(8, 7\) A is \(rank, 7\) and B \(8, rank\)"
+    refused(check.combine, lambda adapters, weights: weighted_sum(adapters, weights)[::-1], words)
+
+
+def test_a_pool_takes_what_just_fits_and_changes_nothing_at_an_error():
+    class Strict(pools.Pool):
+        def acquire(self, name, size):
+            if size >= self.capacity:
+                raise ValueError(name)
+            return super().acquire(name, size)
+
+    class Late(pools.Pool):
+        def acquire(self, name, size):
+            gone = [each for each in self.candidates() if size > self.capacity]
+            for each in gone:
+                del self.sizes[each]
+            return super().acquire(name, size)
+
+    class Waits(pools.Pool):
+        def acquire(self, name, size):
+            return super().acquire(name, size) or None
+
+    refused(check.pool, Strict, "an adapter as large as the pool fits")
+    refused(check.pool, Late, "adapters were thrown out for one that is larger than the pool")
+    refused(check.pool, Waits, r"\+a40 \+b60 -a -b \+a40; capacity 100\).*expected 'a: nobody went', got 'a: None, it waits'")
+
+
 def test_a_sum_of_full_rank_is_no_adapter_of_these_ranks():
     def dense(adapters, weights):
         delta = sum(w * s * B @ A for (A, B, s), w in zip(adapters, weights, strict=True))

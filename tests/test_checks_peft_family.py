@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -114,6 +115,7 @@ def fuse_by_matmul(h, u, Q, K, V):
         (check.merge, merge_by_einsum),
         (check.prefix, attend_by_torch),
         (check.fusion, fuse_by_matmul),
+        (check.encoder, lambda *given: [np.int64(n) for n in p_tuning_numbers(*given)]),
     ],
 )
 def test_right_answers_in_other_dress(judge, answer):
@@ -155,6 +157,11 @@ def fuse_hard(h, u, Q, K, V):
         (check.dora, dora_with_dead_magnitudes),
         (check.dora, dora_of_a_detached_sum),
         (check.dora, lambda x, weight, bias, A, B, s, m: F.linear(x, weight, bias)),
+        (check.dora, lambda x, weight, bias, A, B, s, m: dora(x, weight, bias, A, B, 1.75, m)),
+        (
+            check.merge,
+            lambda weight, bias, l, ff: (merge_ia3(weight, bias, l, ff)[0] * (bias is not None), merge_ia3(weight, bias, l, ff)[1]),
+        ),
         (check.merge, merge_without_a_weight),
         (check.merge, merge_that_invents_a_bias),
         (check.prefix, attend_to_detours),
@@ -177,6 +184,19 @@ def test_wrong_answers_are_refused(judge, answer):
         (check.dora, lambda x, weight, bias, A, B, s, m: dora(x, weight, 0 * bias, A, B, s, m), "the bias is missing"),
         (check.fusion, lambda h, u, Q, K, V: fuse(h, u, Q.T, K.T, V.T), "Q, K and V were multiplied from the other side"),
         (check.prefix, mistaken(attend, place_query=lambda q, positions: q), "the queries are not rotated"),
+        (check.prefix, mistaken(attend, hide=lambda scores, sees: scores * sees), "hidden scores became 0"),
+        (check.dora, dora_with_dead_magnitudes, "expected 'A, B, magnitude', got 'A, B'"),
+        (check.dora, torch.no_grad()(dora), "expected 'A, B, magnitude', got 'nothing'"),
+        (check.dora, mistaken(dora, norm=lambda V: V.norm(dim=1)), "the norms multiply columns"),
+        (check.merge, lambda W, b, l, ff: (W * l if ff else W * l[:, None], b if b is None else b * l), "the bias is scaled where inputs"),
+        (check.merge, lambda W, b, l, ff: (W * l, b if b is None or ff else b * l), "outputs are rows of W, and you scaled its columns"),
+        (check.merge, lambda W, b, l, ff: (W * l[:, None], b if b is None or ff else b * l), "inputs are columns of W"),
+        (
+            check.merge,
+            lambda W, b, l, ff: (W * l[:, None] if ff else W * l, b if b is None or ff else b * l),
+            "rows and columns are exchanged",
+        ),
+        (check.choose, lambda scenario: "VeRA" if scenario == "tenants" else choosing.choose(scenario), "VeRA, but its file is larger"),
     ],
 )
 def test_a_mistake_is_named(judge, answer, words):

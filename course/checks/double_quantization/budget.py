@@ -38,10 +38,13 @@ def observe(answer, seed: int) -> Seen:
             yield f"a budget of {bits:g} bits, scales {words}", answer(bits, second)
     for second in (None, 64, rng.choice([32, 128, 256, 512])):
         words = "in float32" if second is None else f"in 8 bits, in blocks of {second}"
+        asked: dict[str, float] = {}  # two blocks may have a budget in common
         for block in (*rng.sample(BLOCKS[1:-1], 4), 8, 4096):  # the ends too: above the first and below the last there is nothing
             exact = 4 + (32 / block if second is None else 8 / block + 32 / (block * second))
             for budget in (exact, exact * (1 - 1e-6), 4 + 8 / block, 4 + 32 / block + rng.random() / 100, 8 + 32 / block):
-                yield f"a budget of {budget:.6f} bits, scales {words}", answer(budget, second)
+                asked.setdefault(f"{budget:.6f}", budget)
+        for bits, budget in asked.items():
+            yield f"a budget of {bits} bits, scales {words}", answer(budget, second)
 
 
 check = Check(

@@ -94,8 +94,9 @@ def observe(answer, seed: int) -> Seen:
             found = answer(model, x, y, estimator)
             tensors = isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
             yield f"{estimator}, {rows} rows", {n: F.detach() for n, F in found.items()} if tensors else found
-        yield "whether the parameters are as they were", all(map(torch.equal, model.parameters(), before))
-        yield "whether gradients that were there are still there", model[4].bias.grad is not None and bool((model[4].bias.grad == 1).all())
+        yield f"whether the parameters are as they were, {rows} rows", all(map(torch.equal, model.parameters(), before))
+        kept = model[4].bias.grad is not None and bool((model[4].bias.grad == 1).all())
+        yield f"whether gradients that were there are still there, {rows} rows", kept
 
 
 check = Check(

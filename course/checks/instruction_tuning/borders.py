@@ -1,6 +1,7 @@
 """Exercise 5: the loss is too good. Packed sequences see each other."""
 
 import random
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ def observe(answer, seed: int) -> Seen:
     rng = random.Random(seed)
     rows = [[rng.randrange(5, 99) for _ in range(n)] for n in rng.sample(range(2, 8), 4)]
     batch = answer(rows)
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         raise NotYet(f"return a dictionary of four tensors, not {type(batch).__name__}")
     lengths = ", ".join(str(len(row)) for row in rows)
-    yield "the entries", sorted(batch)
+    yield "the entries", dict.fromkeys(batch, "there")
     for name in ("input_ids", "position_ids", "mask", "labels"):
         yield f"{name}, sequences of {lengths} tokens", batch.get(name)
 

@@ -1,6 +1,7 @@
 """Exercise 1: the model never stops. Padding has the id of the end of text, and labels are masked by id."""
 
 import random
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ def by_id_but_the_first(labels: Tensor, ids: Tensor, pad: int) -> Tensor:
     return labels.masked_fill(ends & (ends.long().cumsum(1) > 1), -100)
 
 
+def by_id_but_the_last(labels: Tensor, ids: Tensor, pad: int) -> Tensor:
+    ends = labels == pad
+    return labels.masked_fill(ends & (ends.long().flip(1).cumsum(1).flip(1) > 1), -100)
+
+
 def drawn(rng: random.Random, end: int) -> list[Row]:
     """Conversations of one to three exchanges, each answer of which ends with ``end``; lengths differ."""
     rows = []
@@ -70,9 +76,9 @@ def observe(answer, seed: int) -> Seen:
     for name, end, pad in (("padding is the end of text", 7, 7), ("padding has an id of its own", 7, 0)):
         rows = drawn(rng, end)
         batch = answer(rows, pad)
-        if not isinstance(batch, dict):
+        if not isinstance(batch, Mapping):
             raise NotYet(f"return a dictionary of three tensors, not {type(batch).__name__}")
-        yield f"the entries, {name}", sorted(batch)
+        yield f"the entries, {name}", dict.fromkeys(batch, "there")
         for key in ("input_ids", "labels", "attention_mask"):
             yield f"{key}, {name}", batch.get(key)
 
@@ -84,11 +90,9 @@ check = Check(
     second=by_the_reference,
     misconceptions={
         "labels are masked by the padding's id, and the end of text has the same one: every end of turn is lost as a target; mask the "
-        "places "
-        "that you filled": but(masked=by_id),
+        "places that you filled": but(masked=by_id),
         "labels and attention mask are both made of ids, as in the script: neither then knows padding from an end of turn; go by the "
-        "places "
-        "that you filled": but(masked=by_id, shown=lambda mask, ids, pad: (ids != pad).long()),
+        "places that you filled": but(masked=by_id, shown=lambda mask, ids, pad: (ids != pad).long()),
         "the first end of text of a row is kept and all later ones are masked: a conversation has several ends of turn, and all are "
         "targets; mask by place": but(masked=by_id_but_the_first),
         "the filled places are targets: the model is trained to say the padding; give them −100": but(filler=lambda pad: pad),
@@ -96,8 +100,7 @@ check = Check(
             shown=lambda mask, ids, pad: (ids != pad).long()
         ),
         "another id is used for padding: that hides the symptom for as long as nobody sets it back; use the pad that was given, and "
-        "mask by "
-        "place": but(padded_with=lambda pad: pad + 1),
+        "mask by place": but(padded_with=lambda pad: pad + 1),
         "the labels are the ids: the prompts became targets; keep the labels that you were given": but(
             masked=lambda labels, ids, pad: torch.where(labels == -100, ids, labels)
         ),
@@ -107,5 +110,7 @@ check = Check(
         "labels are shifted by one place already: the model's loss shifts them itself": but(
             masked=lambda labels, ids, pad: torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], 1)
         ),
+        "the last end of text of a row is kept and all earlier ones are masked: a conversation has several ends of turn, and all are "
+        "targets; mask by place": but(masked=by_id_but_the_last),
     },
 )

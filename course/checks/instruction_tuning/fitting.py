@@ -2,7 +2,7 @@
 
 import random
 
-from course.checking import Check, Seen, but, unpacked
+from course.checking import Check, NotYet, Seen, but, unpacked
 from reference.instruct import Example, fit
 
 Row = tuple[list[int], list[int]]
@@ -51,11 +51,17 @@ def observe(answer, seed: int) -> Seen:
         rows.append((ids, [-100] * prompt + ids[prompt:]))
     one = [rng.randrange(10, 90) for _ in range(n + 3)]
     rows.append((one, one[:1] + [-100] * (n + 2)))  # its one label is the first, which nothing predicts
+    two = [rng.randrange(10, 90) for _ in range(2 * n)]  # of two exchanges: the cut falls into the second question
+    rows.append((two, [-100] * 4 + two[4 : n - 3] + [-100] * 6 + two[n + 3 :]))
     order = rng.sample(range(len(rows)), len(rows))
     kept, dropped = unpacked(
         answer([rows[i] for i in order], n), "two lists, the rows that are kept and the places of those dropped", object, object
     )
-    yield f"how many of {len(rows)} rows are kept within {n} tokens", len(kept) if isinstance(kept, (list, tuple)) else kept
+    if not isinstance(kept, (list, tuple)) or not all(isinstance(row, (list, tuple)) and len(row) == 2 for row in kept):
+        raise NotYet("the first list has to hold the rows that are kept, each a pair of its ids and its labels")
+    if not all(isinstance(part, (list, tuple)) for row in kept for part in row):
+        raise NotYet("a row is a pair of two lists, its ids and its labels")
+    yield f"how many of {len(rows)} rows are kept within {n} tokens", len(kept)
     yield "the ids of the rows that are kept", [list(row[0]) for row in kept]
     yield "their labels", [list(row[1]) for row in kept]
     yield "the places of the rows dropped", dropped
@@ -71,6 +77,9 @@ check = Check(
         "out": but(lost=lambda labels, ids, n: False),
         "the first label counts as a target: nothing comes before it, so nothing predicts it; look at labels[1:]": but(
             lost=lambda labels, ids, n: all(label == -100 for label in labels)
+        ),
+        "only the last label was looked at: a row that is cut within a later question still has the answers before it": but(
+            lost=lambda labels, ids, n: labels[-1] == -100
         ),
         "every row that is too long is left out: one that still has targets after the cut can be learned from": but(
             lost=lambda labels, ids, n: len(ids) > n or all(label == -100 for label in labels[1:])

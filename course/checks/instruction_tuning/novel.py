@@ -57,6 +57,18 @@ def by_the_reference(pool: list[str], pairs: list[Pair], threshold: float) -> li
     return kept
 
 
+def every_one_counts(pool: list[str], pairs: list[Pair], threshold: float) -> list[Pair]:
+    seen = [words(text) for text in pool]
+    kept = []
+    for instruction, output in pairs:
+        mine, said = words(instruction), words(output)
+        new = all(f_measure(longest(mine, other), len(mine), len(other)) <= threshold for other in seen)
+        seen.append(mine)
+        if new and not (len(said) >= 3 and stands_in(said, mine)):
+            kept.append((instruction, output))
+    return kept
+
+
 def latin(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
 
@@ -100,12 +112,30 @@ def observe(answer, seed: int) -> Seen:
         ("In three words", f"{a} {b} {c}"),
         (f"Describe the {a} in three short words, then sing of harvests, of winters, of long roads home", "Why not."),
     ]
+    chains = [
+        [  # the first is a copy, the second is given away; each has one like it behind it, which is compared with what was kept alone
+            (f"Describe the {a} in three short words, once more", "So."),
+            (f"Do name the {a} in three short words, once more please", "So it is."),
+        ],
+        [
+            (f"Repeat after me: green {c} and old {d}", f"green {c} and old {d}"),
+            (f"Repeat after me: green {c} and old {d}!", "Never."),
+        ],
+    ]
+    pairs.append((f"Are {a} and {c} or {d} the words?", f"{a} {c} {d}"))  # with gaps between
     rng.shuffle(pairs)
+    for chain in chains:
+        at = rng.randint(0, len(pairs))
+        pairs[at:at] = chain
     for threshold in (0.7, 2 * 6 / 14):
         kept = answer(list(pool), list(pairs), threshold)
-        if not isinstance(kept, list):
-            raise NotYet("return the list of pairs that are kept, in their order")
-        yield f"what is kept at {threshold:.3f}", [list(map(str, pair)) for pair in kept]
+        if not isinstance(kept, list) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in kept):
+            raise NotYet("return the list of pairs (instruction, output) that are kept, in their order")
+        kept = [tuple(map(str, pair)) for pair in kept]
+        for instruction, output in pairs:
+            what = f'whether "{instruction}" with the output "{output}" is kept at {threshold:.3f}'
+            yield what, (instruction, output) in kept
+        yield f"all that is kept, in order, at {threshold:.3f}", kept
 
 
 check = Check(
@@ -137,6 +167,10 @@ check = Check(
         ),
         "each Chinese character is a token of its own, not a run of them": but(tokens=lambda text: re.findall(r"\w+", text.casefold())),
         "answers of exactly three tokens are kept: three or more that stand in the instruction are dropped": but(least=4),
+        "an instruction that was dropped counts for later ones: compare with the pool and with those that were kept": every_one_counts,
+        "an answer counts as given although words of the instruction stand between its own: they must stand one behind the other": but(
+            given=lambda answer, asked: longest(answer, asked) == len(answer)
+        ),
         "an answer counts as given wherever its tokens are: they must stand one behind the other": but(
             given=lambda answer, asked: set(answer) <= set(asked)
         ),

@@ -60,21 +60,44 @@ def by_markers(tokenizer, messages: Messages) -> list[int]:
     return [token if on else -100 for token, on in zip(mask["input_ids"], mask["assistant_masks"], strict=True)]
 
 
+def every_second(tokenizer, messages: Messages) -> list[int]:
+    roles = [{**message, "role": "assistant" if i % 2 else "user"} for i, message in enumerate(messages)]
+    turns = [i for i, message in enumerate(roles) if message["role"] == "assistant"]
+    return labels(tokenizer, messages, turns=lambda found: turns)
+
+
 def alone(tokenizer, before: Messages) -> list[int]:
     """The messages' texts as they are tokenized without the template."""
     return [0] * sum(len(tokenizer(message["content"], add_special_tokens=False)["input_ids"]) for message in before)
 
 
+OPEN = """{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}\
+{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+OPEN_FORM = "a prompt that ends with a space"  # which the whole conversation joins to the answer's first word
+
+
+def rendering(form: str):
+    """The tokenizer of a form; this one has no form of its own."""
+    if form != OPEN_FORM:
+        return chat_tokenizer(form)
+    tokenizer = chat_tokenizer("ChatML")
+    tokenizer.chat_template = OPEN
+    return tokenizer
+
+
 def observe(answer, seed: int) -> Seen:
     rng = random.Random(seed)
-    for form in rng.sample(FORMS, len(FORMS)):
-        tokenizer, messages = chat_tokenizer(form), conversation(rng, rng.randint(2, 3))
+    for form in (*rng.sample(FORMS, len(FORMS)), OPEN_FORM):
+        tokenizer, messages = rendering(form), conversation(rng, rng.randint(2, 3))
         messages[-2]["content"] += " <|assistant|>\nno" if form == "Zephyr" else " ok"  # plain text that looks like a marker
+        if form in ("ChatML", "Llama 3"):  # which know the system; the assistant's turns are then the even ones
+            messages.insert(0, {"role": "system", "content": "be brief"})
         found = answer(tokenizer, messages)
         if not isinstance(found, list) or not all(isinstance(label, int) for label in found):
-            raise NotYet("return a list of labels, one for each token of the rendered conversation")
+            raise NotYet(f"return a list of labels, one for each token of the rendered conversation, not {type(found).__name__}")
         yield f"how many labels, {form}", len(found)
-        yield f"the labels of {len(messages) // 2} exchanges, {form}", found
+        told = [tokenizer.convert_ids_to_tokens(label) if 0 <= label < len(tokenizer) else str(label) for label in found]
+        yield f"the labels of {len(messages) // 2} exchanges, as tokens, {form}", told
 
 
 check = Check(
@@ -91,6 +114,9 @@ check = Check(
         "the template has no {% generation %} block, so the mask that it gives is all zeros: find the turns by rendering up to "
         "them": by_markers,
         "only the last turn is a target: every turn of the assistant is one": but(turns=lambda found: found[-1:]),
+        "every second message is taken for the assistant's: a system message moves them; look at the role": every_second,
+        "an answer's first word is lost where a tokenizer cuts the prompt alone otherwise than in the whole conversation: the turn begins "
+        "at the first token that differs": but(start=lambda prompt, ids: len(prompt)),
         "the beginning of the answer that the template writes is a target too: render what is before a turn with "
         "add_generation_prompt=True": but(prompt=lambda tokenizer, before: render_ids(tokenizer, before)),
         "everything behind the first answer's beginning is a target, the user's later turns too: end a turn where the conversation up to "

@@ -1,6 +1,7 @@
 """Exercise 2: two <bos>. A rendered conversation is tokenized like any text."""
 
 import random
+from collections.abc import Mapping
 
 from course.checking import Check, NotYet, Seen, but
 from course.lab.chat import FORMS, chat_tokenizer
@@ -34,8 +35,8 @@ def with_prompt(tokenizer, messages: Messages) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def each_once(ids: list[int], tokenizer) -> list[int]:
-    return [token for i, token in enumerate(ids) if token != tokenizer.bos_token_id or i == 0]
+def without_double(ids: list[int], tokenizer) -> list[int]:
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def each_exchange_alone(tokenizer, messages: Messages) -> list[int]:
@@ -60,8 +61,9 @@ def observe(answer, seed: int) -> Seen:
         plain = list(tokenizer("a storm")["input_ids"])
         ids = answer(tokenizer, messages)
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise NotYet("return a list of ids, of one conversation")
-        yield f"the beginning, {form}", ids[:3]
+            more = ': of what the tokenizer gives take ["input_ids"]' if isinstance(ids, Mapping) else ""
+            raise NotYet(f"return a list of ids, of one conversation, not {type(ids).__name__}{more}")
+        yield f"the first tokens, {form}", tokenizer.convert_ids_to_tokens(ids[:3])
         yield f"the ids, {form}", ids
         yield f"{form}: the tokenizer still does with plain text what it did", list(tokenizer("a storm")["input_ids"]) == plain
 
@@ -76,6 +78,9 @@ check = Check(
         "add_special_tokens=False": but(special=True),
         "the first token is always cut off: some templates write no <bos>, and lose their first token then; add none instead of taking "
         "one off": but(ids=lambda ids, tokenizer: ids[1:]),
+        "one of two <bos> is taken off: where the template writes none, the tokenizer's own stays in front; have it add none": but(
+            special=True, ids=without_double
+        ),
         "all <bos> are taken out: the model was trained with one in front, where its template writes it": but(
             ids=lambda ids, tokenizer: [token for token in ids if token != tokenizer.bos_token_id]
         ),

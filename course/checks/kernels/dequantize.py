@@ -7,7 +7,7 @@ from torch import Tensor
 
 from course.checking import Check, Seen, but
 from course.checks.kernels.shared import amid, poisoned, seen, traced
-from reference.nf4 import NF4_CODEBOOK, quantize_nf4
+from reference.nf4 import NF4_CODEBOOK
 
 
 @triton.jit
@@ -24,6 +24,11 @@ def _kernel(
     value = tl.load(levels_ptr + code.to(tl.int32))
     if SCALE == 1:
         value *= tl.load(absmax_ptr + place // BLOCK, read, other=0.0)
+    elif SCALE == 4:
+        value = value.to(out_ptr.dtype.element_ty)
+        value *= tl.load(absmax_ptr + place // BLOCK, read, other=0.0).to(out_ptr.dtype.element_ty)
+    elif SCALE == 3:
+        value *= tl.load(absmax_ptr + place // 2 // BLOCK, read, other=0.0)
     elif SCALE == 2:
         value *= tl.load(absmax_ptr + tl.program_id(0))
     tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask)
@@ -69,12 +74,13 @@ def by_bytes(packed: Tensor, absmax: Tensor, levels: Tensor, out: Tensor, block_
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     odd = 2 * int(torch.randint(1050, 1300, (1,), generator=g)) + 1  # more than a program can be expected to make
-    for n, block_size, dtype in ((1024, 64, torch.float32), (odd, 64, torch.float32), (1, 64, torch.float32), (333, 32, torch.float16)):
-        q = quantize_nf4(torch.randn(n, generator=g) * (0.5 + torch.rand(1, generator=g)), block_size)
+    for n, block_size, dtype in ((1024, 32, torch.float32), (odd, 64, torch.float32), (1, 64, torch.float32), (333, 32, torch.float16)):
+        packed = amid(torch.randint(256, ((n + 1) // 2,), generator=g, dtype=torch.uint8))
+        absmax = amid(0.5 + torch.rand(-(-n // block_size), generator=g))
+        levels = amid(torch.randn(16, generator=g).sort().values)  # any: an answer that has NF4's in it ignores them
         out = poisoned(n, dtype=dtype)
-        given = amid(q.packed.view(-1)), amid(q.absmax), amid(NF4_CODEBOOK)
         label = f"{n} {str(dtype).removeprefix('torch.')} weights in blocks of {block_size}"
-        yield from seen(traced(answer, *given, out, block_size), label, out)
+        yield from seen(traced(answer, packed, absmax, levels, out, block_size), label, out, packed)
 
 
 check = Check(
@@ -95,6 +101,11 @@ check = Check(
         "the half bytes are read in the wrong order: the first of two values is in the high four bits": but(high_first=False),
         "the levels are not scaled: multiply each by the absmax of its block": but(scale=0),
         "blocks are taken to hold 64 values: pass block_size to the kernel": but(block=lambda block_size: 64),
+        "blocks are counted in bytes, so each scale serves two: a block holds block_size values, absmax[place // block_size]": but(scale=3),
+        "level and scale are rounded before the product: multiply in float32, and round once, at the end": but(scale=4),
+        "the levels are those of NF4, whatever is given: load them from `levels`": (
+            lambda packed, absmax, levels, out, block_size: dequantize(packed, absmax, NF4_CODEBOOK.clone(), out, block_size)
+        ),
         "a program uses one scale for all of its values: the scale belongs to a block, absmax[place // block_size]": but(scale=2),
     },
 )

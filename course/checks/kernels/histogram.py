@@ -57,6 +57,7 @@ def observe(answer, seed: int) -> Seen:
         yield f"codes counted in all, of {n}", int(counts.sum())
         yield f"counts of {n} codes", counts.clone()
         yield f"a race between programs, {n} codes", conflicts(trace)
+        yield f"codes that no kernel read where they lie, of {n}", trace.unread(codes)
         if n > 500:
             yield f"more than one program, {n} codes", trace.programs > 1
 

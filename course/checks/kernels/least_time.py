@@ -1,6 +1,9 @@
 """Exercise 13.3: bytes, operations and the least time of a linear layer."""
 
+from numbers import Real
+
 import torch
+from torch import Tensor
 
 from course.checking import Check, Seen, but, unpacked
 
@@ -42,7 +45,9 @@ def observe(answer, seed: int) -> Seen:
         bits = (4.5, 16.0)[int(torch.randint(2, (1,), generator=g))]
         rates = (2 + 2 * torch.rand(1, generator=g).item()) * 1e12, (500 + 300 * torch.rand(1, generator=g).item()) * 1e12
         found = answer(rows, n_in, n_out, bits, *rates)
-        moved, milliseconds, bound = unpacked(found, "bytes, milliseconds and which of the two it is", object, object, object)
+        moved, milliseconds, bound = unpacked(
+            found, "bytes, milliseconds and which of the two it is", (Real, Tensor), (Real, Tensor), object
+        )
         label = f"{rows} rows, {n_in} × {n_out} weights of {bits:g} bits"
         yield f"bytes, {label}", float(moved)
         yield f"milliseconds, {label}", float(milliseconds)

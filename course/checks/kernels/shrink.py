@@ -75,7 +75,7 @@ def observe(answer, seed: int) -> Seen:
         out = poisoned(T, R)
         trace = traced(answer, x, A, out)
         label = f"{T} rows of {K} features, r = {R}"
-        yield from seen(trace, label, out)
+        yield from seen(trace, label, out, x, A)
         yield f"at most {MOST} numbers in a load, {label}", trace.largest <= MOST
         if T > 128:  # more rows than tl.dot takes in a load of so many numbers
             yield f"more than one program, {label}", trace.programs > 1
@@ -96,6 +96,6 @@ check = Check(
         "the mask of the features is missing: behind the last one lies the next row": but(mask=False),
         "the last rows stay unwritten: the number of programs is rounded down; use triton.cdiv": but(programs=lambda T: T // 16),
         "only 16 ranks are computed: r may be larger than a tile": but(ranks=lambda R: 1),
-        "the features are taken in one piece: that is right here and fits no GPU; take tiles": but(tile=512),
+        "a load asks for too many numbers: that is right here and fits no GPU; take fewer features, rows or ranks at a time": but(tile=512),
     },
 )

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from course.checking import Check, Seen, but, unpacked
+from course.checking import Check, NotYet, Seen, but, unpacked
 
 Factors = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), s
 
@@ -58,12 +58,10 @@ def observe(answer, seed: int) -> Seen:
         ]
         A, B = unpacked(answer(adapters, weights), "two tensors, A and B", Tensor, Tensor)
         what = f"of {len(ranks)} adapters of rank {', '.join(map(str, ranks))} with the weights {', '.join(map(str, weights))}"
-        fits = A.dim() == B.dim() == 2 and len(A) == B.shape[1] and (len(B), A.shape[1]) == (8, 7)
-        yield f"whether B·A is a matrix of the layer's size, (8, 7), {what}", fits
-        if not fits:
-            return
+        if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] and (len(B), A.shape[1]) == (8, 7)):
+            raise NotYet(f"A is {tuple(A.shape)} and B {tuple(B.shape)}: of a layer (8, 7) A is (rank, 7) and B (8, rank)")
         yield f"B·A {what}", B @ A
-        yield f"the rank {what} is no larger than all ranks together", len(A) <= sum(ranks)
+        yield f"by how much the rank {what} is larger than all ranks together", max(0, len(A) - sum(ranks))
 
 
 check = Check(
@@ -88,6 +86,7 @@ check = Check(
         ),
         "weight and scale are in A and in B, so both count squared: put them in one of the two": but(share_of_B=lambda w, s: w * s),
         "the adapters' own scales are missing: ΔW is s·B·A, and the result has the scale 1": but(share=lambda w, s: w),
+        "the weights have no effect: multiply each A, or each B, by its own": but(share=lambda w, s: s),
         "the scale counts twice: s belongs in A or in B, not in both": but(share_of_B=lambda w, s: s),
         "the sign of a negative weight got lost: √|w| on both sides loses it; multiply one side by w": but(share=root, share_of_B=root),
         "the weights were made to add up to one: a weighted sum takes them as they are": but(

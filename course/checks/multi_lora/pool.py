@@ -129,6 +129,20 @@ def touched_at_release(self: Pool, name: str) -> None:
     self.sizes.move_to_end(name)
 
 
+def too_strict(self: Pool, name: str, size: int) -> list[str] | None:
+    if size == self.capacity:
+        raise ValueError("no room")
+    return Pool.acquire(self, name, size)
+
+
+def too_late(self: Pool, name: str, size: int) -> list[str] | None:
+    """Makes room first, and looks then whether there can be enough."""
+    if size > self.capacity:
+        for each in self.candidates():
+            del self.sizes[each]
+    return Pool.acquire(self, name, size)
+
+
 def three_places(self: Pool, size: int) -> list[str] | None:
     """A pool of places, whatever the sizes."""
     if len(self.sizes) < 3:
@@ -191,11 +205,32 @@ def drawn(seed: int) -> list[Event]:
     return events
 
 
+def told(events: list[Event], found: list) -> list[str]:
+    """What every acquire did, in words."""
+    names = [name for kind, name, _ in events if kind == "+"]
+    return [f"{name}: {_words(returned)}" for name, returned in zip(names, found, strict=True)]
+
+
+def _words(returned) -> str:
+    if isinstance(returned, list):
+        return f"{', '.join(map(str, returned))} went" if returned else "nobody went"
+    return "None, it waits" if returned == "wait" else f"{returned!r} was returned"
+
+
 def observe(answer, seed: int) -> Seen:
     for story, (capacity, events) in STORIES.items():
-        yield f"{story}: who went at each acquire", played(answer(capacity), events)
-    yield "an adapter larger than the pool", raised(answer(10).acquire, "a", 11) or "was accepted"
-    yield "who went at each acquire of a long day", played(answer(100), drawn(seed))
+        steps = " ".join(f"{kind}{name}{size or ''}" for kind, name, size in events)
+        yield f"{story} ({steps}; capacity {capacity}), who went at each acquire", told(events, played(answer(capacity), events))
+    pool = answer(10)
+    yield "an adapter as large as the pool", "was accepted" if raised(pool.acquire, "a", 10) is None else "was refused"
+    yield "an adapter larger than the pool", raised(pool.acquire, "b", 11) or "was accepted"
+    pool = answer(10)
+    pool.acquire("a", 6)
+    pool.release("a")
+    raised(pool.acquire, "b", 11)
+    yield "who goes for the next one (+a6 -a +b11 +c5; capacity 10) after that error", told([("+", "c", 5)], played(pool, [("+", "c", 5)]))
+    events = drawn(seed)
+    yield "a long day, who went at each acquire", told(events, played(answer(100), events))
 
 
 check = Check(
@@ -216,6 +251,8 @@ check = Check(
         "adapters were thrown out although the new one had to wait all the same: look first whether it is enough, then let go": but(
             victims=at_once
         ),
+        "an adapter as large as the pool fits: only a larger one is an error": but(acquire=too_strict),
+        "adapters were thrown out for one that is larger than the pool: look at its size first, and change nothing": but(acquire=too_late),
         "one release freed an adapter that another request still uses: count the users": but(release=as_flag),
         "a hit is not pinned: the second request uses the adapter as much as the first": but(pin=lambda self, name: None),
         "a release threw the adapter out: keep it as long as nobody needs its room; its tenant may ask again": but(release=out_at_release),

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from course.checking import Check, Seen, but, raised
 
@@ -35,6 +37,26 @@ def mixed_batch(
         there = where(rows, name)
         y[there] = join(y[there], scale(s) * update)
     return bare(y, rows, adapters, x)
+
+
+def by_updates(x: Tensor, weight: Tensor, adapters: Adapters, rows: list[str | None]) -> Tensor:
+    """One product with the base, then each row's update by itself."""
+    none = torch.zeros(1, x.shape[1]), torch.zeros(len(weight), 1), 0.0
+    chosen = [none if name is None else adapters[name] for name in rows]
+    updates = [s * (B @ (A @ row)) for (A, B, s), row in zip(chosen, x, strict=True)]
+    return torch.nn.functional.linear(x, weight) + torch.stack(updates)
+
+
+def by_groups(x: Tensor, weight: Tensor, adapters: Adapters, rows: list[str | None]) -> Tensor:
+    """A layer's whole output, adapter by adapter."""
+    y = x.new_empty(len(x), len(weight))
+    for name in dict.fromkeys(rows):
+        chosen = places(rows, name)
+        y[chosen] = x[chosen] @ weight.T
+        if name is not None:
+            A, B, s = adapters[name]
+            y[chosen] += s * (x[chosen] @ A.T @ B.T)
+    return y
 
 
 def by_rows(x: Tensor, weight: Tensor, adapters: Adapters, rows: list[str | None]) -> Tensor:
@@ -79,6 +101,22 @@ def silently(name: str, adapters: Adapters) -> tuple[Tensor, Tensor, float]:
     return adapters.get(name, (A, B, 0.0))
 
 
+class Products(TorchDispatchMode):
+    """Counts the operations that compute with a weight; copies and comparisons don't."""
+
+    computing = frozenset("mm addmm mv addmv bmm baddbmm dot linear add sub mul".split())
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.place, self.count = weight.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.removeprefix("aten::") in self.computing:
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            self.count += any(each.untyped_storage().data_ptr() == self.place for each in given)
+        return function(*args, **(kwargs or {}))
+
+
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
 
@@ -91,7 +129,10 @@ def observe(answer, seed: int) -> Seen:
     batches = (["clinic"] * 3, ["clinic", "sql", "legal", "sql", "clinic"], ["legal", None, "sql", None, None, "legal"])
     for rows in batches:
         x = drawn(len(rows), n_in)
-        yield f"the output for the rows {', '.join(map(str, rows))}", answer(x, weight, adapters, rows)
+        with Products(weight) as products:
+            y = answer(x, weight, adapters, rows)
+        yield f"the output for the rows {', '.join(map(str, rows))}", y
+        yield f"products with the base's weight for the rows {', '.join(map(str, rows))}", max(1, products.count)  # 0: with a copy of it
     x = drawn(2, n_in)
     yield "the output for two rows without an adapter", answer(x, weight, adapters, [None, None])
     yield "a name that no adapter has", raised(answer, x, weight, adapters, ["sql", "nobody"]) or "was accepted"
@@ -101,7 +142,7 @@ check = Check(
     task="a mixed batch: every row through its own adapter, over one product with the base",
     observe=observe,
     reference=mixed_batch,
-    second=by_rows,
+    second=by_updates,
     misconceptions={
         "every row went through the first row's adapter: the batch is mixed, so take the rows of each name for themselves": of_the_first,
         "every row got the updates of all adapters: only its own belongs to it": everybody,
@@ -117,6 +158,8 @@ check = Check(
         "only the first row of each adapter got its update: several rows may have one": but(
             at=lambda rows, name: places(rows, name)[:1], where=lambda rows, name: places(rows, name)[:1]
         ),
+        "the base was multiplied adapter by adapter: each product reads all of W again; compute x @ weight.T once, for all rows": by_groups,
+        "the base was multiplied row by row: each product reads all of W again; compute x @ weight.T once, for all rows": by_rows,
         "an unknown name was served as if it had no adapter: that hides a mistake from the customer; raise an error": but(known=silently),
     },
 )

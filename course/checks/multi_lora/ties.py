@@ -13,6 +13,14 @@ def largest(delta: Tensor, density: float) -> Tensor:
     return delta * kept.view_as(delta)
 
 
+def rounded(delta: Tensor, density: float) -> Tensor:
+    return largest(delta, (round(density * delta.numel()) + 0.5) / delta.numel())
+
+
+def most_positive(delta: Tensor, density: float) -> Tensor:
+    return torch.where(delta >= delta.flatten().topk(int(density * delta.numel())).values[-1], delta, 0.0)
+
+
 def smallest(delta: Tensor, density: float) -> Tensor:
     return delta - largest(delta, 1 - density)
 
@@ -61,7 +69,7 @@ def together_trimmed(deltas: list[Tensor], weights: list[float], density: float)
 
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    for adapters, weights, density in ((2, [1.0, 1.0], 1.0), (3, [1.0, 1.0, 1.0], 0.5), (3, [3.0, 0.25, 1.0], 0.7), (4, [0.25] * 4, 0.6)):
+    for adapters, weights, density in ((2, [1.0, 1.0], 1.0), (3, [1.0, 1.0, 1.0], 0.5), (3, [3.0, 0.25, 1.0], 0.7), (4, [0.25] * 4, 0.65)):
         sizes = 0.5 + torch.arange(adapters)  # adapters of different sizes
         deltas = [float(size) * torch.randn(8, 9, generator=g) for size in sizes]
         yield f"the merge of {adapters} updates, weights {weights}, density {density}", answer(deltas, weights, density)
@@ -87,6 +95,7 @@ check = Check(
         "the sum is divided by the number of adapters: divide each entry by how many agree with its sign there": but(
             count=lambda agrees, w: torch.full(agrees.shape[1:], float(len(agrees)))
         ),
+        "where no update has the elected sign, 0 is divided by 0: the result there is 0": but(count=lambda agrees, w: agrees.sum(0)),
         "the sum is not divided: TIES averages those that agree, so weights 1 and 1 give a mean": but(count=lambda agrees, w: 1.0),
         "the sum is divided by the weights of those that agree: TIES counts them": but(
             count=lambda agrees, w: torch.where(agrees.any(0), (agrees * w).sum(0), 1.0)
@@ -97,6 +106,11 @@ check = Check(
         "nothing was trimmed: only the largest int(density·n) entries of each update vote and count": but(
             trim=lambda delta, density: delta
         ),
+        "the number of entries that stay was rounded: here it is int(density·n), rounded down": but(trim=rounded),
+        "the largest entries were kept, signs included, so negative ones are lost: the largest by absolute value stay": but(
+            trim=most_positive
+        ),
+        "the weights have no effect: add up weight · entry": lambda deltas, weights, density: ties(deltas, [1.0] * len(deltas), density),
         "the smallest entries were kept: trim those, and keep the largest": but(trim=smallest),
         "all updates were trimmed by one threshold: each keeps its own largest entries, or a small adapter loses everything": (
             together_trimmed

@@ -65,24 +65,24 @@ def another(scenario: str) -> str:
     return [name for name in ranked(scenario) if verdict(scenario, name) == FITS][-1]
 
 
-FITS = "meets every need, and nothing that does is better beyond the seeds"
+FITS = "a good choice"
 
 
 def verdict(scenario: str, name: object) -> str:
     if name not in table():
-        return f"{name!r} is no method of the table"
+        return f"{name!r}, which is no method of the table"
     need, row = SCENARIOS[scenario], table()[name]
     if broken := need.broken(row):
-        return f"{name}: {broken[0]}"
+        return f"{name}, but {broken[0]}"
     best = table()[ranked(scenario)[0]]
     if need.worst_and_best(row)[1] > need.worst_and_best(best)[0]:
-        return f"{name} reaches {row[need.score]:.2f} ({need.score}); another that meets the needs is better in every seed"
+        return f"{name} with {row[need.score]:.2f} ({need.score}); another that meets the needs is better in every seed"
     return FITS
 
 
 def observe(answer, seed: int) -> Seen:
     for scenario in SCENARIOS:
-        yield f'for "{scenario}" your choice', verdict(scenario, answer(scenario))
+        yield f'your choice for "{scenario}"', verdict(scenario, answer(scenario))
 
 
 def always(name: str) -> Callable[[str], str]:

@@ -47,7 +47,7 @@ def by_gain(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, s: fl
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
     for n_out, n_in, r in ((6, 6, 2), (5, 8, 3)):  # square first, so that a norm over columns fits too
-        weight, bias, s = torch.randn(n_out, n_in, generator=g), torch.randn(n_out, generator=g), 1.75
+        weight, bias, s = torch.randn(n_out, n_in, generator=g), torch.randn(n_out, generator=g), 1.5 + torch.rand(1, generator=g).item()
         trained = torch.randn(r, n_in, generator=g), torch.randn(n_out, r, generator=g), torch.rand(n_out, generator=g) + 0.5
         A, B, m = (each.requires_grad_() for each in trained)
         x = torch.randn(3, n_in, generator=g)
@@ -59,11 +59,13 @@ def observe(answer, seed: int) -> Seen:
         )
         y = answer(x, weight, bias, A, B, s, m)
         yield f"the output {size}", y
-        if not isinstance(y, Tensor) or not y.requires_grad:
-            yield f"the output {size} requires a gradient", isinstance(y, Tensor) and y.requires_grad
+        if not isinstance(y, Tensor):
             return
-        gradients = torch.autograd.grad((y * torch.randn(y.shape, generator=g)).sum(), (A, B, m), allow_unused=True)
-        for name, gradient in zip(("A", "B", "the magnitudes"), gradients, strict=True):
+        loss = (y * torch.randn(y.shape, generator=g)).sum()
+        gradients = torch.autograd.grad(loss, (A, B, m), allow_unused=True) if y.requires_grad else (None, None, None)
+        reached = {name: gradient for name, gradient in zip(("A", "B", "magnitude"), gradients, strict=True) if gradient is not None}
+        yield f"what gets a gradient through the output {size}", ", ".join(reached) or "nothing"
+        for name, gradient in reached.items():
             yield f"the gradient of {name} {size}", gradient
 
 
@@ -92,6 +94,13 @@ check = Check(
         ),
         "the update is missing: D = W + s·B·A is what is normalized": but(
             changed=lambda weight, A, B, s: weight,
+        ),
+        "the norms multiply columns: of (out,) torch makes a row; keepdim=True makes it (out, 1)": but(norm=lambda V: V.norm(dim=1)),
+        "the magnitudes multiply columns: of (out,) torch makes a row; magnitude[:, None] is (out, 1)": but(
+            scaled=lambda V, m, length: m * V / length
+        ),
+        "norms and magnitudes both multiply columns: of (out,) torch makes a row; make them (out, 1)": but(
+            norm=lambda V: V.norm(dim=1), scaled=lambda V, m, length: m * V / length
         ),
     },
 )

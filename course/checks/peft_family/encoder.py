@@ -1,5 +1,7 @@
 """Exercise 4: what P-tuning trains, and what of it is saved."""
 
+from numbers import Integral
+
 from course.checking import Check, Seen, but, unpacked
 
 
@@ -47,7 +49,7 @@ def observe(answer, seed: int) -> Seen:
     for network in ("mlp", "lstm"):
         for P, d, h in sizes:
             result = answer(P, d, h, network)
-            trained, saved = unpacked(result, "a pair of numbers: trained, saved", int, int)
+            trained, saved = unpacked(result, "a pair of whole numbers: trained, saved", Integral, Integral)
             yield f"numbers trained for {P} tokens, width {d}, hidden {h}, {network}", trained
             yield f"numbers saved for {P} tokens, width {d}, hidden {h}, {network}", saved
 
@@ -74,6 +76,7 @@ check = Check(
         "the linear layers have biases too": but(layer=lambda inside, outside: inside * outside),
         "behind the LSTM the linear layers read both directions": but(head=lambda h: h),
         "the MLP has three linear layers: width → hidden → hidden → width": but(mlp_layers=lambda d, h: [(d, h), (h, d)]),
+        "the two numbers are exchanged: first what is trained, then what the file holds": lambda *given: p_tuning_numbers(*given)[::-1],
         "the rows that the network reads are trained too": but(rows=lambda P, d: 0),
         "the network is not saved: after training only what comes out of it is needed, the rows": but(saved=lambda P, d, trained: trained),
     },

@@ -46,16 +46,17 @@ def changed_in_place(weight: Tensor, bias: Tensor | None, scale: Tensor, feedfor
 
 def observe(answer, seed: int) -> Seen:
     g = torch.Generator().manual_seed(seed)
-    for n_out, n_in in ((5, 5), (4, 7)):
+    for n_out, n_in in ((5, 5), (4, 7)):  # square first: there a wrong axis fits
         for feedforward in (False, True):
             for with_bias in (False, True):
                 weight, bias = torch.randn(n_out, n_in, generator=g), torch.randn(n_out, generator=g) if with_bias else None
                 scale = torch.rand(n_in if feedforward else n_out, generator=g) + 0.25
-                what = f"of a {n_out} × {n_in} layer whose {'inputs' if feedforward else 'outputs'} are scaled"
+                scaled = "inputs" if feedforward else "outputs"
+                what = f"of a {n_out} × {n_in} layer {'with' if with_bias else 'without'} a bias, its {scaled} scaled"
                 result = answer(weight, bias, scale, feedforward)
                 W, b = unpacked(result, "a pair: the weight and the bias, or None", Tensor, Tensor if with_bias else type(None))
                 yield f"W' {what}", W
-                yield f"b' {what}{'' if with_bias else ', which has none'}", b
+                yield f"b' {what}", b
 
 
 check = Check(
@@ -67,19 +68,22 @@ check = Check(
         "the bias is not scaled: an output is l ⊙ (W·x + b), so b' = l ⊙ b (peft had this bug until 2023)": but(
             bias_of_outputs=lambda bias, scale: bias
         ),
-        "the bias is scaled where inputs are: W·(l ⊙ x) + b leaves b as it is": but(
-            bias_of_inputs=lambda bias, scale: bias * (scale if len(scale) == len(bias) else scale.mean())
-        ),
-        "outputs are rows of W, and you scaled its columns: W is (out, in), so multiply by scale[:, None]": but(
-            outputs=lambda weight, scale: weight * scale if weight.shape[0] == weight.shape[1] else weight
-        ),
-        "inputs are columns of W, and you scaled its rows": but(
-            inputs=lambda weight, scale: weight * scale[:, None] if weight.shape[0] == weight.shape[1] else weight
+        "the bias is scaled where inputs are: W·(l ⊙ x) + b leaves b as it is": but(bias_of_inputs=lambda bias, scale: bias * scale),
+        "outputs are rows of W, and you scaled its columns: W is (out, in), so multiply by scale[:, None]": but(outputs=scaled_columns),
+        "inputs are columns of W, and you scaled its rows": but(inputs=scaled_rows),
+        "rows and columns are exchanged: outputs are rows of W, scale[:, None], and inputs are its columns": but(
+            outputs=scaled_columns, inputs=scaled_rows
         ),
         "the scale was added to one: l starts at one, so it multiplies as it is": but(
-            outputs=lambda weight, scale: weight * (1 + scale[:, None])
+            outputs=lambda weight, scale: scaled_rows(weight, 1 + scale),
+            inputs=lambda weight, scale: scaled_columns(weight, 1 + scale),
+            bias_of_outputs=lambda bias, scale: bias * (1 + scale),
         ),
-        "you divided by the scale: that takes a merge out again": but(outputs=lambda weight, scale: weight / scale[:, None]),
+        "you divided by the scale: that takes a merge out again": but(
+            outputs=lambda weight, scale: scaled_rows(weight, 1 / scale),
+            inputs=lambda weight, scale: scaled_columns(weight, 1 / scale),
+            bias_of_outputs=lambda bias, scale: bias / scale,
+        ),
         "the given weight was changed in place: return new tensors, the model's own must stay": changed_in_place,
     },
 )

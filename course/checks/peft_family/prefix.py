@@ -34,6 +34,7 @@ def attend(
     sees=after_prefix,
     scale=lambda width: 1 / math.sqrt(width),
     soft=lambda scores: scores.softmax(-1),
+    hide=lambda scores, sees: scores.masked_fill(~sees, -math.inf),
     values=lambda prefix_v, v: torch.cat([prefix_v, v]),
 ) -> Tensor:
     """The worked answer: the text's positions begin at P; the prefix's keys are taken as they are."""
@@ -41,8 +42,7 @@ def attend(
     positions = torch.arange(length) + first(prefix_k)
     q, k = place_query(q, positions), rotate(k, positions)
     scores = q @ torch.cat([place_prefix(prefix_k), k]).T * scale(q.shape[1])  # (length, P + length)
-    scores = scores.masked_fill(~sees(length, prefix), -math.inf)
-    return soft(scores) @ values(prefix_v, v)
+    return soft(hide(scores, sees(length, prefix))) @ values(prefix_v, v)
 
 
 def token_by_token(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -77,12 +77,16 @@ check = Check(
             place_prefix=lambda prefix_k: rotate(prefix_k, torch.arange(len(prefix_k)))
         ),
         "the text's positions begin at 0: the prefix takes the first ones, so they begin behind it": but(first=lambda prefix_k: 0),
+        "the text's positions begin one too late: the prefix takes 0 to T − 1, so they begin at T": but(
+            first=lambda prefix_k: len(prefix_k) + 1
+        ),
         "the mask is shifted: the first token sees only the first of all keys; every token sees the whole prefix": but(
             sees=lambda length, prefix: torch.ones(length, prefix + length, dtype=torch.bool).tril()
         ),
         "tokens see what comes after them: the mask must hide later tokens of the text": but(
             sees=lambda length, prefix: torch.ones(length, prefix + length, dtype=torch.bool)
         ),
+        "hidden scores became 0, and exp(0) is 1: set them to −∞ before the softmax": but(hide=lambda scores, sees: scores * sees),
         "the queries are not rotated: they need the positions as the text's keys do": but(place_query=lambda q, positions: q),
         "the scores are not divided by √width": but(scale=lambda width: 1.0),
         "the softmax runs over the queries: each token's weights over the keys must add up to one, dim=-1": but(
