@@ -130,7 +130,7 @@ def draw_behaviour(data: dict) -> plt.Figure:
         axes.set_xticks(places, [KINDS[name] for name in data], fontsize=8)
         axes.grid(axis="x", visible=False)
     right.set_xticks(places, [KINDS[name].replace("instructions,\n", "").replace(" ", "\n") for name in data], fontsize=8)
-    left.set(ylabel="% of requests", ylim=(0, 118))
+    left.set(ylabel="% of requests", ylim=(0, 118), title="on requests")
     left.legend(loc="upper left", fontsize=9, ncols=2)
     right.set(ylabel="nats per token above the floor", title="on general text")
     return figure
