@@ -1,10 +1,12 @@
 """What the benchmarks of many adapters recorded on an H200 is within the bars, and unit 11's claims follow from it."""
 
+import nbformat
 import pytest
 
 from benchmarks.multi_lora import ratios
 from course.claims import multi_lora as claims
 from course.lab import recorded
+from course.units import ROOT
 
 KERNELS = recorded.load("multi_lora", "h200")["result"]
 SCENARIO = recorded.load("serving_scenario", "h200")["result"]
@@ -78,3 +80,11 @@ def test_the_simulation_comes_near_what_was_measured():
     assert claims.off_percent(25) < 15 and claims.off_percent(100) < 25
     assert all(claims.predicted_percent(live) > 0 for live in (1, 5, 25, 100))  # too fast: what it leaves out takes time
     assert all(claims.predicted_percent(live, alone=True) < -40 for live in (1, 5, 25, 100))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_the_notebook_was_run_after_the_layer_was_measured(rows: int):
+    cells = nbformat.read(ROOT / "notebooks" / "11_multi_lora.ipynb", 4).cells
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    eager, graph = (claims.generation_percent(rows, replayed) for replayed in (False, True))
+    assert f"{rows:2} row{'s' * (rows > 1)}: {eager:+.0f} %; from a CUDA graph {graph:+.0f} %" in printed

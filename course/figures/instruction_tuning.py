@@ -48,7 +48,7 @@ def draw_masks(data: dict) -> plt.Figure:
         axes.text(i + 0.5, 1.1, token, rotation=90, ha="center", va="bottom", fontsize=8, family="monospace")
     axes.text(n - data["padding"] / 2, -len(names) + 0.85, "padding", ha="center", va="top", fontsize=8)
     axes.set(xlim=(0, n), ylim=(-len(names) + 0.45, 3.6), yticks=[0.5 - row for row in range(len(names))], xticks=[])
-    axes.set_yticklabels(names)
+    axes.set_yticklabels([f"{row}: {name}" for row, name in enumerate(names, 1)])
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -130,7 +130,7 @@ def draw_behaviour(data: dict) -> plt.Figure:
         axes.set_xticks(places, [KINDS[name] for name in data], fontsize=8)
         axes.grid(axis="x", visible=False)
     right.set_xticks(places, [KINDS[name].replace("instructions,\n", "").replace(" ", "\n") for name in data], fontsize=8)
-    left.set(ylabel="% of requests", ylim=(0, 118))
+    left.set(ylabel="% of requests", ylim=(0, 118), title="on requests")
     left.legend(loc="upper left", fontsize=9, ncols=2)
     right.set(ylabel="nats per token above the floor", title="on general text")
     return figure

@@ -191,7 +191,7 @@ def merges_data() -> dict:
 
 def draw_merges(data: dict) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(1.3, 1))
-    places = {"sum": (10, 3), "mean": (9, 4), "linear on A and B": (-12, 10), "DARE": (8, 5), "TIES": (9, -9), "DARE and TIES": (-84, -4)}
+    places = {"sum": (-28, 5), "mean": (9, 4), "linear on A and B": (-84, 6), "DARE": (8, 5), "TIES": (9, -9), "DARE and TIES": (-77, -4)}
     for label, row in data.items():
         kind, _, name = label.partition(": ")
         x, y = np.mean(row["sql"]), np.mean(row["clinic"])
@@ -202,7 +202,7 @@ def draw_merges(data: dict) -> plt.Figure:
         offset = places.get(name) or {"sql": (8, -4), "clinic": (-30, 10), "both": (9, -2)}[name]
         left.annotate(words, (x, y), offset, textcoords="offset points", fontsize=8.5)
     left.set(xlabel="sql: nats per token above the floor", ylabel="clinic: nats per token above the floor", xlim=(0, 7.6), ylim=(0, 7.4))
-    left.set_title("what is left of each task")
+    left.set_title("loss on each task")
     names = [label for label in data if label != "alone: both"]
     lost = [data[label]["general"] for label in names]
     shown = [label.replace("method: ", "").replace("alone: ", "") for label in names]
@@ -233,8 +233,8 @@ def draw_simulated(data: dict) -> plt.Figure:
     for z, hits in data["hits"].items():
         left.plot(data["places"], hits, "o-", label=f"{float(z):g}", markersize=4)
     left.set(xlabel="adapters on the card, of 10,000", ylabel="% of requests that find theirs there", ylim=(0, 103))
-    left.set_title("hits, by the exponent of the load")
-    left.legend(title="zipf", fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.45))
+    left.set_title("hits, by how uneven the load is")
+    left.legend(title="exponent (zipf)", fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.45))
     words = {"RAM": "RAM, 54 GB/s", "disk": "disk, 5 GB/s", "network": "network, 1 GB/s"}
     for (source, seconds), style in zip(data["first"].items(), ("o-", "s--", "^:"), strict=True):
         right.plot(data["large places"], seconds, style, label=words[source], markersize=4)
