@@ -205,7 +205,9 @@ def bars(data: dict[str, dict[str, float]]) -> plt.Figure:
     for shift, who, label, colour in ((-0.2, "ours", "here", plotting.BLUE), (0.2, "bitsandbytes", "bitsandbytes", plotting.ORANGE)):
         drawn = axes.bar([x + shift for x in range(len(data))], [each[who] for each in data.values()], 0.38, color=colour, label=label)
         axes.bar_label(drawn, fmt="%.0f", fontsize=8, label_type="center", color="white")
-    axes.plot([x - 0.2 for x in range(len(data))], [each["other"] for each in data.values()], "D", color=plotting.GREEN, markersize=6, mec="white")
+    axes.plot(
+        [x - 0.2 for x in range(len(data))], [each["other"] for each in data.values()], "D", color=plotting.GREEN, markersize=6, mec="white"
+    )
     axes.plot([], [], "D", color=plotting.GREEN, markersize=6, mec="white", label="fastest other way")
     left, right = [x - 0.42 for x in range(len(data))], [x + 0.02 for x in range(len(data))]
     axes.hlines([each["goal"] for each in data.values()], left, right, color=plotting.BLACK, lw=2, label="goal")
