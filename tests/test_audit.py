@@ -334,6 +334,6 @@ def test_a_record_without_rows_is_unknown(adapter, sound):
 def test_names_are_whole_in_eighty_columns_and_advice_only_where_there_is_some(adapter, sound, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     good = CliRunner().invoke(app, ["audit", str(adapter), "--base", str(sound / "base")])
-    assert "what to do" not in good.output and "adapter_model.safetensors" in good.output and max(map(len, good.output.splitlines())) <= 80
+    assert "→" not in good.output and "adapter_model.safetensors:" in good.output and max(map(len, good.output.splitlines())) <= 80
     bad = CliRunner().invoke(app, ["audit", str(adapter), "--base", "nothere"])
-    assert "what to do" in bad.output and "…" not in bad.output and max(map(len, bad.output.splitlines())) <= 80
+    assert "→" in bad.output and "…" not in bad.output and max(map(len, bad.output.splitlines())) <= 80

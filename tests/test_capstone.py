@@ -404,6 +404,8 @@ def test_the_report_tells_what_changed(finished):
     page = (settings.path("out") / "report.html").read_text()
     assert page.count("<table>") == 4 and "nan" not in page and "http" not in page
     assert json.loads((settings.path("out") / "report.json").read_text())["verdict"] == result["verdict"]
+    for mark, kind in (('<li class="bad">✗ ', "against"), ('<li class="open">? ', "decide")):
+        assert page.count(mark) == len(result["verdict"][kind])
     assert any(words.startswith("merge: into the base's own weights") for words in said)
 
 

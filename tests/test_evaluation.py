@@ -195,7 +195,8 @@ def test_how_many_more_would_decide():
     smaller = Interval(OPEN.estimate, OPEN.estimate - 0.0049, OPEN.estimate + 0.0049, 0.95, needed)
     assert smaller.verdict(0.02) == "within"
     assert interval(0.0, 0.04).needed(0.02) is None and interval(-0.1, 0.1).needed(0.02) is None
-    assert "about 900 items would decide" in str(recommend({"4-bit": {"perplexity": OPEN}}))
+    said = str(recommend({"4-bit": {"perplexity": OPEN}}))
+    assert "about 900 items would decide" in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_losses_of_sequences_average_to_the_cross_entropy(tiny, world):

@@ -82,12 +82,10 @@ def audit(
     logging.disable_progress_bar()
     done = auditing.audit(adapter, base, auditing.Server(max_rank, adapters, rows, not factors_only))
     marks = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "unknown": "[yellow]?[/yellow]", "skipped": "[yellow]–[/yellow]"}
-    advice = any(each.remedy for each in done.findings)
     table = Table("", "check", box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for head in ("found", "what to do")[: 1 + advice]:
-        table.add_column(head, overflow="fold")  # names of files and of hub models are longer than a column
+    table.add_column("found", overflow="fold")  # names of files and of hub models are longer than a column
     for each in done.findings:
-        table.add_row(marks[each.state], each.name, *(escape(words) for words in (each.found, each.remedy)[: 1 + advice]))
+        table.add_row(marks[each.state], each.name, escape(each.found + f"\n→ {each.remedy}" * bool(each.remedy)))
     console.print(table)
     if json_file:
         json_file.write_text(json.dumps(done.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ def merge_sentence(merge: dict) -> str:
 
 def export_sentence(each: dict) -> str:
     if each["logits"] is None:
-        return f"{each['kind']}: not there: {each['words']}"
+        return f"{each['kind']}: missing; {each['words']}"
     lost, changed = each["lost"], each["changed"]
     told = f"{each['kind']}: {show_bytes(each['bytes'])}, {f'{100 * changed:.1f} % of answers' if changed else 'no answer'} changed, "
     if each["logits"] == 0:
@@ -109,6 +109,7 @@ svg { max-width: 100%; height: auto }
 .good { color: #0a5c2b }
 .bad { color: #9b1c1c }
 .open { color: #6b4e00 }
+.verdict ul { list-style: none; padding: 0 }
 .verdict { padding: .8rem 1rem; border-left: .4rem solid; background: #f5f5f5 }
 """
 CLASSES = {"better": "good", "worse": "bad", "passed": "good", "failed": "bad"}
@@ -131,7 +132,11 @@ def page(result: dict) -> str:
     said = [tuple(e(str(each[key])) for key in ("asked", "right", "before", "after")) for each in result["samples"]]
     exports = [(e(each["kind"]), e(export_sentence(each).partition(": ")[2])) for each in result["exports"]]
     colour = "bad" if not verdict["ready"] else "open" if verdict["decide"] else "good"
-    reasons = "".join(f"<li>{e(each)}</li>" for each in verdict["against"] + verdict["decide"])
+    reasons = "".join(
+        f'<li class="{kind}">{mark} {e(words)}</li>'
+        for mark, kind, found in (("✗", "bad", verdict["against"]), ("?", "open", verdict["decide"]))
+        for words in found
+    )
     body = f"""<h1>{e(result["memory"]["title"])}</h1>
 <div class="verdict {colour}"><strong>{judgement(verdict)}</strong>{f"<ul>{reasons}</ul>" if reasons else ""}</div>
 <h2>Before and after, on the same items</h2>{rows(("measure", "before", "after", "difference (95 %)", ""), changes)}

@@ -29,7 +29,7 @@ def draw_cost(data: dict) -> plt.Figure:
         left.text(place, height + 0.5, f"{height:.0f}", ha="center", va="bottom")
     left.axhline(24, color=plotting.BLACK, linestyle=":", linewidth=1)
     left.text(len(CARDS) - 0.55, 24.3, "24 GB", ha="right", va="bottom", fontsize=9)
-    left.set(xlabel="cards", ylabel="GB on each card", title=f"{MODEL}, sharded: fullest moment of a step")
+    left.set(xlabel="cards", ylabel="GB on each card", title=f"{MODEL}, sharded: fullest moment of a step", ylim=(0, 49))
     left.grid(axis="x", visible=False)
     left.legend()
     for engine, colour in ENGINES.items():

@@ -159,8 +159,9 @@ class Verdict:
             for name, interval in measures.items():
                 verdict = interval.verdict(self.tolerance)
                 needed = interval.needed(self.tolerance) if verdict == "unknown" else None
-                hint = f", about {needed:,} items would decide" if needed else ", more items are needed" * (verdict == "unknown")
-                lines.append(f"{label:8}{name:14}{interval!s:34}{verdict}{hint}")
+                lines.append(f"{label:8}{name:14}{interval!s:34}{verdict}")
+                if verdict == "unknown":  # on a line of its own: 80 columns hold it
+                    lines.append(f"{'':22}{f'about {needed:,} items would decide' if needed else 'more items are needed'}")
         meanwhile = f" (meanwhile {self.safe})" * (self.choice == UNKNOWN)
         return "\n".join([*lines, f"→ {self.choice}{meanwhile}, for a tolerance of {100 * self.tolerance:g} %"])
 
