@@ -332,6 +332,7 @@ def main() -> None:
     spread = Spread(workers, begin, (threads, SHARE / workers if gpu else None), deadline)
     try:
         measure(result, given, scale, folder, spread)
+        print(table(result))
     finally:
         spread.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -378,7 +379,6 @@ def measure(result: dict, given: Any, scale: dict, folder: Path, spread: Spread)
         result["search"] = search(start, folder, settings, scale["rates"], 0, spread, settled)
     if left := spread.drain():
         print(f"{left} runs did not start before the deadline: --resume the result for them", flush=True)
-    print(table(result))
     print("saved to", save())
 
 

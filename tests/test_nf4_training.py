@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import nf4_training as benchmark
+from course.units import CourseError
 
 
 def test_all_compute_the_same_gradient():
@@ -32,5 +33,5 @@ def test_the_table_names_the_ratio():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 def test_without_a_gpu_nothing_is_recorded(monkeypatch):
     monkeypatch.setattr("sys.argv", ["nf4_training.py"])
-    with pytest.raises(RuntimeError, match="nf4_training is measured on a CUDA device, and this machine has none"):
+    with pytest.raises(CourseError, match="nf4_training is measured on a CUDA device, and this machine has none"):
         benchmark.main()
