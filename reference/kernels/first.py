@@ -16,8 +16,15 @@ TILE = 1024  # values that a program makes
 
 
 @triton.jit
-def _dequantize_kernel(codes_ptr, steps_ptr, out_ptr, n, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # (TILE,): my places
+def _dequantize_kernel(
+    codes_ptr,
+    steps_ptr,
+    out_ptr,
+    n,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # my places
     mask = place < n  # the last program has fewer
     code = tl.load(codes_ptr + place, mask, other=0)  # (TILE,), int8
     step = tl.load(steps_ptr + place // BLOCK, mask, other=0.0)  # (TILE,), float32
