@@ -20,6 +20,7 @@ place of the whole model) and the bytes received; the rate is those bytes over w
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -192,11 +193,24 @@ def table(result: dict) -> str:
     return "\n".join(["\n\n".join(parts), "", wrapped(about), *lines])
 
 
+def own(device: torch.device) -> torch.device:
+    """This process's card."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def save(name: str, result: dict, table: Callable[[dict], str], mesh: DeviceMesh, out: Path, device: torch.device) -> None:
+    """Record and show it, once for all ranks."""
+    path = on_first(lambda: str(recorded.save(f"{name}_{mesh.size()}", result, out, device)))
+    if mesh.get_local_rank() == 0:
+        print(table(result))
+        print("saved to", path)
+
+
 def main() -> None:
     given = options("sharded", __doc__, only={"nargs": "+", "choices": [named(case) for case in CASES], "help": "these cases"})
-    rows, path = [], None
+    rows = []
     with processes(600, given.device.type) as mesh:
-        device = torch.device("cuda", torch.cuda.current_device()) if given.device.type == "cuda" else given.device
+        device = own(given.device)
         meter = Meter(device)
         for case in SMOKE if given.smoke else CASES:
             if given.only and named(case) not in given.only and not given.smoke:
@@ -207,10 +221,7 @@ def main() -> None:
                     last = rows[-1].get("error") or f"{rows[-1]['seconds']:.4f} s/step"
                     print(f"{named(case)}, {way}: {last}", flush=True)
         result = {"rank": RANK, "alpha": ALPHA, "rows": compared(rows)}
-        path = on_first(lambda: str(recorded.save(f"sharded_{mesh.size()}", result, given.out, device)))
-        if mesh.get_local_rank() == 0:
-            print(table(result))
-            print("saved to", path)
+        save("sharded", result, table, mesh, given.out, device)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.cli import options
-from benchmarks.sharded import SMOKE, WAYS, make_step, slowest
-from course.lab import recorded
+from benchmarks.sharded import SMOKE, WAYS, make_step, own, save, slowest
 from course.lab.tables import columns
 from reference.model_shapes import LLAMA_2_70B, ModelShape
-from reference.sharded import on_first, processes
+from reference.sharded import processes
 
 ORDER = ("sharded", "16 bits", "replicated")
 STEPS = {(1, 16): 4, (1, 2048): 5, (4, 2048): 2}  # rows and tokens of a card -> steps that are timed
@@ -79,14 +78,11 @@ def main() -> None:
     given = options("sharded_tokens", __doc__)
     shape = SMOKE[0][0] if given.smoke else LLAMA_2_70B
     with processes(600, given.device.type) as mesh:
-        device = torch.device("cuda", torch.cuda.current_device()) if given.device.type == "cuda" else given.device
+        device = own(given.device)
         result = {"model": shape.name, "cards": mesh.size(), "rows": []}
         for way in ORDER:
             result["rows"] += measure(way, shape, mesh, device)
-        path = on_first(lambda: str(recorded.save(f"sharded_tokens_{mesh.size()}", result, given.out, device)))
-        if mesh.get_local_rank() == 0:
-            print(table(result))
-            print("saved to", path)
+        save("sharded_tokens", result, table, mesh, given.out, device)
 
 
 if __name__ == "__main__":

@@ -541,15 +541,18 @@ def test_rows_that_can_not_be_told_apart():
         fisher_diagonal(model, [(x, None)])
 
 
+class Outside(nn.Module):
+    """A model that reads a layer's weight beside the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.inner(x) + F.linear(x, self.inner.weight)
+
+
 def test_a_weight_that_is_used_from_outside():
-    class Outside(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.inner(x) + F.linear(x, self.inner.weight)
-
     with pytest.raises(ValueError, match=r"'inner\.weight' comes from outside"):
         fisher_diagonal(Outside(), [(torch.randn(5, 3), None)])
     with pytest.raises(ValueError, match="must map tensors to one"):
@@ -658,14 +661,6 @@ def test_the_check_can_be_left_out_and_changes_nothing_else():
         checked = fisher_diagonal(model, [(x, y)], estimator)
         for name, value in fisher_diagonal(model, [(x, y)], estimator, check=False).items():
             assert torch.equal(value, checked[name])
-
-    class Outside(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.inner(x) + F.linear(x, self.inner.weight)
 
     outside, batches = Outside(), [(x, y)]
     wrong = fisher_diagonal(outside, batches, check=False)["inner.weight"]  # as the docstring says: nobody looked
